@@ -1,0 +1,364 @@
+"""`load`, `plan` and `defer`: the only file that sees every stage.
+
+    open_checkpoint → construct → offers (key mapping, state-dict hooks) → match → apply
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.deferred.construct import CurrentLoad, construct
+from weightlift.deferred.inventory import Inventory, is_lazy
+from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.rewrite import rewrite
+from weightlift.deferred.tape import needed, replays
+from weightlift.errors import PlanError, Problem
+from weightlift.options import DeviceOption, DtypeOption, KeyMapping, LoadOptions, ProgressOption
+from weightlift.plan.keys import offers_of
+from weightlift.plan.match import Supply, match
+from weightlift.plan.records import Decisions, Offer
+from weightlift.plan.report import LoadReport, as_json, report, table
+from weightlift.transfer.apply import Bytes, Subject, apply
+
+_log = logging.getLogger("weightlift")
+_Module = TypeVar("_Module", bound=nn.Module)
+CheckpointSource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint
+
+
+class LoadPlan:
+    """What a load will do, decided from headers alone: print it, read it, execute it.
+
+    ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` plain data, ``plan.problems`` what
+    speaks against it. A plan made from a callable holds the deferred module and can be executed once.
+    Reading a plan is safe from any thread; ``execute`` is for one.
+    """
+
+    def __init__(self, decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> None:
+        self.decisions = decisions
+        self._subject: Subject | None = subject
+        self._source = source
+        self._options = options
+        self._once = threading.Lock()
+
+    @property
+    def report(self) -> LoadReport:
+        """The lists of loaded, tied, initialised, kept, missing, unexpected and mismatched names."""
+        return report(self.decisions)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What makes `execute` refuse; empty when it will not."""
+        return self.decisions.problems
+
+    def __str__(self) -> str:
+        return table(self.decisions)
+
+    def __repr__(self) -> str:
+        return f"<LoadPlan of {self.decisions.module}: {str(self.report).splitlines()[0]}>"
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The plan as JSON text: every tensor with action, key, file, byte range, dtypes and device."""
+        return json.dumps(as_json(self.decisions), indent=indent)
+
+    def execute(self) -> nn.Module:
+        """Carry the plan out and return the module, whole.
+
+        Raises PlanError when ``problems`` speak against it or tied names turn out to differ (nothing was changed),
+        TransferError when reading fails, LoadCancelled, RuntimeError on a second call.
+        """
+        if self.problems:
+            raise PlanError(
+                f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
+            )
+        with self._once:
+            subject, deferred = self._subject, self._subject is not None and self._subject.recorder is not None
+            if deferred:
+                self._subject = None
+        if subject is None:
+            raise RuntimeError("this plan was executed already: its module has its values")
+        module = apply(self.decisions, subject, self._source, self._options)
+        _log_outcome(self.decisions)
+        return module
+
+
+class Deferred:
+    """A module that was built without memory and without initialisation, and has no values yet.
+
+    The module itself stays inside until `load` or `materialize` has made it whole; either can be done once.
+    """
+
+    def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int | None) -> None:
+        self._subject: Subject | None = Subject(Inventory.of(module), recorder)
+        self._once = threading.Lock()
+        self._seed = seed
+        self.name = type(module).__qualname__
+        tensors = {id(slot.tensor): slot for slot in self._subject.inventory.slots}
+        parameters = [slot.tensor for slot in tensors.values() if slot.kind == "parameter" and not is_lazy(slot.tensor)]
+        buffers = [slot.tensor for slot in tensors.values() if slot.kind == "buffer" and not is_lazy(slot.tensor)]
+        self.numel = sum(tensor.numel() for tensor in parameters)
+        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in parameters)
+        self.buffer_nbytes = sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+        self.forced = {} if recorder is None else dict(recorder.forced)
+
+    def __repr__(self) -> str:
+        return f"<Deferred {self.name}: {self.numel:,} parameters, {self.nbytes:,} bytes>"
+
+    def plan(
+        self,
+        ckpt: CheckpointSource,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> LoadPlan:
+        """Plan loading ``ckpt`` into this module. The same options as `weightlift.load`; executing it uses this up."""
+        checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+        if options.get("seed") is None:
+            options["seed"] = self._seed
+        return _plan(self._peek(), checkpoint, LoadOptions.create(**options), take=self._take)
+
+    def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
+        """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
+        return self.plan(ckpt, **options).execute()
+
+    def materialize(self) -> nn.Module:
+        """Run the recorded initialisers and return the module, initialised as its constructor meant.
+
+        Values that are sampled depend on the seed and the parameter's name alone, not on order or threads.
+        """
+        subject = self._take()
+        recorder = subject.recorder
+        if recorder is not None:
+            with outside_modes():
+                owned = _owned(subject)
+                recorder.label_samples(owned)
+                for replay in replays(needed(owned)):
+                    replay.run(recorder.seed)
+                for record in owned:
+                    record.memory()
+        return subject.inventory.module
+
+    def _peek(self) -> Subject:
+        if self._subject is None:
+            raise RuntimeError(f"this {self.name} has been loaded or materialised already")
+        return self._subject
+
+    def _take(self) -> Subject:
+        with self._once:
+            subject = self._peek()
+            self._subject = None
+            return subject
+
+
+def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferred:
+    """Run a module's constructor with nothing allocated and nothing initialised.
+
+    ``build`` takes no argument and returns a ``torch.nn.Module``; it runs in the calling thread, other threads are not
+    affected. Values that the constructor reads are right; see docs/deferred.md for what it may do. ``seed``
+    (None: ``torch.initial_seed()``) seeds what is sampled. Raises what ``build`` raises.
+    """
+    used = torch.initial_seed() if seed is None else int(seed)
+    module, recorder = construct(build, CurrentLoad(source=None, deferred=True, seed=used))
+    return Deferred(module, recorder, used)
+
+
+def plan(
+    module: nn.Module | Callable[[], nn.Module],
+    ckpt: CheckpointSource,
+    *,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    device_map: Mapping[str, DeviceOption] | None = None,
+    strict: bool = True,
+    ignore_mismatched: bool = False,
+    key_mapping: KeyMapping | None = None,
+    copy: bool = False,
+    workers: int | None = None,
+    memory_budget_bytes: int | None = None,
+    seed: int | None = None,
+    progress: ProgressOption = None,
+    cancel: threading.Event | None = None,
+    defer: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> LoadPlan:
+    """Decide what `load` with the same arguments would do, from headers alone.
+
+    A plan that does not fit is returned like any other, with its ``problems``. Raises CheckpointError for a checkpoint
+    that breaks its format, and what the constructor raises.
+    """
+    options = LoadOptions.create(
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        strict=strict,
+        ignore_mismatched=ignore_mismatched,
+        key_mapping=key_mapping,
+        copy=copy,
+        workers=workers,
+        memory_budget_bytes=memory_budget_bytes,
+        seed=seed,
+        progress=progress,
+        cancel=cancel,
+        defer=defer,
+    )
+    checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+    return _plan(_subject(module, checkpoint, options), checkpoint, options)
+
+
+def load(
+    module: _Module | Callable[[], _Module],
+    ckpt: CheckpointSource,
+    *,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    device_map: Mapping[str, DeviceOption] | None = None,
+    strict: bool = True,
+    ignore_mismatched: bool = False,
+    key_mapping: KeyMapping | None = None,
+    copy: bool = False,
+    workers: int | None = None,
+    memory_budget_bytes: int | None = None,
+    seed: int | None = None,
+    progress: ProgressOption = None,
+    cancel: threading.Event | None = None,
+    defer: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> _Module:
+    """Put a checkpoint's weights into a module and return it, whole.
+
+    Args:
+        module: a zero-argument callable, built deferred and returned complete; or a module, filled in place: its
+            parameters stay the same objects, in the same memory where dtype and device stay.
+        ckpt: a ``.safetensors``, ``.pt`` or ``.bin`` file, an index, a folder, a hub id, a mapping of tensors, or what
+            `open_checkpoint` returned.
+        dtype: None keeps the module's own dtypes, as ``load_state_dict`` does; "auto" takes the checkpoint's; a
+            ``torch.dtype`` applies to all floating-point tensors, missing ones and non-persistent buffers too; a
+            mapping of fqn patterns (``fnmatch``, the first that matches decides) to any of these.
+        device: where every tensor goes; None leaves the module's own.
+        device_map: fqn prefix → device, the longest prefix decides, "" is the rest.
+        strict: refuse missing and unexpected keys, and tied names with different values. A name that a tied one
+            provides is not missing.
+        ignore_mismatched: initialise a tensor whose shape differs in the checkpoint, instead of refusing.
+        key_mapping: regular expression → replacement, applied to every key; or a callable key → name (None: drop it).
+        copy: False maps the files where dtype and device allow (copy-on-write, nothing is ever written back); True
+            gives every tensor memory of its own.
+        workers: threads that read; None is ``HF_PARALLEL_LOADING_WORKERS`` or 8. Never changes a value.
+        memory_budget_bytes: bound on what is in flight besides the result; None is 512 MiB.
+        seed: of the initialisers of missing weights; None is ``torch.initial_seed()``, read, not drawn from.
+        progress: True for a bar in bytes, False for none, None for a bar where it helps; or a callable that gets bytes
+            done and bytes in all.
+        cancel: an event that stops the load.
+        defer: False calls the constructor ordinarily.
+        revision, token, local_files_only: for a hub id, as ``huggingface_hub`` takes them.
+
+    Raises:
+        CheckpointError: the checkpoint breaks its format.
+        PlanError: module and checkpoint do not fit; every problem in one error, nothing was read or changed.
+        TransferError: a read failed; for an existing module it names what had been written.
+        LoadCancelled: ``cancel`` was set.
+
+    Thread-safety: any number of loads may run at once, in any threads, of the same or of other checkpoints; no state
+    of the process is written. One module must not be loaded into from two threads.
+    """
+    made = plan(
+        module, ckpt,
+        dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
+        key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,
+        progress=progress, cancel=cancel, defer=defer, revision=revision, token=token,
+        local_files_only=local_files_only,
+    )  # fmt: skip
+    return made.execute()  # type: ignore[return-value]
+
+
+def _subject(
+    module: nn.Module | Callable[[], nn.Module], checkpoint: Checkpoint, options: LoadOptions
+) -> Subject:
+    if isinstance(module, nn.Module):
+        return Subject(Inventory.of(module), None)
+    if not callable(module):
+        raise TypeError(f"expected a torch.nn.Module or a callable that builds one, found {type(module).__name__}")
+    load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
+    built, recorder = construct(module, load)
+    return Subject(Inventory.of(built), recorder)
+
+
+def _plan(
+    subject: Subject, checkpoint: Checkpoint, options: LoadOptions, *, take: Callable[[], Subject] | None = None
+) -> LoadPlan:
+    with outside_modes():
+        spec = subject.inventory.spec(in_place=subject.recorder is None)
+        supply, early = _supply(subject.inventory, checkpoint, options)
+        decisions = match(spec, supply, options)
+    source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)
+    made = LoadPlan(decisions, subject, source, options)
+    if take is not None and not decisions.problems:
+        take()
+    return made
+
+
+def _supply(
+    inventory: Inventory, checkpoint: Checkpoint, options: LoadOptions
+) -> tuple[Supply, dict[str, torch.Tensor]]:
+    """What the checkpoint offers under the module's names, and the values that state-dict hooks computed."""
+    offers, problems = offers_of(checkpoint, options.key_mapping)
+    extras = checkpoint.extras
+    done = rewrite(
+        inventory,
+        {name: (offer.entry.shape, offer.entry.dtype) for name, offer in offers.items()},
+        extras,
+        checkpoint.state_dict_metadata,
+        lambda name: checkpoint.read(offers[name].key),
+        options.seed,
+    )
+    if done is None:
+        return Supply(checkpoint.source, offers, checkpoint.files, tuple(problems), extra_state=frozenset(extras)), {}
+    early: dict[str, torch.Tensor] = {}
+    final = {
+        name: Offer(name, offers[before].key, offers[before].entry) for name, before in done.names.items()
+    }
+    for name, (value, owner) in done.values.items():
+        key = f"{name} (computed by a state-dict hook)"
+        early[key] = value
+        entry = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, value.numel() * value.element_size())
+        final[name] = Offer(name, name, entry, computed_by=owner or "the module")
+    problems += [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
+    supply = Supply(
+        source=checkpoint.source,
+        offers=final,
+        files=checkpoint.files,
+        problems=tuple(problems),
+        excused=frozenset(done.excused),
+        extra_state=frozenset(done.extras),
+        early_keys=tuple(dict.fromkeys(offers[name].key for name in done.early)),
+    )
+    return supply, early
+
+
+def _owned(subject: Subject) -> list[Any]:
+    found = (subject.record_of(slot.tensor) for slot in subject.inventory.slots if not is_lazy(slot.tensor))
+    return list(dict.fromkeys(record for record in found if record is not None))
+
+
+def _log_outcome(decisions: Decisions) -> None:
+    summary = report(decisions)
+    noteworthy = summary.missing_keys or summary.unexpected_keys or summary.mismatched_keys
+    _log.log(
+        logging.WARNING if noteworthy else logging.INFO,
+        "%s into %s: %s", decisions.source, decisions.module, summary,
+    )  # fmt: skip

@@ -1,0 +1,20 @@
+"""What is on disk: headers in, frozen records out. See `open_checkpoint`, `Checkpoint`, `TensorEntry`, `verify`."""
+
+from __future__ import annotations
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.entry import Format, ShardContents, ShardFile, TensorEntry
+from weightlift.checkpoint.open import open_checkpoint
+from weightlift.checkpoint.reader import require_unchanged
+from weightlift.checkpoint.verify import verify
+
+__all__ = [
+    "Checkpoint",
+    "Format",
+    "ShardContents",
+    "ShardFile",
+    "TensorEntry",
+    "open_checkpoint",
+    "require_unchanged",
+    "verify",
+]

@@ -1,0 +1,121 @@
+"""From chosen files to one set of keys: the rules that concern several files at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weightlift.checkpoint.entry import ShardContents, TensorEntry
+from weightlift.checkpoint.files import sniff_file
+from weightlift.checkpoint.index import Index, read_index
+from weightlift.checkpoint.safetensors import read_safetensors
+from weightlift.checkpoint.torch_legacy import read_torch_legacy
+from weightlift.checkpoint.torch_zip import read_torch_zip
+from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
+
+
+@dataclass(slots=True)
+class Gathered:
+    """All that is known of a checkpoint's files, problems included.
+
+    ``unlisted`` are keys of the shard files that the index does not name: left out of a checkpoint, as the index
+    rules, and reported by `verify`.
+    """
+
+    contents: list[ShardContents] = field(default_factory=list)
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    extras: dict[str, object] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    unlisted: list[TensorEntry] = field(default_factory=list)
+    missing: bool = False
+
+    @property
+    def state_dict_metadata(self) -> Mapping[str, Mapping[str, object]] | None:
+        """The ``_metadata`` of the files' state dicts, merged."""
+        found = [item.state_dict_metadata for item in self.contents if item.state_dict_metadata is not None]
+        return {name: value for item in reversed(found) for name, value in item.items()} if found else None
+
+
+def gather(paths: tuple[Path, ...], *, is_index: bool) -> Gathered:
+    """Read the headers of the files, or of those that the one index names. Raises nothing that it can note."""
+    gathered = Gathered()
+    index: Index | None = None
+    try:
+        if is_index:
+            index = read_index(paths[0])
+            paths = index.files
+    except CheckpointError as error:
+        _note(gathered, error)
+        return gathered
+    for path in paths:
+        try:
+            gathered.contents.append(read_file(path))
+        except CheckpointError as error:
+            _note(gathered, error)
+    _merge(gathered, index)
+    return gathered
+
+
+def _note(gathered: Gathered, error: CheckpointError) -> None:
+    gathered.problems += error.problems
+    gathered.missing = gathered.missing or isinstance(error, CheckpointNotFound)
+
+
+def read_file(path: Path) -> ShardContents:
+    """The header of one file, by its suffix if that is ``.safetensors``, else by its content."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    sniffed, size = sniff_file(path)
+    kind = sniffed.kind if sniffed is not None else None
+    if kind == "zip":
+        return read_torch_zip(path)
+    if kind == "pickle":
+        return read_torch_legacy(path)
+    found = sniffed.found if sniffed is not None else f"{size} bytes of something else" if size else "an empty file"
+    hint = sniffed.hint if sniffed is not None else "is the download complete?"
+    problem = Problem("is not a file of torch.save", file=path, expected="a zip or a pickle", found=found, hint=hint)
+    raise CheckpointError("not a valid torch checkpoint", [problem])
+
+
+def _merge(gathered: Gathered, index: Index | None) -> None:
+    entries, owner = gathered.entries, index.weight_map if index is not None else None
+    for contents in gathered.contents:
+        path = contents.file.path
+        for entry in contents.entries:
+            first = entries.setdefault(entry.key, entry)
+            if first is not entry:
+                gathered.problems.append(_twice(entry.key, first.file, path))
+        for key, value in contents.extras.items():
+            gathered.extras.setdefault(key, value)
+    if owner is None:
+        return
+    read = {contents.file.path: contents for contents in gathered.contents}
+    for key, path in owner.items():
+        held = entries.get(key)
+        # Of a file that could not be read its own problem has been noted; and of two holders, that there are two.
+        if path in read and (held is None and key not in read[path].extras):
+            gathered.problems.append(_absent(key, path, index, None))
+        elif path in read and held is not None and held.file != path:
+            gathered.problems.append(_absent(key, path, index, held.file))
+    gathered.unlisted = [entry for key, entry in entries.items() if key not in owner]
+    for entry in gathered.unlisted:
+        del entries[entry.key]
+
+
+def _twice(key: str, first: Path | None, second: Path) -> Problem:
+    return Problem(
+        "two shard files hold the key",
+        key=key,
+        file=second,
+        expected="one file for each key",
+        found=f"it is in {first} as well",
+    )
+
+
+def _absent(key: str, path: Path, index: Index | None, actual: Path | None) -> Problem:
+    where = str(index.path) if index is not None else ""
+    found = "no such key" if actual is None else f"it is in {actual}"
+    return Problem(
+        "the file lacks a key that the index promises", key=key, file=path, expected=f"the key, by {where}", found=found
+    )

@@ -1,0 +1,111 @@
+"""From a folder, or the names in one, to the files of the checkpoint in it. Contents are not looked at.
+
+The order of preference is that of Transformers and Diffusers, safetensors first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightlift.checkpoint.files import os_errors
+from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
+
+_LOOKED_FOR = (
+    "model.safetensors, *.safetensors.index.json, *.safetensors, "
+    "pytorch_model.bin, *.bin.index.json, *.bin, *.pt, *.pth"
+)
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+# What trainers leave beside the weights.
+_NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|sampler|dl_state|trainer_state).*"
+)
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.[A-Za-z]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen names within a folder: an index, or files (in the order of their names) without one."""
+
+    names: tuple[str, ...]
+    is_index: bool
+
+
+def choose(names: Iterable[str], where: Path | str) -> Choice:
+    """Choose among the file names of a folder. ``where`` is for messages.
+
+    Raises `CheckpointNotFound` when no name is that of a checkpoint, `CheckpointError` when several indexes compete.
+    """
+    visible = sorted(name for name in names if not name.startswith("."))
+    torch_names = [name for name in visible if name.endswith(_TORCH_SUFFIXES) and not _NOT_WEIGHTS.match(name)]
+    safe_names = [name for name in visible if name.endswith(".safetensors")]
+    choice = _pick(visible, safe_names, ".safetensors", ("model", "diffusion_pytorch_model"), where) or _pick(
+        visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where
+    )
+    if choice is None:
+        found = ", ".join(visible[:8]) + (", …" if len(visible) > 8 else "") if visible else "an empty folder"
+        problem = Problem("no checkpoint in this folder", file=where, expected=f"one of {_LOOKED_FOR}", found=found)
+        raise CheckpointNotFound("no checkpoint", [problem])
+    return choice
+
+
+def _pick(
+    visible: list[str], weights: list[str], suffix: str, stems: tuple[str, ...], where: Path | str
+) -> Choice | None:
+    single = next((stem + suffix for stem in stems if stem + suffix in weights), None)
+    if single is not None:
+        return Choice((single,), is_index=False)
+    indexes = [name for name in visible if name.endswith(f"{suffix}.index.json")]
+    if len(indexes) > 1:
+        problem = Problem(
+            "the folder has several indexes",
+            file=where,
+            expected="one",
+            found=", ".join(indexes),
+            hint="pass the path of the one you mean",
+        )
+        raise CheckpointError("ambiguous checkpoint", [problem])
+    if indexes:
+        return Choice(tuple(indexes), is_index=True)
+    if not weights:
+        return None
+    _require_complete(weights, where)
+    return Choice(tuple(weights), is_index=False)
+
+
+def _require_complete(names: list[str], where: Path | str) -> None:
+    """Files that are numbered ``…-00001-of-00003…`` must all be there: without an index nothing else would tell."""
+    groups: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            groups.setdefault((match["stem"], match["total"], match["suffix"]), set()).add(int(match["number"]))
+    problems = []
+    for (stem, total, suffix), numbers in groups.items():
+        count = int(total)
+        missing = count - len(numbers)
+        if missing > 0:
+            # Numbered from 1, now and then from 0; the count is the file's claim, so no loop runs over it.
+            first = next(n for n in range(0 if 0 in numbers else 1, len(numbers) + 2) if n not in numbers)
+            example = f"{stem}-{first:0{len(total)}d}-of-{total}{suffix}"
+            problems.append(
+                Problem(
+                    f"{missing} of {count} shard files are missing",
+                    file=where,
+                    expected=example,
+                    found=f"{len(numbers)} files {stem}-*-of-{total}{suffix}",
+                    hint="download them all",
+                )
+            )
+    if problems:
+        raise CheckpointError("incomplete checkpoint", problems)
+
+
+def choose_in(folder: Path) -> Choice:
+    """`choose` among the files (not the folders) in a folder of the disk."""
+    with os_errors(folder), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.is_dir()]
+    return choose(names, folder)

@@ -1,0 +1,60 @@
+"""A mapping of tensors as a checkpoint. Nothing is copied: the mapping's tensors are the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.torch_state import flat_problem, versions
+from weightlift.errors import CheckpointError, Problem
+
+SOURCE = "<mapping>"
+_SUMMARY = "not a valid mapping of tensors"
+
+
+def read_mapping(
+    source: Mapping[Any, Any],
+) -> tuple[
+    dict[str, TensorEntry], dict[str, torch.Tensor], dict[str, object], Mapping[str, Mapping[str, object]] | None
+]:
+    """Entries, tensors, other values, and ``_metadata`` of a mapping such as ``module.state_dict()``.
+
+    Raises `CheckpointError` for nested mappings, keys that are no strings, and sparse, quantised or meta tensors.
+    """
+    problem = flat_problem(source, SOURCE, lambda value: isinstance(value, torch.Tensor)) if source else None
+    if problem is not None:
+        raise CheckpointError(_SUMMARY, [problem])
+    problems: list[Problem] = []
+    entries: dict[str, TensorEntry] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    extras: dict[str, object] = {}
+    for key, value in source.items():
+        if not isinstance(value, torch.Tensor):
+            extras[key] = value
+            continue
+        kind = _unreadable(value)
+        if kind is not None:
+            problems.append(Problem(f"is {kind}", key=key, file=SOURCE, expected="a dense tensor with values"))
+            continue
+        tensors[key] = value
+        stride = None if value.is_contiguous() else tuple(value.stride())
+        nbytes = value.numel() * value.dtype.itemsize
+        entries[key] = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, nbytes, stride)
+    if problems:
+        raise CheckpointError(_SUMMARY, problems)
+    return entries, tensors, extras, versions({"_metadata": getattr(source, "_metadata", None)})
+
+
+def _unreadable(tensor: torch.Tensor) -> str | None:
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_meta:
+        return "a tensor on meta, without values"
+    return None

@@ -1,0 +1,77 @@
+"""`open_checkpoint`: whatever a checkpoint is given as, to a `Checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from weightlift.checkpoint import hub
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint.locate import choose_in
+from weightlift.checkpoint.memory import SOURCE, read_mapping
+from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Read the headers of a checkpoint; no tensor byte, and nothing stays open.
+
+    ``source`` is a file (``.safetensors``, or what torch.save wrote), an ``*.index.json``, a folder, a mapping of
+    tensors, a `Checkpoint` (returned as it is), or a hub id ``organisation/name`` when no such path exists; only for
+    that do ``revision``, ``token`` and ``local_files_only`` matter.
+
+    Raises `CheckpointNotFound` when there is nothing at that place, `CheckpointError` with every problem otherwise.
+    Thread-safe.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        entries, tensors, values, versions = read_mapping(source)
+        return Checkpoint(SOURCE, entries, tensors=tensors, extras=values, state_dict_metadata=versions)
+    if not isinstance(source, (str, os.PathLike)):
+        expected = "a path, a hub id, a mapping of tensors or a Checkpoint"
+        raise TypeError(f"cannot open a checkpoint from {type(source).__name__}; expected {expected}")
+    paths, is_index, name = resolve(source, revision=revision, token=token, local_files_only=local_files_only)
+    gathered = gather(paths, is_index=is_index)
+    if gathered.problems:
+        kind = CheckpointNotFound if gathered.missing else CheckpointError
+        raise kind(f"cannot open the checkpoint {name}", gathered.problems)
+    return Checkpoint(
+        name,
+        gathered.entries,
+        files=tuple(contents.file for contents in gathered.contents),
+        extras=gathered.extras,
+        state_dict_metadata=gathered.state_dict_metadata,
+    )
+
+
+def resolve(
+    source: str | os.PathLike[str], *, revision: str | None, token: str | bool | None, local_files_only: bool
+) -> tuple[tuple[Path, ...], bool, str]:
+    """The files of a path or hub id, whether they are one index, and the name for messages.
+
+    Paths are made absolute, so that a later ``chdir`` of the process changes nothing, but links are kept: that of a
+    hub cache's snapshot has the suffix, its blob has not.
+    """
+    text = os.fspath(source)
+    if text and os.path.lexists(text):
+        path = Path(os.path.abspath(text))
+        if path.is_dir():
+            choice = choose_in(path)
+            return tuple(path / name for name in choice.names), choice.is_index, str(path)
+        return (path,), path.suffix == ".json", str(path)
+    if isinstance(source, str) and hub.is_hub_id(source):
+        folder, choice = hub.fetch(source, revision=revision, token=token, local_files_only=local_files_only)
+        return tuple(folder / name for name in choice.names), choice.is_index, source
+    hint = "a hub id has the form organisation/name"
+    problem = Problem("no such file or folder", file=text or repr(text), hint=hint)
+    raise CheckpointNotFound("no checkpoint", [problem])

@@ -1,0 +1,91 @@
+"""Reading one tensor's bytes, after a look whether the file is still the one whose header was read."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from weightlift import dtypes
+from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.checkpoint.files import opened, short_read
+from weightlift.errors import CheckpointChanged, Problem
+
+
+def require_unchanged(file: ShardFile, status: os.stat_result) -> None:
+    """Raise `CheckpointChanged` unless ``status`` is that of the file whose header was read."""
+    compared = (
+        ("size in bytes", file.size_bytes, status.st_size),
+        ("modification time in ns", file.mtime_ns, status.st_mtime_ns),
+        ("inode", (file.device, file.inode), (status.st_dev, status.st_ino)),
+    )
+    problems = [
+        Problem(
+            f"the file's {name} changed",
+            file=file.path,
+            expected=str(was),
+            found=str(now),
+            hint="open the checkpoint again",
+        )
+        for name, was, now in compared
+        if was != now
+    ]
+    if problems:
+        raise CheckpointChanged("the checkpoint changed since it was opened", problems)
+
+
+def read_tensor(file: ShardFile, entry: TensorEntry) -> torch.Tensor:
+    """A row-major CPU tensor with memory of its own, read from the entry's byte range.
+
+    Torch modes of the calling thread (fake tensors, deferred construction, a device context) do not apply to it.
+    Raises `CheckpointChanged` when the file is another one, `CheckpointError` with file and range on short reads and
+    on what the operating system refuses. Thread-safe: each call has its own descriptor.
+    """
+    size = entry.end - entry.start
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with opened(file.path) as (stream, status):
+            require_unchanged(file, status)
+            storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+            _fill(storage, stream, file, entry)
+            # Written to while it was being read? Then these bytes belong to neither version.
+            require_unchanged(file, os.fstat(stream.fileno()))
+        return _tensor(storage, entry)
+
+
+def _fill(storage: torch.UntypedStorage, stream: io.FileIO, file: ShardFile, entry: TensorEntry) -> None:
+    size = entry.end - entry.start
+    if not size:
+        return
+    # A view of the storage's memory that needs neither numpy nor a torch call; it doesn't outlive this function.
+    view = memoryview((ctypes.c_ubyte * size).from_address(storage.data_ptr())).cast("B")
+    stream.seek(entry.start)
+    done = 0
+    while done < size:
+        count = stream.readinto(view[done:])
+        if not count:
+            raise short_read(file.path, entry.start, entry.end, done)
+        done += count
+
+
+def _tensor(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
+    # Copies go through a dtype of the same width, as not every dtype has kernels of its own.
+    carrier = torch.empty(0, dtype=dtypes.carrier(entry.dtype.itemsize), device="cpu")
+    stride = entry.stride if entry.stride is not None else _row_major(entry.shape)
+    tensor = carrier.set_(storage, 0, entry.shape, stride)
+    if entry.stride is not None:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return torch.empty(0, dtype=entry.dtype, device="cpu").set_(
+        tensor.untyped_storage(), 0, entry.shape, _row_major(entry.shape)
+    )
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

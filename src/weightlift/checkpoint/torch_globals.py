@@ -1,0 +1,254 @@
+"""The names that a torch pickle may use, and the inert records that stand for them.
+
+The list is that of ``torch.load(weights_only=True)``. Nothing here imports or calls what a pickle names: a rebuild
+function makes a `TensorRef`, which tells what it would have built, or `Opaque` for tensors that are no plain bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+
+class ForbiddenGlobalError(Exception):
+    """The pickle names something that is not on the weights-only list: loading it would run code."""
+
+
+class BrokenPickleError(Exception):
+    """The pickle is not one that torch.save writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name on the list, standing for itself."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageType:
+    """A storage class; ``dtype`` is None for quantised ones."""
+
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage of the file: its record key, the dtype and count of its elements, where a view of it begins."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor over a storage; offset and strides in elements of ``dtype``."""
+
+    storage: StorageRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Something that torch could rebuild but that isn't a plain run of bytes; ``what`` says what it is."""
+
+    what: str
+
+
+_ALIASES = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
+_PARAMETER = "torch.nn.parameter.Parameter"
+_STORAGES: Mapping[str, StorageType] = MappingProxyType(
+    {
+        **{
+            name: StorageType(dtype)
+            for name, dtype in {
+                "DoubleStorage": torch.float64,
+                "FloatStorage": torch.float32,
+                "HalfStorage": torch.float16,
+                "BFloat16Storage": torch.bfloat16,
+                "LongStorage": torch.int64,
+                "IntStorage": torch.int32,
+                "ShortStorage": torch.int16,
+                "CharStorage": torch.int8,
+                "ByteStorage": torch.uint8,
+                "BoolStorage": torch.bool,
+                "ComplexFloatStorage": torch.complex64,
+                "ComplexDoubleStorage": torch.complex128,
+                "UntypedStorage": torch.uint8,
+            }.items()
+        },
+        **{
+            name: StorageType(None)
+            for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
+        },
+    }
+)
+_STORAGE_MODULES = frozenset({"torch", "torch.cuda", "torch.storage"})
+_OPAQUE: Mapping[str, str] = MappingProxyType(
+    {
+        "torch._utils._rebuild_qtensor": "a quantised tensor",
+        "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+        "torch._utils._rebuild_nested_tensor": "a nested tensor",
+        "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
+        "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on meta, without values",
+        "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of a device that stores no bytes",
+        "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of a device that stores no bytes",
+    }
+)
+_QSCHEMES = frozenset(
+    f"torch.{name}"
+    for name in (
+        "per_tensor_affine",
+        "per_tensor_symmetric",
+        "per_channel_affine",
+        "per_channel_symmetric",
+        "per_channel_affine_float_qparams",
+    )
+)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)) or any(type(value) is not int for value in values):
+        raise BrokenPickleError("a shape or stride that is not integers")
+    return tuple(values)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metadata: Any) -> TensorRef | Opaque:
+    if isinstance(storage, Opaque):
+        return storage
+    if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, torch.dtype):
+        raise BrokenPickleError("a tensor without a storage, an offset or a dtype")
+    if isinstance(metadata, dict) and any(metadata.values()):
+        return Opaque("a conjugated or negated view")
+    return TensorRef(storage, dtype, offset, _integers(size), _integers(stride))
+
+
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef | Opaque:
+    return _tensor(storage, offset, size, stride, getattr(storage, "dtype", None), None)
+
+
+def _rebuild_v2(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, metadata: Any = None
+) -> Any:
+    return _tensor(storage, offset, size, stride, getattr(storage, "dtype", None), metadata)
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+) -> Any:
+    return _tensor(storage, offset, size, stride, dtype, metadata)
+
+
+def _parameter(data: Any = None, *_: Any) -> Any:
+    if not isinstance(data, (TensorRef, Opaque)):
+        raise BrokenPickleError("a parameter without a tensor")
+    return data
+
+
+def _from_type(function: Any, kind: Any, args: Any, _state: Any) -> Any:
+    if not isinstance(function, Global) or not isinstance(args, tuple) or not isinstance(kind, Global):
+        raise BrokenPickleError("a tensor subclass that is not described")
+    return reduce(function, args)
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    return OrderedDict((hashable(key), value) for key, value in pairs)
+
+
+def _counter(counts: Any = MappingProxyType({})) -> dict[Any, Any]:
+    return dict(counts)
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise BrokenPickleError("bytes that are not encoded as latin1")
+    return text.encode("latin1")
+
+
+def _bytearray(data: Any = b"", encoding: Any = "latin1") -> bytearray:
+    # Never an integer, which would ask for that many bytes.
+    return bytearray(data if type(data) is bytes else _encode(data, encoding))
+
+
+def _set(items: Any = ()) -> set[Any]:
+    return {hashable(item) for item in items}
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+def _size(values: Any = ()) -> torch.Size:
+    return torch.Size(_integers(values))
+
+
+def _device(kind: Any, index: Any = None) -> torch.device:
+    try:
+        return torch.device(kind) if index is None else torch.device(kind, index)
+    except RuntimeError as error:
+        raise BrokenPickleError("a device that torch does not know") from error
+
+
+_REDUCERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "collections.OrderedDict": _ordered,
+        "collections.Counter": _counter,
+        "torch._utils._rebuild_tensor": _rebuild,
+        "torch._utils._rebuild_tensor_v2": _rebuild_v2,
+        "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+        _PARAMETER: _parameter,
+        "torch._tensor._rebuild_from_type_v2": _from_type,
+        "torch.serialization._get_layout": lambda name: Opaque(f"the layout {name}"),
+        "torch.Size": _size,
+        "torch.device": _device,
+        "_codecs.encode": _encode,
+        "builtins.bytearray": _bytearray,
+        "builtins.set": _set,
+        "builtins.complex": _complex,
+    }
+)
+
+
+def find(module: str, name: str) -> Any:
+    """The inert stand-in for a global of the weights-only list; `ForbiddenGlobalError` for every other."""
+    module = _ALIASES.get(module, module)
+    full = f"{module}.{name}"
+    if module in _STORAGE_MODULES and name in _STORAGES:
+        return _STORAGES[name]
+    if full in _REDUCERS or full in _OPAQUE or full == "torch.Tensor":
+        return Global(full)
+    if full in _QSCHEMES:
+        return Opaque(f"the quantisation scheme {full}")
+    if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+        return dtype
+    raise ForbiddenGlobalError(full)
+
+
+def reduce(function: Any, args: Any) -> Any:
+    if not isinstance(function, Global) or type(args) is not tuple:
+        raise BrokenPickleError("a call of something that is not a function")
+    if function.name in _OPAQUE:
+        return Opaque(_OPAQUE[function.name])
+    if function.name not in _REDUCERS:
+        raise BrokenPickleError(f"a call of {function.name}")
+    return _REDUCERS[function.name](*args)
+
+
+def hashable(key: Any) -> Any:
+    """Only flat keys: hashing a tuple of a million levels would overflow the C stack."""
+    flat = key if type(key) is tuple else (key,)
+    if any(type(part) not in (str, int, float, bool, bytes, type(None)) for part in flat):
+        raise BrokenPickleError(f"a key of type {type(key).__name__}")
+    return key

@@ -1,0 +1,207 @@
+"""From the object in a torch pickle to records: the rules of a state dict, the same for both file formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.torch_globals import (
+    BrokenPickleError,
+    ForbiddenGlobalError,
+    Global,
+    Opaque,
+    StorageRef,
+    StorageType,
+    TensorRef,
+)
+from weightlift.checkpoint.torch_pickle import PickleReader
+from weightlift.errors import CheckpointError, Problem
+
+SUMMARY = "not a valid torch checkpoint"
+_MAX_DEPTH = 100
+
+Place = Callable[[StorageRef], "tuple[int, int] | Problem"]
+"""Gives the half-open byte range of a storage in the file, or what is wrong with it."""
+
+
+def unpickle(reader: PickleReader, stream: Any, path: Path) -> Any:
+    """`PickleReader.read`, its refusals as `CheckpointError`."""
+    try:
+        return reader.read(stream)
+    except ForbiddenGlobalError as error:
+        problem = Problem(
+            "the pickle holds code, which weightlift never runs",
+            file=path,
+            expected="a state dict of tensors",
+            found=str(error),
+            hint="have somebody you trust save the state dict again, best as safetensors",
+        )
+        raise CheckpointError(SUMMARY, [problem]) from None
+    except BrokenPickleError as error:
+        problem = Problem(
+            "the pickle is damaged or not a checkpoint", file=path, found=str(error), hint="is the download complete?"
+        )
+        raise CheckpointError(SUMMARY, [problem]) from None
+
+
+class StateDict:
+    """The conversion of one unpickled object. Collects every problem, then raises once."""
+
+    def __init__(self, path: Path, place: Place) -> None:
+        self.path = path
+        self.entries: list[TensorEntry] = []
+        self.extras: dict[str, object] = {}
+        self.problems: list[Problem] = []
+        self._place = place
+        self._placed: dict[StorageRef, tuple[int, int] | Problem] = {}
+
+    def convert(self, root: Any) -> None:
+        """Fill ``entries`` and ``extras`` from ``root``, or raise `CheckpointError`."""
+        problem = flat_problem(root, self.path, lambda value: isinstance(value, (TensorRef, Opaque)))
+        if problem is not None:
+            raise CheckpointError(SUMMARY, [problem])
+        for key, value in root.items():
+            if isinstance(value, TensorRef):
+                entry = self._entry(key, value)
+                if entry is not None:
+                    self.entries.append(entry)
+            elif isinstance(value, Opaque):
+                self._problem(key, f"is {value.what}, which weightlift cannot read", expected="a dense, strided tensor")
+            else:
+                self.extras[key] = self._extra(key, value, {}, 0)
+        if self.problems:
+            raise CheckpointError(SUMMARY, self.problems)
+
+    def _problem(self, key: str, what: str, **more: Any) -> None:
+        self.problems.append(Problem(what, key=key, file=self.path, **more))
+
+    def _entry(self, key: str, ref: TensorRef) -> TensorEntry | None:
+        where = self._placed.get(ref.storage)
+        if where is None:
+            where = self._placed[ref.storage] = self._place(ref.storage)
+            if isinstance(where, Problem):
+                self.problems.append(where)  # once for all the tensors over it
+        if isinstance(where, Problem):
+            return None
+        begin, end = where
+        if len(ref.shape) != len(ref.stride) or ref.offset < 0 or min((*ref.shape, *ref.stride), default=0) < 0:
+            found = f"shape {list(ref.shape)}, stride {list(ref.stride)}, offset {ref.offset}"
+            self._problem(key, "shape, stride and offset are no tensor's", found=found)
+            return None
+        itemsize = ref.dtype.itemsize
+        start = begin + ref.storage.first * ref.storage.dtype.itemsize + ref.offset * itemsize
+        stop = start + _span(ref.shape, ref.stride) * itemsize
+        if stop == start:
+            start = stop = min(start, end)  # no byte belongs to a tensor without elements
+        if stop > end:
+            self._problem(
+                key,
+                "lies beyond the end of its storage",
+                start=start,
+                end=stop,
+                expected=f"a range within {begin}:{end}",
+                found=f"{start}:{stop}",
+            )
+            return None
+        stride = None if _contiguous(ref.shape, ref.stride) else ref.stride
+        return TensorEntry(key, ref.shape, ref.dtype, self.path, start, stop, stride)
+
+    def _extra(self, key: str, value: Any, seen: dict[int, Any], depth: int) -> object:
+        """A copy of a value that is no tensor, in which tensors are `TensorEntry` records."""
+        if value is None or isinstance(value, (str, int, float, complex, bytes, torch.Size, torch.dtype, torch.device)):
+            return value
+        if id(value) in seen or depth > _MAX_DEPTH:
+            if id(value) not in seen:
+                self._problem(key, "is nested too deeply", expected=f"{_MAX_DEPTH} levels at most")
+            return seen.get(id(value))
+        if isinstance(value, TensorRef):
+            return self._entry(key, value)
+        made: Any
+        if isinstance(value, dict):
+            made = seen[id(value)] = type(value)()
+            for name, item in value.items():
+                made[name] = self._extra(key, item, seen, depth + 1)
+        elif isinstance(value, list):
+            made = seen[id(value)] = []
+            made.extend(self._extra(key, item, seen, depth + 1) for item in value)
+        elif isinstance(value, tuple):
+            made = seen[id(value)] = tuple(self._extra(key, item, seen, depth + 1) for item in value)
+        elif isinstance(value, (set, bytearray)):
+            made = type(value)(value)
+        else:
+            names = {Opaque: "what", Global: "name", StorageType: "dtype", StorageRef: "key"}
+            found = getattr(value, names.get(type(value), "__doc__"), None)
+            self._problem(key, "holds a value that weightlift cannot read", found=f"{type(value).__name__} {found}")
+            return None
+        return made
+
+
+def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) -> Problem | None:
+    """What keeps ``root`` from being a flat mapping of names to tensors; None if nothing does.
+
+    Values that are no tensors are allowed beside tensors, and ``…_extra_state`` may hold tensors (as modules make it).
+    """
+    expected = "a mapping of names to tensors"
+    if not isinstance(root, Mapping):
+        found = "one tensor" if is_tensor(root) else f"a {type(root).__name__}"
+        return Problem("is not a state dict", file=file, expected=expected, found=found)
+    odd = [key for key in root if type(key) is not str]
+    if odd:
+        found = f"the key {odd[0]!r:.100}" if not isinstance(odd[0], tuple) else "a tuple"
+        return Problem("has keys that are not strings", file=file, expected=expected, found=found)
+    nested = [
+        key
+        for key, value in root.items()
+        if not key.endswith("_extra_state") and isinstance(value, Mapping) and _holds_tensors(value, is_tensor, 8)
+    ]
+    if nested:
+        names = ", ".join(repr(key) for key in nested)
+        hint = (
+            f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
+            f"itself, e.g. loaded[{nested[0]!r}]"
+        )
+        return Problem(
+            "the state dict is nested", file=file, expected=expected, found=f"mappings under {names}", hint=hint
+        )
+    if not any(is_tensor(value) or key.endswith("_extra_state") for key, value in root.items()):
+        found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
+        return Problem("holds no tensor", file=file, expected=expected, found=found)
+    return None
+
+
+def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool], depth: int) -> bool:
+    if not isinstance(value, Mapping):
+        return is_tensor(value)
+    return depth > 0 and any(_holds_tensors(item, is_tensor, depth - 1) for item in value.values())
+
+
+def versions(attributes: Mapping[str, Any]) -> Mapping[str, Mapping[str, object]] | None:
+    """The ``_metadata`` of a pickled state dict, read-only; None when it has none or it is not what modules write."""
+    value = attributes.get("_metadata")
+    if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
+        return None
+    return MappingProxyType({str(name): MappingProxyType(dict(item)) for name, item in value.items()})
+
+
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements of the storage from the first to the last of the tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    if 0 in shape:
+        return True
+    step = 1
+    for size, actual in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if actual != step:
+                return False
+            step *= size
+    return True

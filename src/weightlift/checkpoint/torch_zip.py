@@ -1,0 +1,154 @@
+"""The zip format of ``torch.save``: byte ranges from the zip's directory, shapes from its pickle.
+
+Tensor bytes are not read: each record is stored uncompressed, so a tensor is a range of the file. The directory is
+read by Python's zipfile; each record's own header is then read to find where its bytes begin, and has to agree.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+from weightlift.checkpoint.entry import ShardContents
+from weightlift.checkpoint.files import opened, read_exactly, shard_file
+from weightlift.checkpoint.torch_globals import StorageRef
+from weightlift.checkpoint.torch_pickle import PickleReader
+from weightlift.checkpoint.torch_state import SUMMARY, StateDict, unpickle, versions
+from weightlift.errors import CheckpointError, Problem
+
+_LOCAL = struct.Struct("<4s5H3I2H")  # signature, version, flags, method, time, date, crc, sizes, name and extra lengths
+_ENCRYPTED = 1
+
+
+def read_torch_zip(path: Path) -> ShardContents:
+    """The records of a file that ``torch.save`` wrote, in the order of its state dict.
+
+    Strided views keep their stride; tied tensors share their byte range. Raises `CheckpointError` (code in the pickle,
+    compressed or missing records, big-endian data, a nested mapping, sparse or quantised tensors, damage).
+    """
+    with opened(path) as (stream, status):
+        try:
+            archive = _Archive(path, stream, status.st_size)
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            _fail(
+                path, f"the zip is damaged: {error}", found=f"{status.st_size} bytes", hint="is the download complete?"
+            )
+        order = archive.small("byteorder")
+        if order not in (None, b"little"):
+            _fail(
+                path,
+                "the tensors have the wrong byte order",
+                expected="little",
+                found=str(order, "latin1")[:20],
+                hint="load it with torch on any machine and save it again",
+            )
+        reader = PickleReader()
+        root = unpickle(reader, io.BytesIO(archive.read("data.pkl")), path)
+        state = StateDict(path, archive.place)
+        state.convert(root)
+        attributes = reader.attributes(root)
+        return ShardContents(
+            shard_file(path, "torch", status), tuple(state.entries), state.extras, versions(attributes)
+        )
+
+
+def _fail(path: Path, what: str, **more: str | None) -> NoReturn:
+    raise CheckpointError(SUMMARY, [Problem(what, file=path, **more)])  # type: ignore[arg-type]
+
+
+class _Archive:
+    """The records of a zip by their name under the archive's folder."""
+
+    def __init__(self, path: Path, stream: io.FileIO, size: int) -> None:
+        self.path = path
+        self.stream = stream
+        with zipfile.ZipFile(stream) as directory:
+            infos = directory.infolist()
+            self.limit = directory.start_dir
+        self.records: dict[str, zipfile.ZipInfo] = {}
+        root = infos[0].filename.partition("/")[0] + "/" if infos else ""
+        for info in infos:
+            name = info.filename.removeprefix(root)
+            if name in self.records:
+                _fail(path, f"the zip has the record {name!r} twice")
+            self.records[name] = info
+        if "data.pkl" not in self.records:
+            _fail(
+                path,
+                "is a zip, but not one that torch.save writes",
+                expected="a record data.pkl",
+                found=", ".join(list(self.records)[:5]) or "an empty zip",
+            )
+        if "constants.pkl" in self.records:
+            _fail(
+                path,
+                "is a TorchScript archive, which holds code",
+                expected="a state dict of tensors",
+                hint="load it with torch.jit.load and save its state_dict()",
+            )
+
+    def range(self, name: str) -> tuple[int, int] | Problem:
+        """Where the bytes of a record lie in the file."""
+        info = self.records.get(name)
+        if info is None:
+            return Problem(f"the record {name!r} is missing", file=self.path, hint="is the file damaged?")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+            return Problem(
+                f"the record {name!r} is compressed or encrypted",
+                file=self.path,
+                expected="stored as it is",
+                hint="it was packed again by another tool; save it with torch.save",
+            )
+        begin = info.header_offset
+        if begin < 0 or begin + _LOCAL.size > self.limit:
+            return self._damaged(name, "its header is not in the file")
+        signature, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack(
+            read_exactly(self.stream, self.path, begin, _LOCAL.size)
+        )
+        start = begin + _LOCAL.size + name_length + extra_length
+        end = start + info.file_size
+        if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or flags & _ENCRYPTED:
+            return self._damaged(name, "its header does not agree with the directory")
+        if info.compress_size != info.file_size or end > self.limit:
+            return self._damaged(name, f"its bytes, {start}:{end}, are not in the file")
+        stored = read_exactly(self.stream, self.path, begin + _LOCAL.size, name_length)
+        if stored != info.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
+            return self._damaged(name, "its header has another name")
+        return start, end
+
+    def _damaged(self, name: str, why: str) -> Problem:
+        return Problem(f"the record {name!r} of the zip is damaged: {why}", file=self.path)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a record, no more than the file has."""
+        where = self.range(name)
+        if isinstance(where, Problem):
+            raise CheckpointError(SUMMARY, [where])
+        return read_exactly(self.stream, self.path, where[0], where[1] - where[0])
+
+    def small(self, name: str) -> bytes | None:
+        """The first bytes of a record; None when there is no such record."""
+        return self.read(name)[:64] if name in self.records else None
+
+    def place(self, storage: StorageRef) -> tuple[int, int] | Problem:
+        """The byte range of a storage: its record, which has to be of the size that the pickle tells."""
+        name = f"data/{storage.key}"
+        size = storage.numel * storage.dtype.itemsize
+        if size == 0 and name not in self.records:
+            return 0, 0
+        where = self.range(name)
+        if not isinstance(where, Problem) and where[1] - where[0] != size:
+            return Problem(
+                f"the record {name!r} is not of its storage's size",
+                file=self.path,
+                start=where[0],
+                end=where[1],
+                expected=f"{size} bytes",
+                found=f"{where[1] - where[0]} bytes",
+            )
+        return where

@@ -1,0 +1,33 @@
+"""Every rule of the formats, and the index against the shard files."""
+
+from __future__ import annotations
+
+import os
+
+from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint.open import resolve
+from weightlift.errors import CheckpointError, Problem
+
+
+def verify(path: str | os.PathLike[str]) -> tuple[Problem, ...]:
+    """All that is wrong with a checkpoint; empty if nothing is. Raises nothing for what it finds.
+
+    Stricter than opening in one thing: keys in the shard files that the index does not list are problems. Tensor
+    bytes are not read, as no format here has a checksum of them that all its writers fill in.
+    """
+    try:
+        paths, is_index, _ = resolve(path, revision=None, token=None, local_files_only=True)
+    except CheckpointError as error:
+        return error.problems
+    gathered = gather(paths, is_index=is_index)
+    unlisted = (
+        Problem(
+            "the index does not list the key",
+            key=entry.key,
+            file=entry.file,
+            expected=f"a line in {paths[0]}",
+            hint="loaders leave it out; add it to the index, or remove it from the file",
+        )
+        for entry in gathered.unlisted
+    )
+    return (*gathered.problems, *unlisted)

@@ -1,0 +1,203 @@
+"""What kind of call an ATen operator is, read off its schema once: does it alias, write, sample, make something new?"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+class Kind(enum.Enum):
+    """How the recorder treats a call."""
+
+    VIEW = enum.auto()  # aliases its input or only changes a tensor's geometry: run as it is
+    BIRTH = enum.auto()  # a factory: reserve memory, record how to fill it
+    WRITE = enum.auto()  # changes a tensor argument in place, `out=` included
+    PURE = enum.auto()  # makes new tensors from its arguments
+    VALUE = enum.auto()  # gives something that is no tensor, or nothing at all: needs the values now
+    RESIZE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operator: its kind, whether it samples, where it writes and whether it overwrites all it writes to."""
+
+    kind: Kind
+    random: bool = False
+    written: tuple[int | str, ...] = ()
+    overwrites: bool = False
+    pointwise: bool = False
+
+
+# In place operators that define every element of their first argument without looking at it.
+_OVERWRITING = {
+    "aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_", "aten::copy_", "aten::random_",
+    "aten::exponential_", "aten::bernoulli_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
+}  # fmt: skip
+
+def classify(func: Any) -> Call:
+    """Read the schema of an operator overload. Unknown shapes of schema are taken for calls that need values now."""
+    schema = func._schema
+    name = schema.name
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    if name == "aten::resize_":
+        return Call(Kind.RESIZE)
+    if torch.Tag.inplace_view in func.tags or name in ("aten::set_", "aten::detach_"):
+        return Call(Kind.VIEW)
+    written = tuple(
+        argument.name if argument.kwarg_only else index
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    if written:
+        overwrites = name in _OVERWRITING or (schema.overload_name == "out" and name == "aten::eye")
+        return Call(Kind.WRITE, random, written, overwrites)
+    if not schema.returns or any(not _gives_tensors(result.type) for result in schema.returns):
+        return Call(Kind.VALUE, random)
+    if any(result.alias_info is not None for result in schema.returns):
+        return Call(Kind.VIEW)
+    return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags)
+
+
+def _gives_tensors(kind: Any) -> bool:
+    return str(kind) in ("Tensor", "List[Tensor]")
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A factory rewritten as reserved memory plus, at most, one in-place call that fills it."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    memory_format: torch.memory_format | None = None
+    stride: tuple[int, ...] | None = None
+    fill: Callable[..., Any] | None = None
+    fill_args: tuple[Any, ...] = ()
+    random: bool = False
+
+
+def _factory_dtype(kwargs: dict[str, Any]) -> torch.dtype:
+    return kwargs.get("dtype") or torch.get_default_dtype()
+
+
+def _empty(size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), _factory_dtype(kwargs), kwargs.get("memory_format"))
+
+
+def _empty_strided(size: Any, stride: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), _factory_dtype(kwargs), stride=tuple(stride))
+
+
+def _ones(size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), _factory_dtype(kwargs), fill=aten.fill_.Scalar, fill_args=(1,))
+
+
+def _full(size: Any, value: Any, **kwargs: Any) -> Birth:
+    dtype = kwargs.get("dtype")
+    if dtype is None:
+        if isinstance(value, bool):
+            dtype = torch.bool
+        elif isinstance(value, int):
+            dtype = torch.int64
+        elif isinstance(value, complex):
+            dtype = torch.get_default_dtype().to_complex()
+        else:
+            dtype = torch.get_default_dtype()
+    return Birth(tuple(size), dtype, fill=aten.fill_.Scalar, fill_args=(value,))
+
+
+def _rand(size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), _factory_dtype(kwargs), fill=aten.uniform_.default, fill_args=(0.0, 1.0), random=True)
+
+
+def _randn(size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), _factory_dtype(kwargs), fill=aten.normal_.default, fill_args=(0.0, 1.0), random=True)
+
+
+def _randint(high: Any, size: Any, **kwargs: Any) -> Birth:
+    return _randint_low(0, high, size, **kwargs)
+
+
+def _randint_low(low: Any, high: Any, size: Any, **kwargs: Any) -> Birth:
+    dtype = kwargs.get("dtype") or torch.int64
+    return Birth(tuple(size), dtype, fill=getattr(aten.random_, "from"), fill_args=(low, high), random=True)
+
+
+def _new_empty(like: torch.Tensor, size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), kwargs.get("dtype") or like.dtype)
+
+
+def _new_empty_strided(like: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), kwargs.get("dtype") or like.dtype, stride=tuple(stride))
+
+
+def _new_ones(like: torch.Tensor, size: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), kwargs.get("dtype") or like.dtype, fill=aten.fill_.Scalar, fill_args=(1,))
+
+
+def _new_full(like: torch.Tensor, size: Any, value: Any, **kwargs: Any) -> Birth:
+    return Birth(tuple(size), kwargs.get("dtype") or like.dtype, fill=aten.fill_.Scalar, fill_args=(value,))
+
+
+def _like(fill: Any = None, args: tuple[Any, ...] = (), random: bool = False) -> Callable[..., Birth]:
+    def birth(like: torch.Tensor, *rest: Any, **kwargs: Any) -> Birth:
+        dtype = kwargs.get("dtype") or like.dtype
+        memory_format = kwargs.get("memory_format")
+        stride = None
+        if memory_format in (None, torch.preserve_format):
+            memory_format = None
+            if not like.is_contiguous():
+                stride = torch.empty_like(torch.empty_strided(like.shape, like.stride(), device="meta")).stride()
+        return Birth(tuple(like.shape), dtype, memory_format, stride, fill, (*args, *rest), random)
+
+    return birth
+
+
+def _randint_like(like: torch.Tensor, high: Any, **kwargs: Any) -> Birth:
+    return _like(getattr(aten.random_, "from"), (0, high), random=True)(like, **kwargs)
+
+
+def _randint_like_low(like: torch.Tensor, low: Any, high: Any, **kwargs: Any) -> Birth:
+    return _like(getattr(aten.random_, "from"), (low, high), random=True)(like, **kwargs)
+
+
+BIRTHS: dict[Any, Callable[..., Birth]] = {
+    aten.empty.memory_format: _empty,
+    aten.empty_strided.default: _empty_strided,
+    aten.zeros.default: _empty,  # reserved memory reads as zeros
+    aten.ones.default: _ones,
+    aten.full.default: _full,
+    aten.rand.default: _rand,
+    aten.randn.default: _randn,
+    aten.randint.default: _randint,
+    aten.randint.low: _randint_low,
+    aten.new_empty.default: _new_empty,
+    aten.new_empty_strided.default: _new_empty_strided,
+    aten.new_zeros.default: _new_empty,
+    aten.new_ones.default: _new_ones,
+    aten.new_full.default: _new_full,
+    aten.empty_like.default: _like(),
+    aten.zeros_like.default: _like(),
+    aten.ones_like.default: _like(aten.fill_.Scalar, (1,)),
+    aten.full_like.default: _like(aten.fill_.Scalar),
+    aten.rand_like.default: _like(aten.uniform_.default, (0.0, 1.0), random=True),
+    aten.randn_like.default: _like(aten.normal_.default, (0.0, 1.0), random=True),
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like_low,
+}
+
+KINDS: dict[Any, Call] = {}
+
+
+def call_of(func: Any) -> Call:
+    """`classify`, remembered. Two threads may both compute an entry; both compute the same."""
+    call = KINDS.get(func)
+    if call is None:
+        call = Call(Kind.BIRTH) if func in BIRTHS else classify(func)
+        KINDS[func] = call
+    return call

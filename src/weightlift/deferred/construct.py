@@ -1,0 +1,100 @@
+"""Running a constructor so that nothing is allocated and nothing is initialised, and saying which load it runs for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from weightlift.ambient import outside_modes
+from weightlift.deferred.functions import FunctionRecorder
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+
+_GARBAGE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentLoad:
+    """The load that a constructor runs for.
+
+    ``source`` is the checkpoint as it was named (None under `weightlift.defer`), ``deferred`` whether tensor work is
+    put off, ``seed`` the seed of missing weights.
+    """
+
+    source: str | None
+    deferred: bool
+    seed: int
+
+
+_current: ContextVar[tuple[int, CurrentLoad] | None] = ContextVar("weightlift.current_load", default=None)
+
+
+def current_load() -> CurrentLoad | None:
+    """Inside a constructor: the load it runs for, the innermost of its own thread. Elsewhere None.
+
+    Helper threads that a constructor starts are not part of the load, whether or not they copied the context.
+    """
+    found = _current.get()
+    if found is None or found[0] != threading.get_ident():
+        return None
+    return found[1]
+
+
+@contextlib.contextmanager
+def _announced(load: CurrentLoad) -> Iterator[None]:
+    token = _current.set((threading.get_ident(), load))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def construct(build: Callable[[], nn.Module], load: CurrentLoad) -> tuple[nn.Module, Recorder | None]:
+    """Call ``build``, deferred where ``load.deferred`` says so. Returns the module and the recorder of its tapes.
+
+    Values that live outside the module's parameters and buffers (tables in lists or caches) are computed before this
+    returns. Raises what ``build`` raises, and TypeError when it does not return a module.
+    """
+    with _announced(load):
+        if not load.deferred:
+            return _checked(build()), None
+        recorder = Recorder(seed=load.seed)
+        # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
+        with _disable_current_modes(), FunctionRecorder(recorder), recorder:
+            module = _checked(build())
+    with outside_modes():
+        _finish(module, recorder)
+    return module, recorder
+
+
+def _checked(module: Any) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the callable must return a torch.nn.Module, found {type(module).__qualname__}")
+    return module
+
+
+def _finish(module: nn.Module, recorder: Recorder) -> None:
+    """Label what belongs to the module; give everything else that is still alive its values."""
+    inventory = Inventory.of(module)
+    owned = set()
+    for name, tensor in inventory.tensors():
+        record = recorder.record_of(tensor)
+        if record is not None and record not in owned:
+            owned.add(record)
+            record.label = name
+    orphans = [record for record in list(recorder.records.values()) if record.pending and record not in owned]
+    if sum(record.nbytes for record in orphans) >= _GARBAGE_BYTES:
+        gc.collect()  # modules that the constructor threw away may hang in reference cycles
+        orphans = [record for record in orphans if record() is not None]
+    recorder.force(orphans, "tensors outside the module's parameters and buffers")
+    for record in list(recorder.records.values()):
+        if record not in owned and not record.opened:
+            record.memory()

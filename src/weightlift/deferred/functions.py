@@ -1,0 +1,178 @@
+"""The function-level companion of the recorder: calls that reach a tensor's memory without ATen.
+
+It also defers ``torch.nn.init.trunc_normal_`` whole. That function draws, looks whether a sample fell outside
+(``if mask.any()``) and draws again, so its ATen calls can't be put off one by one; and being a plain Python function,
+no mode sees it. Its calls of ``Tensor.normal_`` and ``Tensor.uniform_`` are seen, though, and the frame that makes them
+holds its arguments. What was recognised is checked once a process against the real function (`trunc_normal_is_recognisable`); where
+torch's code has changed too far, ``trunc_normal_`` runs when it is called, which is slower and just as right.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from weightlift.deferred.recorder import Recorder, _tensors
+from weightlift.deferred.tape import Node, generator_for
+
+_Tensor = torch.Tensor
+_TRUNC_NORMAL: Any = getattr(torch.nn.init, "_no_grad_trunc_normal_", None)
+_TRUNC_CODE: CodeType | None = getattr(_TRUNC_NORMAL, "__code__", None)
+
+# Read or hand out the memory itself. Afterwards somebody may hold it, so later writes to it are not put off.
+_ESCAPES = {
+    _Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr, _Tensor.untyped_storage, _Tensor.storage,
+    _Tensor._typed_storage, _Tensor.__dlpack__, torch.utils.dlpack.to_dlpack, _Tensor.share_memory_,
+    _Tensor.apply_, _Tensor.map_, _Tensor.map2_,
+}  # fmt: skip
+# Read the values, or run Python code that does, and keep no hold of the memory.
+_READS = {
+    _Tensor.tolist, _Tensor.__repr__, _Tensor.__format__, _Tensor.__reduce_ex__, torch.tensor, torch.as_tensor,
+    torch.asarray, _Tensor.is_shared,
+}  # fmt: skip
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """Sees every torch function that the constructor calls on its own thread."""
+
+    def __init__(self, recorder: Recorder, *, recognise: bool | None = None) -> None:
+        super().__init__()
+        self._recorder = recorder
+        handlers: dict[Any, Callable[..., Any]] = dict.fromkeys(_ESCAPES, self._escape)
+        handlers.update(dict.fromkeys(_READS, self._read))
+        handlers[_Tensor.new_tensor] = self._new_tensor
+        handlers[_Tensor.__deepcopy__] = self._deepcopy
+        if trunc_normal_is_recognisable() if recognise is None else recognise:
+            handlers[_Tensor.normal_] = self._sample
+            handlers[_Tensor.uniform_] = self._sample
+            handlers[_Tensor.copy_] = self._copy
+            handlers[_Tensor.any] = self._any
+        self._handlers = handlers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = self._handlers.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.force_tensors(_tensors((args, kwargs)), func)
+        return func(*args, **kwargs)
+
+    def _escape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = _tensors((args, kwargs))
+        self._recorder.force_tensors(tensors, func)
+        for tensor in tensors:
+            record = self._recorder.record_of(tensor)
+            if record is not None:
+                record.pinned = True
+        return func(*args, **kwargs)
+
+    def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.force_tensors(_tensors((args[1:], kwargs)), func)
+        return func(*args, **kwargs)
+
+    def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``copy.deepcopy`` of a plain tensor copies its storage below ATen; here the copy is recorded."""
+        tensor, memo = args[0], args[1]
+        record = self._recorder.record_of(tensor)
+        if record is None or not record.pending or type(tensor) is not _Tensor or not tensor.is_leaf:
+            return self._read(func, args, kwargs)
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        copies = memo.setdefault("torch", {})  # where torch keeps the storages that were copied already
+        storage = tensor.untyped_storage()
+        if storage._cdata not in copies:
+            source = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            with self._recorder:
+                copies[storage._cdata] = source.clone().untyped_storage()
+        copied = torch.empty(0, dtype=tensor.dtype)
+        copied.set_(copies[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
+        copied.requires_grad_(tensor.requires_grad)
+        memo[id(tensor)] = copied
+        return copied
+
+    # -- trunc_normal_ ------------------------------------------------------------------------------------------------
+
+    def _sample(self, func: Any, args: Any, kwargs: Any) -> Any:
+        frame = _caller()
+        if frame.f_code is not _TRUNC_CODE:
+            return func(*args, **kwargs)
+        values = frame.f_locals
+        tensor, generator = values["tensor"], values["generator"]
+        if args[0] is not tensor:
+            return args[0]  # scratch of an attempt that is recorded whole
+        recorder = self._recorder
+        record = recorder.record_of(tensor)
+        if record is None or record.pinned or generator is not None or recorder.sampling_now():
+            return func(*args, **kwargs)
+        arguments = (values["mean"], values["std"], values["a"], values["b"])
+        recorder.record_call(_TRUNC_NORMAL, tensor, arguments, overwrites=True)
+        return _nothing()
+
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if (frame := _caller()).f_code is _TRUNC_CODE and self._recorded_whole(frame):
+            return args[0]
+        return func(*args, **kwargs)
+
+    def _any(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if (frame := _caller()).f_code is _TRUNC_CODE and self._recorded_whole(frame):
+            return False
+        return func(*args, **kwargs)
+
+    def _recorded_whole(self, frame: FrameType) -> bool:
+        record = self._recorder.record_of(frame.f_locals["tensor"])
+        return record is not None and record.last is not None and record.last.func is _TRUNC_NORMAL
+
+
+def _caller() -> FrameType:
+    """The frame that made the call which a handler was asked about, below any modes on the way."""
+    frame = sys._getframe(3)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _nothing() -> torch.Tensor:
+    """Stands for samples none of which lie outside the bounds."""
+    return torch.empty(0)
+
+
+@functools.cache
+def trunc_normal_is_recognisable() -> bool:
+    """Does torch's ``trunc_normal_`` still look for outliers in a way that recording it whole can stand for?
+
+    Decided once a process, by recording both of its branches on small tensors and comparing with the function itself.
+    """
+    return _TRUNC_CODE is not None and all(_trial(bounds) for bounds in ((-2.0, 2.0), (1.0, 1.2)))
+
+
+def _trial(bounds: tuple[float, float]) -> bool:
+    try:
+        with _disable_current_modes():
+            return _trial_alone(Recorder(seed=0), bounds)
+    except Exception:  # another torch: run trunc_normal_ when it is called
+        return False
+
+
+def _trial_alone(recorder: Recorder, bounds: tuple[float, float]) -> bool:
+    with FunctionRecorder(recorder, recognise=True), recorder:
+        tensor = torch.empty(64)
+        torch.nn.init.trunc_normal_(tensor, 0.0, 1.0, *bounds)
+    record = recorder.record_of(tensor)
+    node: Node | None = None if record is None else record.last
+    if node is None or node.func is not _TRUNC_NORMAL or recorder.forced:
+        return False
+    node.seed_label = "trial"
+    with torch.no_grad():
+        node.execute(0)
+        expected = torch.empty(64)
+        _TRUNC_NORMAL(expected, 0.0, 1.0, *bounds, generator=generator_for(0, "trial"))
+    return torch.equal(tensor, expected)

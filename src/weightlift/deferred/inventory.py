@@ -1,0 +1,201 @@
+"""What a module wants: its parameters and buffers as frozen records, and the slots they live in.
+
+`ModuleSpec` is pure data, all that planning needs. `Inventory` is its other half and stays with the module: for each
+record the tensor itself and the places (module, attribute) that hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Kind = Literal["parameter", "buffer"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One name of a module's state. Names with the same ``tensor`` share one tensor object (a tie); names with the
+    same ``storage`` but another ``tensor`` are views of the same memory. ``offset`` and ``stride`` count elements.
+    ``in_place``: the memory has to stay, because something outside these names uses it too, or because it is the
+    user's; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
+    """
+
+    fqn: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    tensor: int
+    storage: int
+    offset: int
+    stride: tuple[int, ...]
+    storage_bytes: int
+    persistent: bool
+    lazy: bool = False
+    in_place: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """A module as data: its class, its tensors in ``state_dict`` order, the keys of its extra state."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    extra_state: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a name lives: ``owner._parameters[attribute]`` or ``owner._buffers[attribute]``."""
+
+    fqn: str
+    kind: Kind
+    owner: nn.Module
+    attribute: str
+    tensor: torch.Tensor
+    persistent: bool
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor object that this slot holds."""
+        slots = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+        slots[self.attribute] = tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A module with all its slots, names of shared modules and tensors repeated as ``state_dict`` repeats them."""
+
+    module: nn.Module
+    modules: tuple[tuple[str, nn.Module], ...]
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Inventory:
+        """Walk the module once, in ``state_dict`` order."""
+        modules: list[tuple[str, nn.Module]] = []
+        slots: list[Slot] = []
+        _walk(module, "", modules, slots)
+        return cls(module, tuple(modules), tuple(slots))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every name with its tensor."""
+        for slot in self.slots:
+            yield slot.fqn, slot.tensor
+
+    def spec(self, *, in_place: bool = False) -> ModuleSpec:
+        """The module as data. ``in_place`` marks every tensor as memory that has to stay."""
+        numbers: dict[int, int] = {}
+        storages: dict[int, int] = {}
+        holders: dict[int, set[int]] = {}
+        rows = []
+        for slot in self.slots:
+            address, offset, stride, storage_bytes = storage_of(slot.tensor)
+            number = numbers.setdefault(id(slot.tensor), len(numbers))
+            holders.setdefault(address, set()).add(number)
+            rows.append((slot, number, address, offset, stride, storage_bytes))
+        return ModuleSpec(
+            name=type(self.module).__qualname__,
+            tensors=tuple(
+                _spec(row, storages.setdefault(row[2], len(storages)), in_place, len(holders[row[2]])) for row in rows
+            ),
+            extra_state=tuple(f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)),
+        )
+
+
+def _spec(
+    row: tuple[Slot, int, int, int, tuple[int, ...], int], storage: int, in_place: bool, holders: int
+) -> TensorSpec:
+    slot, number, address, offset, stride, storage_bytes = row
+    tensor = slot.tensor
+    lazy = is_lazy(tensor)
+    shape = () if lazy else tuple(tensor.shape)
+    return TensorSpec(
+        fqn=slot.fqn,
+        kind=slot.kind,
+        shape=shape,
+        dtype=tensor.dtype,
+        device=str(tensor.device),
+        tensor=number,
+        storage=storage,
+        offset=offset,
+        stride=stride,
+        storage_bytes=storage_bytes,
+        persistent=slot.persistent,
+        lazy=lazy,
+        in_place=not tensor.is_meta
+        and (in_place or holders > 1 or not _is_row_major(shape, stride) or _users(tensor) > holders),
+    )
+
+
+def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for extent, step in zip(reversed(shape), reversed(stride)):
+        if extent != 1 and step != expected:
+            return expected == 0
+        expected *= extent
+    return True
+
+
+def _users(tensor: torch.Tensor) -> int:
+    """How many tensors hold the storage of ``tensor``, ours and anybody's."""
+    try:
+        storage = tensor.untyped_storage()
+        # One use is the storage object that was just made to ask.
+        return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return 1
+
+
+def _walk(module: nn.Module, prefix: str, modules: list[tuple[str, nn.Module]], slots: list[Slot]) -> None:
+    modules.append((prefix, module))
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            slots.append(Slot(prefix + name, "parameter", module, name, parameter, True))
+    transient = module._non_persistent_buffers_set
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            slots.append(Slot(prefix + name, "buffer", module, name, buffer, name not in transient))
+    for name, child in module._modules.items():
+        if child is not None:
+            _walk(child, f"{prefix}{name}.", modules, slots)
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """True for ``UninitializedParameter`` and ``UninitializedBuffer``, whose shape the checkpoint decides."""
+    return torch.nn.parameter.is_lazy(tensor)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """True when ``load_state_dict`` would look for this module's ``_extra_state``."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], int]:
+    """Address of the storage object, offset and strides in elements, size in bytes.
+
+    Tensors without a storage of their own (uninitialised or sparse ones, wrapper subclasses) count as alone in one.
+    """
+    if is_lazy(tensor):
+        return -id(tensor), 0, (), 0
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata, int(tensor.storage_offset()), tuple(tensor.stride()), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor), 0, (), tensor.numel() * tensor.dtype.itemsize

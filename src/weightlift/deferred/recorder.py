@@ -1,0 +1,414 @@
+"""The torch modes that see a constructor's calls and put them off.
+
+`Recorder` is a ``TorchDispatchMode``: it gets every ATen call of its own thread. `FunctionRecorder` is a
+``TorchFunctionMode``: it gets the calls that read a tensor's memory without going through ATen (``.numpy()``,
+``.tolist()``, ``torch.tensor``), and makes their values real first. Neither patches anything; both end with the scope.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weightlift.deferred.calls import BIRTHS, Birth, Call, Kind, call_of
+from weightlift.deferred.reserve import Reservations
+from weightlift.deferred.seeding import SeedWatch
+from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
+
+_log = logging.getLogger("weightlift.deferred")
+_Tensor = torch.Tensor
+_aten = torch.ops.aten
+_storage_address = torch._C._storage_address  # type: ignore[attr-defined]
+
+# Results up to this size, of calls on values that exist already, are computed at once: it is cheaper than recording.
+_EAGER_BYTES = 64 << 10
+_EAGER_ELEMENTS = 4096
+
+
+class Recorder(TorchDispatchMode):
+    """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
+
+    def __init__(self, *, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.records: dict[int, Record] = {}
+        self.forced: dict[str, int] = {}
+        self._reservations = Reservations()
+        self._seq = 0
+        self._sampled_reads = 0
+        self._seeding = SeedWatch()
+        # The buffer of a dead storage takes its record along, before the address can be used again.
+        records = self.records
+        self._on_death = lambda record: records.pop(record.key, None)
+
+    # -- dispatch ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if types:
+            return self._foreign(func, args, kwargs)
+        call = call_of(func)
+        kind = call.kind
+        if kind is Kind.VIEW:
+            return func(*args, **kwargs)
+        if kind is Kind.WRITE:
+            return self._write(func, call, args, kwargs)
+        if kind is Kind.BIRTH:
+            return self._birth_call(func, args, kwargs)
+        if kind is Kind.PURE:
+            return self._pure(func, call, args, kwargs)
+        if kind is Kind.RESIZE:
+            return self._resize(func, args, kwargs)
+        return self._now(func, call, args, kwargs)
+
+    def record_of(self, tensor: torch.Tensor) -> Record | None:
+        """The record of a tensor's storage; None for memory that was not born in this scope."""
+        try:
+            return self.records.get(_storage_address(tensor))
+        except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
+            return None
+
+    def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
+        self.force_tensors(_tensors((args, kwargs)), func)
+        return func(*args, **kwargs)
+
+    # -- births -----------------------------------------------------------------------------------------------------
+
+    def _birth_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if (
+            (device is not None and torch.device(device).type != "cpu")
+            or kwargs.get("layout") not in (None, torch.strided)
+            or kwargs.get("pin_memory")
+            or (args and type(args[0]) is not list and isinstance(args[0], _Tensor) and args[0].device.type != "cpu")
+        ):
+            return self._now(func, call_of(func), args, kwargs)
+        birth = BIRTHS[func](*args, **kwargs)
+        if birth.random and self._seeding.seeded():
+            return func(*args, **kwargs)
+        return self._born(birth)
+
+    def _born(self, birth: Birth) -> torch.Tensor:
+        size = birth.size
+        numel = 1
+        for extent in size:
+            numel *= extent
+        if numel == 0 or birth.dtype.itemsize == 0:
+            return torch.empty(size, dtype=birth.dtype)
+        stride = birth.stride
+        if birth.memory_format not in (None, torch.contiguous_format):
+            stride = torch.empty(size, device="meta", memory_format=birth.memory_format).stride()
+        span = numel
+        if stride is not None:
+            span = 1 + sum((extent - 1) * step for extent, step in zip(size, stride))
+        tensor, record = self.reserve(span * birth.dtype.itemsize, birth.dtype)
+        tensor = tensor.view(size) if stride is None else tensor.as_strided(size, stride)
+        if birth.fill is not None:
+            ref = TensorRef(record, tensor)
+            self._append(birth.fill, (ref, *birth.fill_args), {}, (record,), (), None, birth.random)
+        return tensor
+
+    def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
+        """A flat tensor over new reserved memory, and its record."""
+        buffer, block, offset = self._reservations.reserve(nbytes)
+        tensor = torch.frombuffer(buffer, dtype=dtype)
+        key = _storage_address(tensor)
+        record = Record(buffer, self._on_death, key, nbytes, block, offset)
+        self.records[key] = record
+        return tensor, record
+
+    # -- recording --------------------------------------------------------------------------------------------------
+
+    def _append(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        writes: tuple[Record, ...],
+        deps: tuple[tuple[Record, Node | None], ...],
+        outputs: tuple[TensorRef, ...] | None,
+        random: bool,
+    ) -> None:
+        self._seq += 1
+        node = Node(self._seq, func, args, kwargs, writes, deps, outputs, random)
+        for record in writes:
+            record.last = node
+        for record, _ in deps:
+            if record not in writes:
+                if record.readers is None:
+                    record.readers = []
+                record.readers.append(weakref.ref(node))
+
+    def record_call(self, func: Any, tensor: torch.Tensor, args: tuple[Any, ...], *, overwrites: bool) -> None:
+        """Record ``func(tensor, *args, generator=…)``, a sampler that stands for many ATen calls."""
+        record = self.record_of(tensor)
+        assert record is not None
+        ref = TensorRef(record, tensor)
+        whole = overwrites and _covers(ref, record)
+        deps = () if whole else ((record, record.last),)
+        self._append(func, (ref, *args), {}, (record,), deps, None, True)
+
+    def record_source(self, tensor: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> None:
+        """Record that ``fill(tensor)`` gives a whole storage its values."""
+        record = self.record_of(tensor)
+        assert record is not None
+        self._append(fill, (TensorRef(record, tensor),), {}, (record,), (), None, False)
+
+    def label_samples(self, owned: Iterable[Record]) -> None:
+        """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn."""
+        for record in owned:
+            count = 0
+            for node in needed([record]):
+                if node.random and node.seed_label is None:
+                    node.seed_label = f"{record.label}#{count}"
+                    count += 1
+
+    def _write(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
+        targets = [kwargs[name] if isinstance(name, str) else args[name] for name in call.written]
+        if len(targets) == 1 and type(targets[0]) is list:
+            targets = targets[0]  # _foreach_*, split_copy.out
+        records = [self.record_of(target) for target in targets]
+        if any(record is None or record.pinned for record in records):
+            return self._now(func, call, args, kwargs)
+        if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
+            return self._now(func, call, args, kwargs)
+        reads: dict[Record, Node | None] = {}
+        frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
+        writes = tuple(dict.fromkeys(records))
+        if call.overwrites and len(writes) == 1 and self._is_dead_before(targets[0], writes[0], args, kwargs):
+            del reads[writes[0]]
+        if call.random:
+            frozen_kwargs.pop("generator", None)
+        self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)  # type: ignore[arg-type]
+        return _result(func, targets)
+
+    def _is_dead_before(self, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
+        """True when the call defines every byte of the storage without reading any of them."""
+        if not _covers(TensorRef(record, target), record):
+            return False
+        sources = [tensor for tensor in _tensors((args[1:], kwargs)) if tensor is not target]
+        return all(self.record_of(source) is not record for source in sources)
+
+    def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
+        tensors = _tensors((args, kwargs))
+        pending = False
+        elements = 0
+        for tensor in tensors:
+            record = self.record_of(tensor)
+            pending = pending or (record is not None and record.pending)
+            elements += tensor.numel()
+        if call.random:
+            if kwargs.get("generator") is not None or self._seeding.seeded():
+                return self._now(func, call, args, kwargs)
+        elif not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
+            return self._run(func, args, kwargs, tensors)
+        outputs = _infer(func, args, kwargs)
+        if outputs is None or any(out.numel() == 0 for out in outputs):
+            return self._now(func, call, args, kwargs)
+        if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
+            return self._run(func, args, kwargs, tensors)
+        return self._defer_results(func, call, args, kwargs, outputs)
+
+    def _defer_results(self, func: Any, call: Call, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Any:
+        reads: dict[Record, Node | None] = {}
+        frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
+        born = [self._born(Birth(tuple(out.shape), out.dtype, stride=out.stride())) for out in outputs]
+        records = tuple(self.records[_storage_address(tensor)] for tensor in born)
+        refs = tuple(TensorRef(record, tensor) for record, tensor in zip(records, born))
+        if call.random:
+            frozen_kwargs.pop("generator", None)
+        self._append(func, frozen_args, frozen_kwargs, records, tuple(reads.items()), refs, call.random)
+        returns = func._schema.returns
+        if len(returns) == 1:
+            return born[0] if str(returns[0].type) == "Tensor" else born
+        return tuple(born)
+
+    def _freeze(self, value: Any, reads: dict[Record, Node | None]) -> Any:
+        """Replace tensors by references; note which versions are read. Memory from elsewhere is copied now."""
+        if isinstance(value, _Tensor):
+            record = self.record_of(value)
+            if record is None:
+                return value.detach().clone() if value.numel() else value.detach()
+            if record.pinned:
+                return value.detach().clone()
+            reads[record] = record.last
+            return TensorRef(record, value)
+        if isinstance(value, dict):
+            return {name: self._freeze(item, reads) for name, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._freeze(item, reads) for item in value)
+        return value
+
+    # -- doing it now -----------------------------------------------------------------------------------------------
+
+    def _now(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
+        """Give the arguments their values and run the call as it is."""
+        tensors = _tensors((args, kwargs))
+        self.force_tensors(tensors, func)
+        if call.random and kwargs.get("generator") is None and not self._seeding.seeded():
+            kwargs = self._with_generator(func, kwargs)
+        return self._run(func, args, kwargs, tensors)
+
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+        for tensor in tensors:
+            record = self.record_of(tensor)
+            if record is not None and not record.opened:
+                record.memory()
+        written = call_of(func).written
+        if written:
+            for name in written:
+                target = kwargs.get(name) if isinstance(name, str) else args[name]
+                for tensor in _tensors(target):
+                    self._settle_readers(tensor)
+        return func(*args, **kwargs)
+
+    def _settle_readers(self, tensor: torch.Tensor) -> None:
+        """Run what has to read this memory before it is changed at once."""
+        record = self.record_of(tensor)
+        if record is not None and (readers := live_readers(record)):
+            self._execute(needed([target for node in readers for target in node.writes]))
+
+    def _with_generator(self, func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Sampling that the constructor itself reads is seeded by its ordinal; the process's generator is not drawn."""
+        if not any(argument.name == "generator" for argument in func._schema.arguments):
+            return kwargs
+        return {**kwargs, "generator": generator_for(self.seed, self._next_read_label())}
+
+    def _next_read_label(self) -> str:
+        self._sampled_reads += 1
+        return f"\0read#{self._sampled_reads}"
+
+    def force_tensors(self, tensors: list[torch.Tensor], why: Any) -> None:
+        """Make the values of these tensors real, in their memory."""
+        records = [record for tensor in tensors if (record := self.record_of(tensor)) is not None]
+        self.force([record for record in records if record.pending], why)
+        for record in records:
+            if not record.opened:
+                record.memory()
+
+    def force(self, records: list[Record], why: Any) -> None:
+        """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""
+        if not records:
+            return
+        name = str(getattr(why, "__qualname__", None) or getattr(why, "__name__", None) or why)
+        self.forced[name] = self.forced.get(name, 0) + sum(record.nbytes for record in records)
+        _log.debug("constructor forced %d bytes by %s", self.forced[name], name)
+        self._execute(needed(records))
+
+    def _execute(self, nodes: list[Node]) -> None:
+        with torch.no_grad():
+            for node in nodes:
+                if node.random and node.seed_label is None:
+                    node.seed_label = self._next_read_label()
+                node.execute(self.seed)
+
+    def sampling_now(self) -> bool:
+        """True when the constructor has seeded the process's generator: from there on it samples as it goes."""
+        return self._seeding.seeded()
+
+    def _resize(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``resize_``: reserved storages can't grow, so the tensor moves to a new one and takes its values along."""
+        tensor, size = args[0], tuple(args[1])
+        numel = 1
+        for extent in size:
+            numel *= extent
+        nbytes = numel * tensor.dtype.itemsize
+        record = self.record_of(tensor)
+        if tensor.device.type != "cpu" or (record is None and tensor.untyped_storage().nbytes() > 0):
+            return self._now(func, call_of(func), args, kwargs)
+        old_bytes = 0 if record is None else record.nbytes
+        if nbytes <= old_bytes or numel == 0:
+            return func(*args, **kwargs)
+        grown, new = self.reserve(nbytes, tensor.dtype)
+        if record is not None:
+            self.force([record] if record.pending else [], func)
+            kept = torch.frombuffer(record.memory(), dtype=torch.uint8)
+            torch.frombuffer(new.memory(), dtype=torch.uint8)[:old_bytes].copy_(kept)
+        memory_format = kwargs.get("memory_format")
+        shaped = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
+        tensor.set_(grown.untyped_storage(), 0, size, shaped.stride())
+        return tensor
+
+
+def _covers(ref: TensorRef, record: Record) -> bool:
+    """True when a view is the whole storage, every byte once."""
+    size = ref.size
+    numel = size.numel()
+    if numel * ref.dtype.itemsize != record.nbytes or ref.offset != 0:
+        return False
+    expected = 1
+    for step, extent in sorted((step, extent) for step, extent in zip(ref.stride, size) if extent != 1):
+        if step != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, _Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    return found
+
+
+def _result(func: Any, targets: list[torch.Tensor]) -> Any:
+    returns = func._schema.returns
+    if not returns:
+        return None
+    return targets[0] if len(returns) == 1 else tuple(targets)
+
+
+def _infer(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor] | None:
+    """The results' shapes, dtypes and strides, found on the ``meta`` device; None when that needs the values."""
+    try:
+        if func in (_aten.clone.default, _aten._to_copy.default) and kwargs.get("device") is None:
+            return [_like_meta(args[0], kwargs)]
+        results = func(*_meta(args), **_meta(kwargs))
+    except Exception:  # no meta kernel, or the shape depends on values: the caller runs the call for real
+        return None
+    outputs = list(results) if isinstance(results, (tuple, list)) else [results]
+    if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
+        return outputs
+    return None
+
+
+def _like_meta(tensor: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.empty_like(meta, dtype=kwargs.get("dtype") or tensor.dtype, memory_format=memory_format)
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, _Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.device.type not in ("cpu", "meta"):
+            raise NotImplementedError
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, torch.device):
+        if value.type != "cpu":
+            raise NotImplementedError
+        return torch.device("meta")
+    if isinstance(value, torch.Generator):
+        raise NotImplementedError
+    if isinstance(value, dict):
+        meta = {name: _meta(item) for name, item in value.items()}
+        if "device" in meta and meta["device"] is None:
+            meta["device"] = torch.device("meta")
+        if meta.get("pin_memory"):
+            raise NotImplementedError
+        return meta
+    if isinstance(value, (tuple, list)):
+        return type(value)(_meta(item) for item in value)
+    return value

@@ -1,0 +1,132 @@
+"""Address space without memory: buffers that cost nothing until somebody writes to them.
+
+On Linux a reservation is an anonymous private mapping with ``MAP_NORESERVE``: an ordinary, zero-filled address range
+whose pages come into being when touched. Small reservations share arenas, so that tens of thousands of tensors do not
+need as many mappings (``vm.max_map_count`` is 65,530 by default). Elsewhere, and where the system refuses to reserve,
+the same buffers come from a plain anonymous mapping.
+
+With ``WEIGHTLIFT_GUARD_RESERVATIONS=1`` in the environment at import, reservations are inaccessible until they are
+opened: an access that the recorder did not see is then a segmentation fault instead of a silent zero. The same kind of
+mapping is used when the system counts writable reservations against a limit (strict overcommit, ``RLIMIT_DATA``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import threading
+import weakref
+
+_GUARD = os.environ.get("WEIGHTLIFT_GUARD_RESERVATIONS", "") not in ("", "0")
+_PAGE = mmap.PAGESIZE
+_ALIGN = 64
+_OWN_MAPPING_BYTES = 1 << 20
+_FIRST_ARENA_BYTES = 16 << 20
+_MAX_ARENA_BYTES = 64 << 30
+_MAX_OWN_MAPPINGS = 16_384
+
+_PROT_NONE = 0
+_PROT_READ_WRITE = 3
+_MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x02 | 0x20 | 0x4000
+
+
+class _Libc:
+    """The three calls that Python's ``mmap`` does not offer (no access, protection changes), Linux only."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.mmap = libc.mmap
+        self.mmap.restype = ctypes.c_void_p
+        self.mmap.argtypes = (
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+        )  # fmt: skip
+        self.munmap = libc.munmap
+        self.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self.mprotect = libc.mprotect
+        self.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+_libc = _Libc() if sys.platform == "linux" else None
+
+
+class Block:
+    """One mapping. Its memory goes back to the system when the last view of it is gone."""
+
+    __slots__ = ("address", "sealed", "size_bytes", "view")
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.sealed = False
+        self.address = 0
+        self.view = self._reserve(size_bytes) if _libc is not None else self._plain(size_bytes)
+
+    def _reserve(self, size_bytes: int) -> memoryview:
+        assert _libc is not None
+        attempts = (_PROT_NONE,) if _GUARD else (_PROT_READ_WRITE, _PROT_NONE)
+        for protection in attempts:
+            address = _libc.mmap(None, size_bytes, protection, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+            if address not in (None, ctypes.c_void_p(-1).value):
+                break
+        else:
+            raise MemoryError(f"the system refuses to reserve {size_bytes:,} bytes of address space (RLIMIT_AS?)")
+        self.address, self.sealed = address, protection == _PROT_NONE
+        array = (ctypes.c_char * size_bytes).from_address(address)
+        weakref.finalize(array, _libc.munmap, address, size_bytes).atexit = False
+        return memoryview(array)
+
+    def _plain(self, size_bytes: int) -> memoryview:
+        if sys.platform == "win32":
+            return memoryview(mmap.mmap(-1, size_bytes))
+        return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+class Reservations:
+    """Hands out reserved buffers. One object a construction; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arena: Block | None = None
+        self._offset = 0
+        self._reserved_bytes = 0
+        self._own_mappings = 0
+
+    def reserve(self, nbytes: int) -> tuple[memoryview, Block, int]:
+        """A zero-filled buffer of ``nbytes`` (> 0), the block it lies in and its offset there."""
+        with self._lock:
+            self._reserved_bytes += nbytes
+            if nbytes >= _OWN_MAPPING_BYTES and self._own_mappings < _MAX_OWN_MAPPINGS:
+                self._own_mappings += 1
+                block = Block(_round_up(nbytes, _PAGE))
+                return block.view[:nbytes], block, 0
+            arena = self._arena
+            offset = _round_up(self._offset, _PAGE if arena is not None and arena.sealed else _ALIGN)
+            if arena is None or offset + nbytes > arena.size_bytes:
+                arena, offset = self._new_arena(nbytes), 0
+            self._offset = offset + nbytes
+            return arena.view[offset : offset + nbytes], arena, offset
+
+    def _new_arena(self, nbytes: int) -> Block:
+        # Growing with what was reserved so far keeps the number of mappings logarithmic.
+        wanted = min(max(_FIRST_ARENA_BYTES, self._reserved_bytes), _MAX_ARENA_BYTES)
+        try:
+            self._arena = Block(_round_up(max(wanted, nbytes), _PAGE))
+        except MemoryError:
+            self._arena = Block(_round_up(nbytes, _PAGE))
+        return self._arena
+
+
+def unseal(block: Block, offset: int, nbytes: int) -> None:
+    """Make a reserved range accessible. Does nothing where it already is."""
+    if not block.sealed or _libc is None:
+        return
+    start = (block.address + offset) // _PAGE * _PAGE
+    size = _round_up(block.address + offset + nbytes - start, _PAGE)
+    if _libc.mprotect(start, size, _PROT_READ_WRITE) != 0:
+        error = ctypes.get_errno()
+        raise MemoryError(f"no memory for {nbytes:,} bytes of weights: {os.strerror(error)}")
+
+
+def _round_up(value: int, unit: int) -> int:
+    return (value + unit - 1) // unit * unit

@@ -1,0 +1,273 @@
+"""What a constructor did to deferred memory, and how to do it later.
+
+Every storage that is born deferred has a `Record`; every call that would have written to it is a `Node`. A node names
+the versions it read (the last node of each record at that time), so that the nodes form a graph of values, not of
+names: a call that overwrites a storage whole depends on nothing that happened to it before, and dead work falls away
+by itself, because nothing refers to it any more.
+
+Values are produced in place, in the order in which the constructor made them. A node that overwrites what an earlier,
+still unexecuted node has to read pulls that node in first (write after read).
+
+The records and nodes hold no tensor and no storage of the user's: only the weak reference of the record to its buffer.
+So ``param.data = other`` can't re-point a tape, and a storage that the user drops is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weightlift.deferred.reserve import Block, unseal
+
+
+class Record(weakref.ref):  # type: ignore[type-arg]
+    """The history of one deferred storage: a weak reference to its buffer and the node that wrote it last.
+
+    Without any node the storage holds zeros, which is also what ``torch.empty`` is taken to give.
+    """
+
+    __slots__ = ("block", "key", "label", "last", "nbytes", "offset", "opened", "pinned", "readers", "scratch")
+
+    key: int
+    nbytes: int
+    block: Block
+    offset: int
+    last: Node | None
+    readers: list[weakref.ref[Node]] | None
+    pinned: bool
+    opened: bool
+    label: str | None
+    scratch: memoryview | None
+
+    def __new__(cls, buffer: memoryview, on_death: Callable[[Any], None], *_: Any) -> Record:
+        return super().__new__(cls, buffer, on_death)
+
+    def __init__(
+        self, buffer: memoryview, on_death: Callable[[Any], None], key: int, nbytes: int, block: Block, offset: int
+    ) -> None:
+        super().__init__(buffer, on_death)
+        self.key = key
+        self.nbytes = nbytes
+        self.block = block
+        self.offset = offset
+        self.last = None
+        self.readers = None
+        self.pinned = False
+        self.opened = not block.sealed
+        self.label = None
+        self.scratch = None
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def pending(self) -> bool:
+        """True while recorded calls have not been run."""
+        return self.last is not None and not self.last.done
+
+    def memory(self) -> memoryview:
+        """The buffer, accessible; a scratch buffer once the user has dropped the storage."""
+        buffer = self()
+        if buffer is not None:
+            if not self.opened:
+                unseal(self.block, self.offset, self.nbytes)
+                self.opened = True
+            return buffer  # type: ignore[no-any-return]
+        if self.scratch is None:
+            block = Block(self.nbytes)
+            unseal(block, 0, self.nbytes)
+            self.scratch = block.view
+        return self.scratch
+
+    def release_scratch(self) -> None:
+        """Give the scratch memory of a dropped storage back, unless a recorded call has still to read it."""
+        if self.scratch is not None and not live_readers(self):
+            self.scratch = None
+
+    def tensor(self, ref: TensorRef) -> torch.Tensor:
+        """A plain tensor over the memory, with the geometry of ``ref``; no autograd, no user's storage object."""
+        flat = torch.frombuffer(self.memory(), dtype=ref.dtype, count=self.nbytes // ref.dtype.itemsize)
+        return flat.as_strided(ref.size, ref.stride, ref.offset)
+
+
+def live_readers(record: Record) -> list[Node]:
+    """The unexecuted calls, of results that somebody still holds, that have to read ``record``."""
+    if not record.readers:
+        return []
+    nodes = [node for ref in record.readers if (node := ref()) is not None and not node.done]
+    record.readers = [weakref.ref(node) for node in nodes]
+    return nodes
+
+
+class TensorRef:
+    """A tensor argument of a recorded call: which storage, and the geometry of the view."""
+
+    __slots__ = ("dtype", "offset", "record", "size", "stride")
+
+    def __init__(self, record: Record, tensor: torch.Tensor) -> None:
+        self.record = record
+        self.dtype = tensor.dtype
+        self.size = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+
+
+    def is_whole(self) -> bool:
+        """True for a row-major view of the whole storage."""
+        expected = 1
+        for extent, step in zip(reversed(self.size), reversed(self.stride)):
+            if extent != 1 and step != expected:
+                return False
+            expected *= extent
+        return self.offset == 0 and expected * self.dtype.itemsize == self.record.nbytes
+
+
+class Node:
+    """One recorded call. ``outputs`` are where the results of an out-of-place call belong."""
+
+    __slots__ = ("__weakref__", "args", "deps", "done", "func", "kwargs", "outputs", "random", "seed_label", "seq", "writes")
+
+    def __init__(
+        self,
+        seq: int,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        writes: tuple[Record, ...],
+        deps: tuple[tuple[Record, Node | None], ...],
+        outputs: tuple[TensorRef, ...] | None,
+        random: bool,
+    ) -> None:
+        self.seq = seq
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.writes = writes
+        self.deps = deps
+        self.outputs = outputs
+        self.random = random
+        self.seed_label: str | None = None
+        self.done = False
+
+    @property
+    def touched(self) -> tuple[Record, ...]:
+        """Every record that the call reads or writes."""
+        return (*self.writes, *(record for record, _ in self.deps))
+
+    def execute(self, seed: int) -> None:
+        """Run the call on the memory itself. Must be called outside every torch mode and without autograd."""
+        kwargs = {name: _thaw(value) for name, value in self.kwargs.items()}
+        if self.random:
+            assert self.seed_label is not None
+            kwargs["generator"] = generator_for(seed, self.seed_label)
+        results = self.func(*_thaw(self.args), **kwargs)
+        if self.outputs is not None:
+            for ref, result in zip(self.outputs, results if isinstance(results, (tuple, list)) else (results,)):
+                ref.record.tensor(ref).copy_(result)
+        self.done = True
+        # What the call needed is not needed any more: intermediate memory goes back at once.
+        self.args, self.kwargs, self.outputs, self.deps = (), {}, None, ()
+
+
+def _thaw(value: Any) -> Any:
+    if type(value) is TensorRef:
+        return value.record.tensor(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_thaw(item) for item in value)
+    return value
+
+
+def generator_for(seed: int, label: str) -> torch.Generator:
+    """The CPU generator of one recorded sampling call: a function of the load's seed and the label alone (law 6)."""
+    digest = hashlib.blake2b(f"{seed}\0{label}".encode(), digest_size=8).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest, "little"))
+    return generator
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Nodes that depend on one another, in the order in which they must run, and the records they give values to."""
+
+    nodes: tuple[Node, ...]
+    records: tuple[Record, ...]
+    nbytes: int
+
+    def run(self, seed: int) -> None:
+        """Execute the nodes; must be called outside every torch mode, without autograd; not twice."""
+        last_use: dict[Record, Node] = {}
+        for node in self.nodes:
+            last_use.update(dict.fromkeys(node.touched, node))
+        for node in self.nodes:
+            touched = node.touched
+            if not node.done:
+                node.execute(seed)
+            for record in touched:
+                if last_use[record] is node:
+                    record.release_scratch()
+
+
+def needed(records: Iterable[Record], supplied: Collection[Record] = ()) -> list[Node]:
+    """The nodes that must run to give ``records`` their values, in order.
+
+    ``supplied`` are records whose values come from elsewhere: no node is run for their sake.
+    """
+    found: set[Node] = set()
+    stack = [record.last for record in records if record.pending]
+    while stack:
+        node = stack.pop()
+        if node is None or node.done or node in found:
+            continue
+        found.add(node)
+        stack.extend(version for _, version in node.deps)
+        for record in node.writes:
+            stack.extend(_earlier_readers(record, node, supplied))
+    return sorted(found, key=lambda node: node.seq)
+
+
+def _earlier_readers(record: Record, writer: Node, supplied: Collection[Record]) -> list[Node]:
+    """Live unexecuted nodes that have to read ``record`` before ``writer`` changes it."""
+    return [
+        node
+        for node in live_readers(record)
+        if node.seq < writer.seq and not all(target in supplied for target in node.writes)
+    ]
+
+
+def replays(nodes: list[Node]) -> list[Replay]:
+    """Split nodes into independent groups: no two groups touch the same record, so they may run at the same time."""
+    group_of: dict[Record, list[Node]] = {}
+    merged: dict[int, list[Node]] = {}
+    for node in nodes:
+        touched = node.touched
+        groups = {id(group): group for record in touched if (group := group_of.get(record)) is not None}
+        if groups:
+            target = max(groups.values(), key=len)
+            for group in groups.values():
+                if group is not target:
+                    target.extend(group)
+                    del merged[id(group)]
+                    for member in group:
+                        for record in member.touched:
+                            group_of[record] = target
+        else:
+            target = []
+            merged[id(target)] = target
+        target.append(node)
+        for record in touched:
+            group_of[record] = target
+    return [_replay(group) for group in merged.values()]
+
+
+def _replay(group: list[Node]) -> Replay:
+    records = tuple(dict.fromkeys(itertools.chain.from_iterable(node.writes for node in group)))
+    nodes = tuple(sorted(group, key=lambda node: node.seq))
+    return Replay(nodes=nodes, records=records, nbytes=sum(record.nbytes for record in records))

@@ -1,0 +1,119 @@
+"""Everything weightlift raises, and the record that every message is made of.
+
+    WeightliftError
+    ├── CheckpointError        (ValueError)         what is on disk breaks a rule of its format
+    │   ├── CheckpointNotFound (FileNotFoundError)  nothing to load at that place
+    │   └── CheckpointChanged                       a file is not the one that was planned with
+    ├── DeferError             (RuntimeError)       a constructor did what deferred construction can't follow
+    ├── PlanError              (RuntimeError)       the module and the checkpoint do not fit; nothing was changed
+    ├── TransferError          (RuntimeError)       reading or copying failed
+    └── LoadCancelled                               the ``cancel`` event was set
+
+Problems are collected and raised once: ``error.problems`` holds every one of them as a `Problem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: what, with which tensor, where, what was expected and found, what to do.
+
+    ``start`` and ``end`` are a half-open byte range of ``file``.
+    """
+
+    what: str
+    key: str | None = None
+    fqn: str | None = None
+    file: Path | str | None = None
+    start: int | None = None
+    end: int | None = None
+    expected: str | None = None
+    found: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        name = self.fqn if self.fqn == self.key or self.key is None else self.key
+        if self.fqn is not None and self.key is not None and self.fqn != self.key:
+            name = f"{self.fqn} (key {self.key})"
+        place = "" if self.file is None else str(self.file)
+        if self.start is not None and self.end is not None:
+            place += f"[{self.start}:{self.end}]"
+        head = ": ".join(part for part in (place, name, self.what) if part)
+        if self.expected is not None:
+            head += f"; expected {self.expected}"
+        if self.found is not None:
+            head += f"; found {self.found}"
+        if self.hint is not None:
+            head += f" — {self.hint}"
+        return head
+
+
+class WeightliftError(Exception):
+    """The base of every error of the library. ``problems`` lists all that was found, not only the first."""
+
+    def __init__(self, summary: str, problems: Iterable[Problem] = ()) -> None:
+        self.summary = summary
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(summary, self.problems)
+
+    def __str__(self) -> str:
+        if not self.problems:
+            return self.summary
+        if len(self.problems) == 1:
+            return f"{self.summary}: {self.problems[0]}"
+        lines = [f"{self.summary} ({len(self.problems)} problems):"]
+        lines += [f"  - {problem}" for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  … and {len(self.problems) - _SHOWN} more, all in `.problems`")
+        return "\n".join(lines)
+
+
+class CheckpointError(WeightliftError, ValueError):
+    """A checkpoint breaks a rule of its format; it was not opened."""
+
+
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given place."""
+
+
+class CheckpointChanged(CheckpointError):
+    """A file was replaced, cut or written since the checkpoint was opened."""
+
+
+class DeferError(WeightliftError, RuntimeError):
+    """A constructor did something that deferred construction cannot follow; ``defer=False`` builds ordinarily."""
+
+
+class PlanError(WeightliftError, RuntimeError):
+    """The module and the checkpoint do not fit each other. Nothing was read and nothing was changed."""
+
+
+class TransferError(WeightliftError, RuntimeError):
+    """Reading or copying failed. ``written`` names the parameters of an existing module that had been written."""
+
+    def __init__(self, summary: str, problems: Iterable[Problem] = (), written: Iterable[str] = ()) -> None:
+        super().__init__(summary, problems)
+        self.written: tuple[str, ...] = tuple(written)
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not self.written:
+            return text
+        names = ", ".join(self.written[:_SHOWN])
+        more = f" and {len(self.written) - _SHOWN} more" if len(self.written) > _SHOWN else ""
+        return f"{text}\nalready written when it failed: {names}{more}"
+
+
+class LoadCancelled(WeightliftError):
+    """The load was stopped through its ``cancel`` event; a callable's module is dropped."""
+
+    def __init__(self, summary: str = "the load was cancelled", written: Iterable[str] = ()) -> None:
+        super().__init__(summary)
+        self.written: tuple[str, ...] = tuple(written)

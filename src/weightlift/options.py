@@ -1,0 +1,127 @@
+"""The options of a load, checked once and frozen."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+DtypeOption = torch.dtype | str | Mapping[str, "torch.dtype | str | None"] | None
+DeviceOption = torch.device | str | int | None
+KeyMapping = Mapping[str, str] | Callable[[str], "str | None"]
+ProgressOption = bool | Callable[[int, int], None] | None
+
+DEFAULT_WORKERS = 8
+
+
+def default_workers() -> int:
+    """``HF_PARALLEL_LOADING_WORKERS`` where it is set to a positive number, else 8."""
+    text = os.environ.get("HF_PARALLEL_LOADING_WORKERS", "")
+    try:
+        count = int(text)
+    except ValueError:
+        return DEFAULT_WORKERS
+    return count if count > 0 else DEFAULT_WORKERS
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What `weightlift.load` and `weightlift.plan` take, validated. See `weightlift.load` for the meanings."""
+
+    dtype: DtypeOption = None
+    device: torch.device | None = None
+    device_map: Mapping[str, torch.device] | None = None
+    strict: bool = True
+    ignore_mismatched: bool = False
+    key_mapping: KeyMapping | None = None
+    copy: bool = False
+    workers: int = DEFAULT_WORKERS
+    memory_budget_bytes: int | None = None
+    seed: int = 0
+    progress: ProgressOption = None
+    cancel: threading.Event | None = None
+    defer: bool = True
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        dtype: DtypeOption = None,
+        device: DeviceOption = None,
+        device_map: Mapping[str, DeviceOption] | None = None,
+        strict: bool = True,
+        ignore_mismatched: bool = False,
+        key_mapping: KeyMapping | None = None,
+        copy: bool = False,
+        workers: int | None = None,
+        memory_budget_bytes: int | None = None,
+        seed: int | None = None,
+        progress: ProgressOption = None,
+        cancel: threading.Event | None = None,
+        defer: bool = True,
+    ) -> LoadOptions:
+        """Check what a user gave and fill in the defaults. Raises ValueError or TypeError for what can't be meant."""
+        _check_dtype(dtype)
+        if device is not None and device_map is not None:
+            raise ValueError("give either device or device_map, not both")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, found {workers}")
+        if memory_budget_bytes is not None and memory_budget_bytes < 1:
+            raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
+        return cls(
+            dtype=dtype,
+            device=_device(device),
+            device_map=_device_map(device_map),
+            strict=bool(strict),
+            ignore_mismatched=bool(ignore_mismatched),
+            key_mapping=key_mapping,
+            copy=bool(copy),
+            workers=default_workers() if workers is None else workers,
+            memory_budget_bytes=memory_budget_bytes,
+            seed=torch.initial_seed() if seed is None else int(seed),
+            progress=progress,
+            cancel=cancel,
+            defer=bool(defer),
+        )
+
+
+def _check_dtype(dtype: DtypeOption) -> None:
+    if isinstance(dtype, Mapping):
+        for pattern, value in dtype.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"a dtype mapping goes from fqn patterns to dtypes, found the key {pattern!r}")
+            if isinstance(value, Mapping):
+                raise TypeError(f"dtype[{pattern!r}] must be a torch.dtype, 'auto' or None")
+            _check_dtype(value)
+    elif isinstance(dtype, str):
+        if dtype != "auto":
+            raise ValueError(f"dtype must be None, 'auto', a torch.dtype or a mapping of fqn patterns, found {dtype!r}")
+    elif isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is for floating-point tensors; {dtype} is not a floating-point dtype")
+    elif dtype is not None:
+        raise TypeError(f"dtype must be None, 'auto', a torch.dtype or a mapping of fqn patterns, found {dtype!r}")
+
+
+def _device(device: DeviceOption) -> torch.device | None:
+    if device is None:
+        return None
+    found = torch.device(device)
+    if found.type == "meta":
+        raise ValueError("device='meta' would return a module without values; weightlift.defer gives an unloaded one")
+    return found
+
+
+def _device_map(device_map: Mapping[str, DeviceOption] | None) -> Mapping[str, torch.device] | None:
+    if device_map is None:
+        return None
+    checked = {}
+    for prefix, device in device_map.items():
+        found = _device(device)
+        if found is None:
+            raise ValueError(f"device_map[{prefix!r}] is None")
+        checked[prefix] = found
+    return checked

@@ -1,0 +1,51 @@
+"""From the keys of a checkpoint to the names of the module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.errors import Problem
+from weightlift.options import KeyMapping
+from weightlift.plan.records import Offer
+
+
+def offers_of(
+    entries: Mapping[str, TensorEntry], key_mapping: KeyMapping | None
+) -> tuple[dict[str, Offer], list[Problem]]:
+    """Name every entry. Two keys that get one name are a problem; a callable that gives None drops the key."""
+    if key_mapping is None:
+        return {key: Offer(key, key, entry) for key, entry in entries.items()}, []
+    offers: dict[str, Offer] = {}
+    problems = []
+    for key, name in renamed(entries, key_mapping):
+        if name in offers:
+            problems.append(
+                Problem(
+                    f"key_mapping gives two keys the name {name}",
+                    key=key,
+                    file=entries[key].file,
+                    found=f"{offers[name].key} has it already",
+                    hint="make the mapping one to one, or let a callable drop a key by returning None",
+                )
+            )
+        else:
+            offers[name] = Offer(name, key, entries[key])
+    return offers, problems
+
+
+def renamed(keys: Iterable[str], key_mapping: KeyMapping | None) -> list[tuple[str, str]]:
+    """(key, name) of each key: every regular expression is applied in turn, a callable is asked once."""
+    if key_mapping is None:
+        return [(key, key) for key in keys]
+    if isinstance(key_mapping, Mapping):
+        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+        pairs = []
+        for key in keys:
+            name = key
+            for pattern, replacement in rules:
+                name = pattern.sub(replacement, name)
+            pairs.append((key, name))
+        return pairs
+    return [(key, name) for key in keys if (name := key_mapping(key)) is not None]

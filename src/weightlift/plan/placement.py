@@ -1,0 +1,45 @@
+"""Which dtype and which device each tensor ends with."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from weightlift.options import DtypeOption, LoadOptions
+
+
+def dtype_of(
+    fqns: Sequence[str], own: torch.dtype, source: torch.dtype | None, option: DtypeOption
+) -> torch.dtype:
+    """The dtype of a value: ``own`` as the module was built, ``source`` as the checkpoint has it (None: missing).
+
+    Only floating-point tensors change; a mapping's first pattern that matches one of the names decides.
+    """
+    if isinstance(option, Mapping):
+        for pattern, choice in option.items():
+            if any(fnmatch.fnmatchcase(fqn, pattern) for fqn in fqns):
+                return dtype_of(fqns, own, source, choice)
+        return own
+    if option is None or not own.is_floating_point:
+        return own
+    if isinstance(option, torch.dtype):
+        return option
+    return source if source is not None and source.is_floating_point else own
+
+
+def device_of(fqn: str, own: str, options: LoadOptions) -> str:
+    """The device of a value: the longest prefix of ``device_map`` that fits the name, ``device``, or the module's own.
+
+    A module that was built on ``meta`` has no device of its own yet; its tensors come to the CPU.
+    """
+    if options.device_map is not None:
+        prefixes = [
+            prefix for prefix in options.device_map if prefix == "" or fqn == prefix or fqn.startswith(prefix + ".")
+        ]
+        if prefixes:
+            return str(options.device_map[max(prefixes, key=len)])
+    elif options.device is not None:
+        return str(options.device)
+    return "cpu" if own == "meta" else own

@@ -1,0 +1,98 @@
+"""The plan as data: one row for every name of the module, the checks that need bytes, and what speaks against it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.errors import Problem
+
+
+class Action(str, enum.Enum):
+    """What happens to one name of the module."""
+
+    LOADED = "loaded"
+    TIED = "tied"
+    INITIALISED = "initialised"
+    KEPT = "kept"
+    MISMATCHED = "mismatched"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a checkpoint offers under a name of the module: ``key`` as the file has it, ``name`` after key mapping and
+    state-dict hooks. ``computed_by`` names the module whose hook made the value, which was read early then.
+    """
+
+    name: str
+    key: str
+    entry: TensorEntry
+    computed_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One name of the module (``fqn``) and what is done with it.
+
+    ``dtype`` and ``device`` are those of the result; ``own_dtype`` is what the module was built with. ``tied_to`` is
+    the name that provides the value of a tied one. ``in_place``: the existing memory is filled, because other tensors
+    share it; otherwise the tensor object gets new memory. ``target`` numbers the groups of names with one value.
+    """
+
+    fqn: str
+    action: Action
+    kind: str
+    shape: tuple[int, ...]
+    own_dtype: torch.dtype
+    dtype: torch.dtype
+    device: str
+    target: int
+    in_place: bool = False
+    offer: Offer | None = None
+    tied_to: str | None = None
+    excused: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        count = self.dtype.itemsize
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def cast(self) -> bool:
+        """True when a loaded value changes its dtype on the way."""
+        return self.action is Action.LOADED and self.offer is not None and self.offer.entry.dtype != self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Two tied names that are both in the checkpoint: only their bytes tell whether they can stay tied."""
+
+    fqn: str
+    offer: Offer
+    other_fqn: str
+    other: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Everything that was decided, frozen. `weightlift.LoadPlan` adds the module it was decided for."""
+
+    module: str
+    source: str
+    rows: tuple[Row, ...]
+    unexpected_keys: tuple[str, ...]
+    checks: tuple[Check, ...]
+    problems: tuple[Problem, ...]
+    files: tuple[ShardFile, ...]
+    strict: bool
+    missing_extra_state: tuple[str, ...] = ()
+    early_keys: tuple[str, ...] = ()
+    extra_state: tuple[str, ...] = field(default=())

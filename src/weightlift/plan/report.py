@@ -1,0 +1,214 @@
+"""What a plan says to a reader: the lists torch and Transformers users know, a table, JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightlift.plan.records import Action, Decisions, Row
+
+_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """The outcome of matching, by name. ``mismatched_keys`` holds (fqn, shape in the checkpoint, shape in the module).
+
+    ``missing_keys`` are names of the module that nothing provides, as torch counts them but without tied names that
+    another name provides; they are the ``initialised`` ones that a state-dict hook did not excuse.
+    """
+
+    loaded: tuple[str, ...]
+    tied: tuple[str, ...]
+    initialised: tuple[str, ...]
+    kept: tuple[str, ...]
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    mismatched_keys: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    loaded_bytes: int
+    read_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.loaded)} loaded ({human_bytes(self.loaded_bytes)}, {human_bytes(self.read_bytes)} in the"
+            f" checkpoint), {len(self.tied)} tied, {len(self.initialised)} initialised, {len(self.kept)} kept,"
+            f" {len(self.mismatched_keys)} mismatched, {len(self.unexpected_keys)} unexpected"
+        ]
+        lines += _listing("missing in the checkpoint, initialised", self.missing_keys)
+        lines += _listing("in the checkpoint, not in the module", self.unexpected_keys)
+        lines += _listing(
+            "of another shape, initialised",
+            [f"{fqn} {list(found)} ≠ {list(wanted)}" for fqn, found, wanted in self.mismatched_keys],
+        )
+        return "\n".join(lines)
+
+
+def _listing(title: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(fold for fold, _ in folded(names))
+    return [f"  {title}: {shown if len(shown) < 2000 else shown[:2000] + ' …'}"]
+
+
+def report(decisions: Decisions) -> LoadReport:
+    """Sort the rows of a plan into the lists that a user looks for."""
+    by_action: dict[Action, list[Row]] = {action: [] for action in Action}
+    for row in decisions.rows:
+        by_action[row.action].append(row)
+
+    def names(action: Action) -> tuple[str, ...]:
+        return tuple(row.fqn for row in by_action[action])
+
+    loaded = by_action[Action.LOADED]
+    return LoadReport(
+        loaded=names(Action.LOADED),
+        tied=names(Action.TIED),
+        initialised=names(Action.INITIALISED),
+        kept=names(Action.KEPT),
+        missing_keys=tuple(row.fqn for row in by_action[Action.INITIALISED] if not row.excused),
+        unexpected_keys=decisions.unexpected_keys,
+        mismatched_keys=tuple(
+            (row.fqn, row.offer.entry.shape, row.shape) for row in by_action[Action.MISMATCHED] if row.offer
+        ),
+        loaded_bytes=sum(row.nbytes for row in loaded),
+        read_bytes=sum(row.offer.entry.nbytes for row in loaded if row.offer),
+    )
+
+
+def table(decisions: Decisions) -> str:
+    """The plan as text: a line for each name, repeated layers folded into one."""
+    lines = [f"load {decisions.source} into {decisions.module}", str(report(decisions)), ""]
+    rows = []
+    for names, members in _folded_rows(decisions.rows):
+        count = f"×{len(members)}" if len(members) > 1 else ""
+        rows.append((members[0].action.value, names, count, *_cells(members[0])))
+    rows += [("unexpected", name, f"×{count}" if count > 1 else "", "", "", "") for name, count in
+             folded(decisions.unexpected_keys)]  # fmt: skip
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join([*cells, row[5]]).rstrip())
+    if decisions.checks:
+        lines += ["", "checked before anything is assigned:"]
+        lines += [f"  {check.fqn} and {check.other_fqn} are tied: equal bytes?" for check in decisions.checks]
+    if decisions.early_keys:
+        lines += ["", f"read early for state-dict hooks: {', '.join(decisions.early_keys)}"]
+    if decisions.problems:
+        lines += ["", f"refused, {len(decisions.problems)} problems:"]
+        lines += [f"  - {problem}" for problem in decisions.problems]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    shape = "×".join(map(str, row.shape)) if row.shape else "scalar"
+    dtype = short_dtype(row.dtype)
+    source = ""
+    if row.action is Action.LOADED and row.offer is not None:
+        entry = row.offer.entry
+        if entry.dtype != row.dtype:
+            dtype = f"{short_dtype(entry.dtype)}→{dtype}"
+        source = "memory" if entry.file is None else f"{entry.file.name}[{entry.start}:{entry.end}]"
+        if row.offer.key != row.fqn:
+            source += f" as {row.offer.key}"
+    elif row.tied_to is not None:
+        source = f"= {row.tied_to}"
+    elif row.action is Action.MISMATCHED and row.offer is not None:
+        source = f"found {'×'.join(map(str, row.offer.entry.shape))} as {row.offer.key}"
+    if row.device != "cpu":
+        source = f"{source} → {row.device}"
+    return shape, dtype, source
+
+
+def short_dtype(dtype: object) -> str:
+    """``torch.bfloat16`` → ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        pattern = _DIGITS.sub("*", row.fqn)
+        source_dtype = row.offer.entry.dtype if row.offer else None
+        key = (pattern, row.action, row.shape, row.dtype, row.device, source_dtype, row.tied_to)
+        groups.setdefault(key, []).append(row)
+    return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
+
+
+def folded(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Names that differ only in numbers written as one, each with how many it stands for."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_DIGITS.sub("*", name), []).append(name)
+    return [(_fold_names(members), len(members)) for members in groups.values()]
+
+
+def _fold_names(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    columns = list(zip(*(_DIGITS.findall(name) for name in names)))
+    spans = []
+    for column in columns:
+        numbers = sorted({int(item) for item in column})
+        if len(numbers) == 1:
+            spans.append(str(numbers[0]))
+        elif numbers == list(range(numbers[0], numbers[-1] + 1)):
+            spans.append(f"{{{numbers[0]}…{numbers[-1]}}}")
+        else:
+            spans.append(f"{{{len(numbers)} of {numbers[0]}…{numbers[-1]}}}")
+    parts = iter(spans)
+    return _DIGITS.sub(lambda _: next(parts), names[0])
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and progress bars count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def as_json(decisions: Decisions) -> dict[str, Any]:
+    """The plan as plain data for ``json.dumps``: shapes as lists, dtypes and devices as strings, half-open ranges."""
+    summary = report(decisions)
+    return {
+        "module": decisions.module,
+        "source": decisions.source,
+        "strict": decisions.strict,
+        "files": [{"path": str(file.path), "bytes": file.size_bytes} for file in decisions.files],
+        "tensors": [_row_json(row) for row in decisions.rows],
+        "missing_keys": list(summary.missing_keys),
+        "unexpected_keys": list(decisions.unexpected_keys),
+        "mismatched_keys": [
+            {"fqn": fqn, "found": list(found), "expected": list(wanted)}
+            for fqn, found, wanted in summary.mismatched_keys
+        ],
+        "checks": [{"fqn": check.fqn, "other": check.other_fqn} for check in decisions.checks],
+        "problems": [str(problem) for problem in decisions.problems],
+        "loaded_bytes": summary.loaded_bytes,
+        "read_bytes": summary.read_bytes,
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "fqn": row.fqn,
+        "action": row.action.value,
+        "kind": row.kind,
+        "shape": list(row.shape),
+        "dtype": short_dtype(row.dtype),
+        "device": row.device,
+    }
+    if row.tied_to is not None:
+        found["tied_to"] = row.tied_to
+    if row.offer is not None:
+        entry = row.offer.entry
+        found["key"] = row.offer.key
+        found["source_dtype"] = short_dtype(entry.dtype)
+        found["file"] = None if entry.file is None else str(entry.file)
+        found["range"] = [entry.start, entry.end]
+        if row.action is Action.MISMATCHED:
+            found["found_shape"] = list(entry.shape)
+    return found

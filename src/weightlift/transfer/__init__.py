@@ -1,0 +1,1 @@
+"""Doing it: the engine that maps, reads, converts and copies what a plan decided."""

@@ -1,0 +1,109 @@
+"""Copies to an accelerator: pinned staging, a stream of its own, events before staging is used again.
+
+Nothing here names one vendor: ``torch.accelerator`` finds the device's module, and tests put a fake `Backend` in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+
+class Backend(Protocol):
+    """What the engine needs of one device. `pinned`, `stream` and `record` are called from several threads."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor on the device."""
+        ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Host memory, as uint8, that the device can copy from while the host goes on."""
+        ...
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Makes the transfer's stream current for the calling thread."""
+        ...
+
+    def record(self) -> Callable[[], None]:
+        """Mark the stream here; the result waits until the device has come to the mark."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all copies of the transfer."""
+        ...
+
+
+class TorchBackend:
+    """Any device whose torch module has streams and events (cuda, xpu, …). One object a run and device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+        self._stream: Any = self._module.Stream(device=device)
+        # New tensors may come from memory that earlier work of the caller's stream still uses.
+        self._stream.wait_stream(self._module.current_stream(device))
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Backend.empty`."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """See `Backend.pinned`."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """See `Backend.stream`."""
+        context: AbstractContextManager[Any] = self._module.stream(self._stream)
+        return context
+
+    def record(self) -> Callable[[], None]:
+        """See `Backend.record`."""
+        event = self._module.Event()
+        event.record(self._stream)
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._stream.synchronize()
+
+
+class PlainBackend:
+    """A device without streams (mps): ordinary, blocking copies from pageable staging."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Backend.empty`."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """See `Backend.pinned`; here it is ordinary memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """See `Backend.stream`; there is only the default one."""
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    def record(self) -> Callable[[], None]:
+        """See `Backend.record`; waits for the whole device."""
+        return self.synchronize
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._module.synchronize()
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend of a device that is not the CPU."""
+    module: Any = torch.get_device_module(device)
+    if all(hasattr(module, name) for name in ("Stream", "stream", "current_stream", "Event")):
+        return TorchBackend(device)
+    return PlainBackend(device)

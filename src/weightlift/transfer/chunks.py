@@ -1,0 +1,260 @@
+"""Pure scheduling: requests for tensors become pieces of work of bounded size. No I/O, no tensors.
+
+Small neighbours share one read; large tensors are cut, so that all workers are busy and what is in flight stays within
+the budget. The destination ranges of all pieces are disjoint: every destination byte has exactly one writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+_MIB = 1 << 20
+_HUGE_PAGE_BYTES = 2 * _MIB
+# Smaller tensors go through a shared block: the extra copy stays in the cache and costs less than a read of its own.
+_SMALL_BYTES = 256 << 10
+_GAP_BYTES = 64 << 10
+_MAX_BLOCK_BYTES = 4 * _MIB
+_MIN_BLOCK_BYTES = 16 << 10
+# Blocks a worker may have in flight: an accelerator's worker reads one while another is copied, and data that is not
+# aligned to its element needs a second place while it is converted.
+_BLOCKS_PER_WORKER = 3
+_MAX_DIRECT_BYTES = 16 * _MIB
+_LARGEST_ELEMENT_BYTES = 16
+_PIECES_PER_WORKER = 4
+DEFAULT_BUDGET_BYTES = 512 * _MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One tensor as the chunker sees it: geometry only, strides in elements.
+
+    ``file`` is None for a tensor in memory. A stride of None means contiguous in row-major order. ``direct``: the
+    file's bytes are the destination's bytes, so that they can be read straight into it. Only requests of one ``place``
+    (the destination's device) share a read.
+    """
+
+    job: int
+    file: Path | None
+    start: int
+    itemsize: int
+    shape: tuple[int, ...]
+    src_stride: tuple[int, ...] | None
+    dst_stride: tuple[int, ...] | None
+    direct: bool
+    place: str = "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements in the source's dtype."""
+        return prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """Bytes ``start:end`` of ``file`` go straight to the job's memory, from its byte ``at`` on."""
+
+    job: int
+    file: Path
+    start: int
+    end: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A hyper-rectangle of one job's elements: byte ``at`` of the block (or of the tensor in memory), with strides and
+    the destination's offset in elements. ``nbytes`` counts its elements in the source's dtype."""
+
+    job: int
+    at: int
+    sizes: tuple[int, ...]
+    src_stride: tuple[int, ...]
+    dst_stride: tuple[int, ...]
+    dst_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Bytes ``start:end`` of ``file`` are read into staging, then ``cuts`` are copied from there. With ``file`` None
+    there is nothing to read: the one cut is copied from a tensor in memory."""
+
+    file: Path | None
+    start: int
+    end: int
+    cuts: tuple[Cut, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes of all cuts; gaps that are read along do not count."""
+        return sum(cut.nbytes for cut in self.cuts)
+
+
+Piece = Direct | Block
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes, in bytes, and the number of workers that they allow."""
+
+    block_bytes: int
+    direct_bytes: int
+    workers: int
+
+
+def limits(total_bytes: int, workers: int, memory_budget_bytes: int | None) -> Limits:
+    """Sizes for a run that moves ``total_bytes`` of which at most the budget is in flight beside the destinations.
+
+    A small budget first makes the blocks smaller, then the workers fewer; a budget that does not hold one worker's
+    smallest blocks (48 KiB) counts as that much.
+    """
+    budget = DEFAULT_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
+    share = -(-total_bytes // (workers * _PIECES_PER_WORKER))
+    block = min(max(share, _SMALL_BYTES), _MAX_BLOCK_BYTES, budget // (_BLOCKS_PER_WORKER * workers))
+    block = max(block // _LARGEST_ELEMENT_BYTES * _LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
+    # Whole huge pages, so that two workers do not fault the same one.
+    direct = min(max(-(-share // _HUGE_PAGE_BYTES), 1) * _HUGE_PAGE_BYTES, _MAX_DIRECT_BYTES)
+    return Limits(block, direct, max(1, min(workers, budget // (_BLOCKS_PER_WORKER * block))))
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides, in elements, of a contiguous tensor."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
+    return tuple(strides)
+
+
+def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements lie one after the other; strides of dimensions of size 1 say nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, stride, row_major(shape), strict=True))
+
+
+def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two elements may share memory (expanded and sliding-window views)."""
+    span = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step < span:
+                return True
+            span += (size - 1) * step
+    return False
+
+
+def span_elements(sizes: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a non-empty view, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
+
+
+def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:
+    """Indices of half-open ranges that begin inside an earlier one (in order of their starts)."""
+    found: set[int] = set()
+    reached = -1
+    for index in sorted(range(len(ranges)), key=lambda i: ranges[i][0]):
+        start, end = ranges[index]
+        if start >= end:
+            continue
+        if start < reached:
+            found.add(index)
+        reached = max(reached, end)
+    return found
+
+
+def boxes(shape: tuple[int, ...], stride: tuple[int, ...], limit: int) -> Iterator[_Box]:
+    """Cut a non-empty view into hyper-rectangles ``(starts, sizes)`` whose memory spans at most ``limit`` elements.
+
+    The dimension with the largest stride is cut first, so that a transposed view is still read in long stretches.
+    """
+    order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
+
+    def cut(depth: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[_Box]:
+        if depth == len(order) or span_elements(sizes, stride) <= limit:
+            yield starts, sizes
+            return
+        dim = order[depth]
+        inner = span_elements(_replace(sizes, dim, 1), stride)
+        step = 1 + (limit - inner) // stride[dim] if inner <= limit else 1
+        for low in range(0, sizes[dim], step):
+            part = _replace(sizes, dim, min(step, sizes[dim] - low))
+            yield from cut(depth + 1, _replace(starts, dim, low), part)
+
+    yield from cut(0, (0,) * len(shape), shape)
+
+
+def pieces(requests: Sequence[Request], limit: Limits) -> list[Piece]:
+    """The work of a run, in the order of files and offsets."""
+    result: list[Piece] = []
+    files: dict[tuple[Path, str], list[Request]] = {}
+    for request in requests:
+        if request.file is None:
+            result += (Block(None, 0, 0, (cut,)) for cut, _, _ in _cuts(request, limit.block_bytes))
+        else:
+            files.setdefault((request.file, request.place), []).append(request)
+    for (file, _), group in files.items():
+        group.sort(key=lambda request: request.start)
+        result += _file_pieces(file, group, limit)
+    return result
+
+
+def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Piece]:
+    start = end = -1
+    cuts: list[Cut] = []
+    for request in group:
+        if request.direct and request.nbytes >= min(_SMALL_BYTES, limit.block_bytes):
+            yield from _direct_pieces(file, request, limit.direct_bytes)
+            continue
+        for cut, low, high in _cuts(request, limit.block_bytes):
+            if cuts and (low > end + _GAP_BYTES or max(high, end) - start > limit.block_bytes):
+                yield Block(file, start, end, tuple(cuts))
+                cuts = []
+            if not cuts:
+                start = end = low
+            cuts.append(_moved(cut, low - start))
+            end = max(end, high)
+    if cuts:
+        yield Block(file, start, end, tuple(cuts))
+
+
+def _direct_pieces(file: Path, request: Request, step: int) -> Iterator[Direct]:
+    for at in range(0, request.nbytes, step):
+        start = request.start + at
+        yield Direct(request.job, file, start, min(start + step, request.start + request.nbytes), at)
+
+
+def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:
+    """A request's cuts of at most ``block_bytes``, each with the byte range of the file that it needs.
+
+    In a file a cut's ``at`` is 0 (the block's start); in memory it counts from the tensor's first element.
+    """
+    shape, src, dst = request.shape, request.src_stride, request.dst_stride
+    if src is None and dst is None:
+        shape, src, dst = (prod(shape),), (1,), (1,)
+    src = row_major(shape) if src is None else src
+    dst = row_major(shape) if dst is None else dst
+    itemsize = request.itemsize
+    for starts, sizes in boxes(shape, src, max(block_bytes // itemsize, 1)):
+        at = sum(a * b for a, b in zip(starts, src, strict=True)) * itemsize
+        into = sum(a * b for a, b in zip(starts, dst, strict=True))
+        low = request.start + at
+        high = low + span_elements(sizes, src) * itemsize
+        cut = Cut(request.job, 0 if request.file else at, sizes, src, dst, into, prod(sizes) * itemsize)
+        yield cut, low, high
+
+
+def _moved(cut: Cut, at: int) -> Cut:
+    if at == 0:
+        return cut
+    return Cut(cut.job, at, cut.sizes, cut.src_stride, cut.dst_stride, cut.dst_offset, cut.nbytes)
+
+
+def _replace(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    return (*values[:index], value, *values[index + 1 :])

@@ -1,0 +1,210 @@
+"""The plan's checks: do two entries hold the same values? Read in bounded pieces, the first difference ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
+from weightlift.transfer import chunks
+from weightlift.transfer.convert import outside_modes
+from weightlift.transfer.memory import Staging, carrier
+from weightlift.transfer.pool import Pool
+from weightlift.transfer.progress import Progress, Reporter
+from weightlift.transfer.sources import FileSource, OpenFiles, Source
+
+Pair = tuple[TensorEntry, TensorEntry]
+_LARGEST_ELEMENT_BYTES = 16
+
+
+def same_values(
+    pairs: Sequence[Pair],
+    *,
+    files: Sequence[ShardFile],
+    tensors: Mapping[str, torch.Tensor],
+    workers: int,
+    memory_budget_bytes: int | None,
+    progress: Progress = False,
+    cancel: threading.Event | None = None,
+    copy: bool = False,
+    source: Source | None = None,
+) -> list[bool]:
+    """For every pair whether shapes and values agree, bit by bit, so that equal NaNs are equal and -0.0 is not 0.0.
+
+    With two dtypes both are converted to a common one first; there any NaN equals any NaN. The same range of the same
+    file is not read. ``copy`` is taken so that callers can pass the keywords of `run`; it changes nothing.
+
+    Raises:
+        CheckpointChanged, TransferError, LoadCancelled, KeyboardInterrupt: as `run`; nothing is ever written.
+    """
+    known = {path: file for file in files for path in (file.path,)}
+    checker = source or FileSource()
+    used = dict.fromkeys(entry.file for pair in pairs for entry in pair if entry.file is not None)
+    problems = [problem for path in used if (problem := checker.check(known[path])) is not None]
+    if problems:
+        raise CheckpointChanged("the checkpoint changed since it was opened", problems)
+    results: list[bool | None] = [_without_reading(a, b) for a, b in pairs]
+    open_pairs = [index for index, result in enumerate(results) if result is None]
+    total_bytes = sum(_bytes(pairs[index]) for index in open_pairs)
+    limit = chunks.limits(total_bytes, workers, memory_budget_bytes)
+    uses = [entry.file for index in open_pairs for entry in pairs[index] if entry.file is not None]
+    reader = _Reader(OpenFiles(checker, known, uses), tensors, limit.block_bytes, cancel)
+
+    def compare(index: int) -> int:
+        results[index] = reader.same(pairs[index])
+        return _bytes(pairs[index])
+
+    reporter = Reporter(progress, total_bytes)
+    try:
+        pool: Pool[int] = Pool(open_pairs, (), compare, workers=limit.workers, reporter=reporter, cancel=cancel)
+        with outside_modes():
+            pool.run()
+        reporter.finish()
+    finally:
+        reporter.close()
+        reader.close()
+    return [bool(result) for result in results]
+
+
+def _without_reading(a: TensorEntry, b: TensorEntry) -> bool | None:
+    """The answer that the headers alone give, if they do."""
+    if a.shape != b.shape:
+        return False
+    if a.numel == 0:
+        return True
+    if (a.file, a.start, a.dtype, _stride(a)) == (b.file, b.start, b.dtype, _stride(b)):
+        # A tensor in memory has no place but its key.
+        return True if a.file is not None or a.key == b.key else None
+    return None
+
+
+def _stride(entry: TensorEntry) -> tuple[int, ...]:
+    return chunks.row_major(entry.shape) if entry.stride is None else entry.stride
+
+
+def _bytes(pair: Pair) -> int:
+    return pair[0].nbytes + pair[1].nbytes
+
+
+class _Reader:
+    """Compares pairs; `same` is called from all workers at once, and takes two staging blocks at most."""
+
+    def __init__(
+        self,
+        files: OpenFiles,
+        tensors: Mapping[str, torch.Tensor],
+        block_bytes: int,
+        cancel: threading.Event | None,
+    ) -> None:
+        self._files = files
+        self._tensors = tensors
+        self._block_bytes = block_bytes
+        self._cancel = cancel
+
+    def close(self) -> None:
+        """Close files that an error left open."""
+        self._files.close()
+
+    def same(self, pair: Pair) -> bool:
+        """Read both, a part at a time, until they differ."""
+        a, b = pair
+        # Converting to a common dtype makes up to 16 bytes of an element.
+        spread = 1 if a.dtype == b.dtype else _LARGEST_ELEMENT_BYTES // min(a.dtype.itemsize, b.dtype.itemsize)
+        block_bytes = max(self._block_bytes // spread, _LARGEST_ELEMENT_BYTES)
+        blocks = [_block(entry, block_bytes) for entry in pair]
+        equal = True
+        for starts, sizes in _parts(a, b, block_bytes):
+            if self._cancel is not None and self._cancel.is_set():
+                raise LoadCancelled
+            first = self._part(a, starts, sizes, blocks[0])
+            second = self._part(b, starts, sizes, blocks[1])
+            if not _equal(first, second):
+                equal = False
+                break
+        for entry in pair:
+            if entry.file is not None:
+                self._files.done(entry.file)
+        return equal
+
+    def _part(
+        self, entry: TensorEntry, starts: tuple[int, ...], sizes: tuple[int, ...], block: Staging | None
+    ) -> torch.Tensor:
+        if entry.file is None or block is None:
+            part = self._tensors[entry.key].detach()
+            if len(starts) != part.dim():
+                part = part.reshape(-1)
+            for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            return part.cpu()
+        stride = _stride(entry) if len(starts) == len(entry.shape) and entry.stride is not None else ()
+        stride = stride or chunks.row_major(entry.shape if len(starts) == len(entry.shape) else (entry.numel,))
+        itemsize = entry.dtype.itemsize
+        low = entry.start + sum(a * b for a, b in zip(starts, stride, strict=True)) * itemsize
+        high = low + chunks.span_elements(sizes, stride) * itemsize
+        self._read(entry, entry.file, block.view[: high - low], low)
+        return block.strided(entry.dtype, 0, sizes, stride)
+
+    def _read(self, entry: TensorEntry, file: Path, view: memoryview, start: int) -> None:
+        done, end = 0, start + len(view)
+        try:
+            handle = self._files.get(file)
+            while done < len(view):
+                count = handle.readinto(view[done:], start + done)
+                if count <= 0:
+                    raise EOFError(f"the file ends at byte {start + done:,}")
+                done += count
+        except (OSError, EOFError) as error:
+            if isinstance(error, CheckpointChanged):
+                raise
+            problem = Problem(f"reading failed: {error}", key=entry.key, file=file, start=start, end=end)
+            raise TransferError("comparing tied weights failed", [problem]) from error
+
+
+def _block(entry: TensorEntry, block_bytes: int) -> Staging | None:
+    if entry.file is None:
+        return None
+    nbytes = -(-block_bytes // _LARGEST_ELEMENT_BYTES) * _LARGEST_ELEMENT_BYTES
+    return Staging(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
+
+
+def _parts(a: TensorEntry, b: TensorEntry, block_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of the common shape such that a block holds the bytes that either entry needs for one."""
+    if a.stride is None and b.stride is None:
+        elements = max(block_bytes // max(a.dtype.itemsize, b.dtype.itemsize), 1)
+        yield from chunks.boxes((a.numel,), (1,), elements)
+        return
+    for starts, sizes in chunks.boxes(a.shape, _stride(a), max(block_bytes // a.dtype.itemsize, 1)):
+        for inner, part in chunks.boxes(sizes, _stride(b), max(block_bytes // b.dtype.itemsize, 1)):
+            yield tuple(x + y for x, y in zip(starts, inner, strict=True)), part
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype == b.dtype:
+        return _equal_bits(a, b)
+    common = _common(a.dtype, b.dtype)
+    a, b = a.to(common), b.to(common)
+    if _equal_bits(a, b):
+        return True
+    if common.is_complex:
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    both_nan = (a != a) & (b != b)
+    zeros_differ = (a == 0) & (a.signbit() != b.signbit())
+    return bool((((a == b) & ~zeros_differ) | both_nan).all())
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype == torch.complex128:
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    bits = carrier(a.dtype)
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def _common(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    try:
+        return torch.promote_types(a, b)
+    except RuntimeError:  # the small floats promote with nothing
+        return torch.float64 if torch.float64 in (a, b) else torch.float32

@@ -1,0 +1,313 @@
+"""The engine: map, read, convert and copy. One call is one run with its own threads, mappings and staging."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
+from weightlift.transfer import chunks
+from weightlift.transfer.accelerator import Backend, backend_for
+from weightlift.transfer.convert import outside_modes
+from weightlift.transfer.execute import Executor, Target, Work
+from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.memory import FileMapping, alias, carrier, new_tensor
+from weightlift.transfer.pool import Pool
+from weightlift.transfer.progress import Progress, Reporter
+from weightlift.transfer.sources import FileSource, OpenFiles, Source
+
+
+def run(
+    jobs: Sequence[Job],
+    tasks: Sequence[Task] = (),
+    *,
+    files: Sequence[ShardFile],
+    tensors: Mapping[str, torch.Tensor],
+    copy: bool,
+    workers: int,
+    memory_budget_bytes: int | None,
+    progress: Progress,
+    cancel: threading.Event | None,
+    source: Source | None = None,
+    backend: Callable[[torch.device], Backend] = backend_for,
+) -> list[torch.Tensor]:
+    """Do all jobs and tasks; return each job's tensor in order (``job.into`` where one was given).
+
+    ``memory_budget_bytes`` bounds what is in flight besides the destinations (None: 512 MiB). ``progress`` is called
+    from the calling thread. ``source`` and ``backend`` are the boundaries that tests replace. Values never depend on
+    ``workers``; with 1 all work is done in the calling thread. Threads end before this returns or raises.
+
+    Raises:
+        CheckpointChanged: a file is not the one that was planned with; nothing was written.
+        TransferError: reading, copying or a task failed; ``written`` names the jobs whose ``into`` was touched.
+        LoadCancelled: ``cancel`` was set; ``written`` likewise.
+        KeyboardInterrupt: at once, after the pieces under way.
+    """
+    assert workers >= 1, workers
+    load = _Run(jobs, files, tensors, copy=copy, source=source or FileSource(), backend=backend)
+    reporter = Reporter(progress, sum(job.entry.nbytes for job in jobs) + sum(task.nbytes for task in tasks))
+    try:
+        with outside_modes():
+            results = load.execute(tasks, workers=workers, budget=memory_budget_bytes, reporter=reporter, cancel=cancel)
+        reporter.finish()
+    except TransferError as error:
+        raise TransferError(error.summary, error.problems, load.written()) from error.__cause__
+    except LoadCancelled:
+        raise LoadCancelled(written=load.written()) from None
+    except CheckpointChanged as error:
+        # Before anything was written it is the plan that is stale; afterwards the transfer failed half way.
+        if not load.written():
+            raise
+        raise TransferError(error.summary, error.problems, load.written()) from error
+    finally:
+        reporter.close()
+    return results
+
+
+class _Run:
+    """One call of `run`: decides for every job how it is done, then has the pool do what is not done at once."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        files: Sequence[ShardFile],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        copy: bool,
+        source: Source,
+        backend: Callable[[torch.device], Backend],
+    ) -> None:
+        self._jobs = jobs
+        self._files = {file.path: file for file in files}
+        self._tensors = tensors
+        self._copy = copy
+        self._source = source
+        self._make_backend = backend
+        self._backends: dict[torch.device, Backend] = {}
+        self._results: list[torch.Tensor | None] = [None] * len(jobs)
+        # A flag a job and not a set: writing one is atomic with and without an interpreter lock.
+        self._touched = bytearray(len(jobs))
+        self._done_bytes = 0
+
+    def written(self) -> tuple[str, ...]:
+        """The jobs whose ``into`` was at least partly written."""
+        jobs = self._jobs
+        return tuple(jobs[i].fqn for i, flag in enumerate(self._touched) if flag and jobs[i].into is not None)
+
+    def execute(
+        self,
+        tasks: Sequence[Task],
+        *,
+        workers: int,
+        budget: int | None,
+        reporter: Reporter,
+        cancel: threading.Event | None,
+    ) -> list[torch.Tensor]:
+        """See `run`."""
+        self._check_files()
+        if cancel is not None and cancel.is_set():
+            raise LoadCancelled
+        mapped, shared, rest = self._sort_out()
+        self._map(mapped)
+        self._share(shared)
+        reporter.update(self._done_bytes)
+        self._transfer(rest, tasks, workers=workers, budget=budget, reporter=reporter, cancel=cancel)
+        results = [tensor for tensor in self._results if tensor is not None]
+        assert len(results) == len(self._jobs)
+        return results
+
+    def _check_files(self) -> None:
+        """All files at once and before anything is written, so that a stale plan changes nothing."""
+        used = dict.fromkeys(job.entry.file for job in self._jobs if job.entry.file is not None)
+        problems = [problem for path in used if (problem := self._source.check(self._files[path])) is not None]
+        if problems:
+            raise CheckpointChanged("the checkpoint changed since it was opened", problems)
+
+    def _sort_out(self) -> tuple[dict[Path, list[int]], list[int], list[int]]:
+        """Indices of jobs: to map (by file), to share from memory, and to transfer."""
+        mapped: dict[Path, list[int]] = {}
+        shared: list[int] = []
+        rest: list[int] = []
+        for index, job in enumerate(self._jobs):
+            entry = job.entry
+            if 0 in entry.shape:
+                self._results[index] = self._destination(job)
+            elif job.into is not None or self._copy or entry.dtype != job.dtype:
+                rest.append(index)
+            elif entry.file is None:
+                tensor = self._tensors[entry.key]
+                (shared if _is_at(tensor, job.device) else rest).append(index)
+            elif job.device.type == "cpu" and _mappable(entry):
+                mapped.setdefault(entry.file, []).append(index)
+            else:
+                rest.append(index)
+        # Two results on the same bytes would be tied by accident: a write to one would show in the other.
+        for path, group in mapped.items():
+            again = chunks.overlapping([(self._jobs[i].entry.start, self._jobs[i].entry.end) for i in group])
+            rest += (group[i] for i in again)
+            mapped[path] = [index for i, index in enumerate(group) if i not in again]
+        again = self._shared_twice(shared)
+        return mapped, [i for i in shared if i not in again], sorted([*rest, *again])
+
+    def _shared_twice(self, shared: list[int]) -> set[int]:
+        storages: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+        for index in shared:
+            tensor = self._tensors[self._jobs[index].entry.key]
+            if tensor.layout is torch.strided:
+                start = tensor.data_ptr()
+                end = start + chunks.span_elements(tensor.size(), tensor.stride()) * tensor.element_size()
+                storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((index, (start, end)))
+        found: set[int] = set()
+        for group in storages.values():
+            found.update(group[i][0] for i in chunks.overlapping([interval for _, interval in group]))
+        return found
+
+    def _map(self, mapped: dict[Path, list[int]]) -> None:
+        """One mapping a file; its tensors cost a few microseconds each, in the calling thread, and touch no page."""
+        for path, group in mapped.items():
+            if not group:
+                continue
+            file = self._files[path]
+            assert all(self._jobs[index].entry.end <= file.size_bytes for index in group), path
+            try:
+                handle = self._source.open(file)
+                try:
+                    mapping = FileMapping(handle.fileno(), file.size_bytes)
+                    problem = handle.changed()
+                finally:
+                    handle.close()
+            except OSError as error:
+                problem = Problem(f"the file cannot be mapped: {error}", file=path, hint="copy=True reads it instead")
+                raise TransferError("loading failed", [problem]) from error
+            if problem is not None:
+                raise CheckpointChanged("a checkpoint file changed while it was mapped", [problem])
+            for index in group:
+                entry = self._jobs[index].entry
+                elements = entry.numel if entry.stride is None else chunks.span_elements(entry.shape, entry.stride)
+                self._results[index] = mapping.tensor(entry.dtype, entry.shape, entry.stride, entry.start, elements)
+                self._done_bytes += entry.nbytes
+
+    def _share(self, shared: list[int]) -> None:
+        for index in shared:
+            entry = self._jobs[index].entry
+            self._results[index] = self._tensors[entry.key].detach()
+            self._done_bytes += entry.nbytes
+
+    def _transfer(
+        self,
+        rest: list[int],
+        tasks: Sequence[Task],
+        *,
+        workers: int,
+        budget: int | None,
+        reporter: Reporter,
+        cancel: threading.Event | None,
+    ) -> None:
+        if not rest and not tasks:
+            return
+        targets = {index: self._target(index) for index in rest}
+        total_bytes = sum(self._jobs[index].entry.nbytes for index in rest)
+        limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
+        requests = [_request(index, self._jobs[index], targets[index]) for index in rest]
+        pieces = chunks.pieces(requests, limit)
+        open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
+        executor = Executor(
+            self._jobs, targets, self._touched, open_files, self._backends, limit, cores=_cores(), stopped=cancel
+        )
+        queue: list[Work] = sorted(tasks, key=lambda task: -task.nbytes)
+        pool: Pool[Work] = Pool(
+            pieces,
+            queue,
+            executor.execute,
+            workers=limit.workers if pieces else workers,
+            reporter=reporter,
+            cancel=cancel,
+            done_bytes=self._done_bytes,
+        )
+        try:
+            pool.run()
+        finally:
+            # Also after an error: until then the device may still read from staging and write to destinations.
+            open_files.close()
+            for device_backend in self._backends.values():
+                device_backend.synchronize()
+
+    def _target(self, index: int) -> Target:
+        """The job's destination, made now where it is new, and what its copies read and write."""
+        job = self._jobs[index]
+        result = self._destination(job)
+        self._results[index] = result
+        entry = job.entry
+        same = entry.dtype == job.dtype and _ordinary(result)
+        dtype = carrier(entry.dtype) if same else entry.dtype
+        written = alias(result, dtype if same else job.dtype) if _ordinary(result) else result.detach()
+        memory = alias(_strided(self._tensors[entry.key]), dtype) if entry.file is None else None
+        return Target(written, dtype, memory, None if job.device.type == "cpu" else job.device, same)
+
+    def _destination(self, job: Job) -> torch.Tensor:
+        if job.into is not None:
+            assert job.into.shape == job.entry.shape, (job.fqn, job.into.shape, job.entry.shape)
+            if job.device.type != "cpu" and 0 not in job.entry.shape:
+                self._backend(job.device)
+            return job.into
+        if job.device.type == "cpu":
+            return new_tensor(job.entry.shape, job.dtype)
+        return self._backend(job.device).empty(job.entry.shape, job.dtype)
+
+    def _backend(self, device: torch.device) -> Backend:
+        found = self._backends.get(device)
+        if found is None:
+            found = self._backends[device] = self._make_backend(device)
+        return found
+
+
+def _request(index: int, job: Job, target: Target) -> chunks.Request:
+    entry = job.entry
+    memory, written = target.memory, target.tensor
+    src = entry.stride if memory is None else memory.stride()
+    if src is not None and chunks.is_row_major(entry.shape, src):
+        src = None
+    dst = None if written.is_contiguous() else written.stride()
+    direct = memory is None and target.same and target.device is None and src is None and dst is None
+    itemsize, place = entry.dtype.itemsize, str(job.device)
+    return chunks.Request(index, entry.file, entry.start, itemsize, entry.shape, src, dst, direct, place)
+
+
+def _mappable(entry: TensorEntry) -> bool:
+    if entry.start % entry.dtype.itemsize:
+        return False
+    return entry.stride is None or not chunks.has_overlap(entry.shape, entry.stride)
+
+
+def _ordinary(tensor: torch.Tensor) -> bool:
+    """Strided, and its memory holds its values as they are (no lazy conjugate or negative)."""
+    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _is_at(tensor: torch.Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as ordinary memory; rare kinds of tensors are made so first."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg()
+
+
+def _share_of(budget: int | None, devices: int) -> int | None:
+    """Each device has a ring of its own beside the CPU's staging."""
+    whole = chunks.DEFAULT_BUDGET_BYTES if budget is None else budget
+    return whole // (1 + devices)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

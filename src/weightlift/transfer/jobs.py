@@ -1,0 +1,34 @@
+"""The frozen records that a plan hands to the engine: what to fill, from where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from weightlift.checkpoint.entry import TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to produce (``into`` is None) or to fill in place (``into``: same shape, any strides).
+
+    ``fqn`` is for messages. No two jobs of a run may have ``into`` tensors that overlap: every destination byte has
+    exactly one writer.
+    """
+
+    fqn: str
+    entry: TensorEntry
+    dtype: torch.dtype
+    device: torch.device
+    into: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work that reads no file, such as running a recorded initialiser. ``nbytes`` is its share of the progress."""
+
+    fqn: str
+    nbytes: int
+    run: Callable[[], None]

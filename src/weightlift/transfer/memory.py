@@ -1,0 +1,176 @@
+"""Memory: file mappings, destinations on huge pages, and reusable staging blocks.
+
+Everything here hands out ordinary CPU tensors on memory that goes back to the system when the last of them dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+
+_LINUX = sys.platform == "linux"
+_HUGE_PAGE_BYTES = 2 << 20
+_HUGE_FROM_BYTES = 4 << 20
+_MAP_NORESERVE = 0x4000
+_LARGEST_ELEMENT_BYTES = 16
+
+# Copies between equal dtypes move bits: integers of the same size do that for every dtype (fp4, NaN payloads).
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def carrier(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size whose copies keep every bit."""
+    return _CARRIERS[dtype.itemsize]
+
+
+class FileMapping:
+    """A private, writable (copy-on-write) mapping of a whole file, that holds no descriptor.
+
+    ``buffer`` keeps the mapping alive; tensors made from it by ``torch.frombuffer`` do as well. Raises OSError.
+    """
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self.buffer = _map(fd, size_bytes)
+
+    def tensor(
+        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None, start: int, elements: int
+    ) -> torch.Tensor:
+        """A tensor on the mapping from byte ``start`` on, ``elements`` (> 0) from its first to its last element."""
+        flat = torch.frombuffer(self.buffer, dtype=dtype, count=elements, offset=start)
+        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+
+def _libc_mmap() -> tuple[Callable[..., int | None], Callable[..., int]]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc.mmap, libc.munmap
+
+
+if _LINUX:
+    _libc_map, _libc_unmap = _libc_mmap()
+
+
+def _map(fd: int, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
+    # Python's mmap keeps a duplicate of the descriptor for the mapping's life, and counts a file that is larger than
+    # the memory as more than the system could commit. On Linux the call itself does neither.
+    if not _LINUX:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    address = _libc_map(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mapping {size_bytes:,} bytes failed")
+    array = (ctypes.c_char * size_bytes).from_address(address)
+    # At exit the system takes the mapping back; somebody may read a tensor until then.
+    weakref.finalize(array, _libc_unmap, address, size_bytes).atexit = False
+    return array
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous, uninitialised CPU tensor; big ones on huge pages where the system has them."""
+    nbytes = prod(shape) * dtype.itemsize
+    if _LINUX and nbytes >= _HUGE_FROM_BYTES:
+        flat = _on_huge_pages(nbytes)
+        if flat is not None:
+            return flat.view(dtype).view(tuple(shape))
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def _on_huge_pages(nbytes: int) -> torch.Tensor | None:
+    """``nbytes`` that begin on a huge page. Only whole huge pages are asked for, so that none is committed in vain."""
+    advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return None
+    try:
+        block = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        offset = -_address(block) % _HUGE_PAGE_BYTES
+        block.madvise(advice, offset, nbytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
+    except (OSError, ValueError):  # no more mappings, or a kernel without huge pages: plain memory does
+        return None
+    return torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
+def _address(block: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+
+def alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory and geometry under a dtype of equal size: no autograd, no inference flag, no version counter."""
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=dtype, device=tensor.device)
+    return flat.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def memory_of(tensor: torch.Tensor, at: int, nbytes: int) -> memoryview:
+    """Bytes of a contiguous CPU tensor, from its byte ``at`` on. The caller keeps the tensor alive."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr() + at)).cast("B")
+
+
+class Staging:
+    """One reusable block of bytes, used by one thread at a time. ``ready`` waits until its last copy has left it."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.flat = flat
+        self.view = memory_of(flat, 0, flat.numel())
+        self.ready: Callable[[], None] | None = None
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def strided(self, dtype: torch.dtype, at: int, sizes: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+        """A view of ``sizes`` from byte ``at`` on; a copy where that byte is not aligned to the dtype."""
+        itemsize = dtype.itemsize
+        if at % itemsize:
+            span = 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
+            moved = self.flat[at : at + span * itemsize].clone()
+            return moved.view(dtype).as_strided(sizes, stride)
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = self.flat.view(dtype)
+        return typed.as_strided(sizes, stride, typed.storage_offset() + at // itemsize)
+
+
+class StagingPool:
+    """Lends staging blocks, the one used last first, so that it is still in the cache; never more than ``count``.
+
+    Safe to use from several threads. ``count`` is at least the number of threads, each of
+    which holds one block at most: `take` never waits for another thread, only for a device.
+    """
+
+    def __init__(self, block_bytes: int, count: int, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
+        self.block_bytes = -(-block_bytes // _LARGEST_ELEMENT_BYTES) * _LARGEST_ELEMENT_BYTES
+        self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
+        self._left = count
+        self._free: list[Staging] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> Staging:
+        """A block that nothing reads from any more; the caller's until `give`."""
+        with self._lock:
+            # A block whose copy is still under way is the oldest one's turn, and only once no other can be made.
+            idle = [i for i, block in enumerate(self._free) if block.ready is None]
+            if idle:
+                return self._free.pop(idle[-1])
+            block = self._free.pop(0) if self._left == 0 else None
+            if block is None:
+                self._left -= 1
+        if block is None:
+            return Staging(self._allocate(self.block_bytes))
+        if block.ready is not None:
+            block.ready()
+            block.ready = None
+        return block
+
+    def give(self, block: Staging) -> None:
+        """Hand a block back."""
+        with self._lock:
+            self._free.append(block)

@@ -1,0 +1,1 @@
+"""Conformance of deferred construction: what it builds is what ordinary construction builds."""
