@@ -22,6 +22,7 @@ class Case:
     `inputs`: arguments of a forward. `check`: raises unless its relation holds; run on ordinary modules too.
     `extra`: tensors held outside the module. `reset`: undoes the case's own global state before each construction.
     `positional`: elements which never vary are constants (off for discrete or clamped samples).
+    `correlated`: the elements of one tensor depend on each other (a sum of samples, a common factor).
     `missing`: any of its keys may be missing from the checkpoint. `repeatable`: the seed decides all values.
     `leaves_rng`: torch's global generator must be as before. `undefined`: paths that no one gave values.
     `process_seed`: the process is seeded with this before deferred construction, and for one ordinary module.
@@ -36,6 +37,7 @@ class Case:
     extra: Callable[[], dict[str, Any]] | None = None
     reset: Callable[[], None] | None = None
     positional: bool = True
+    correlated: bool = False
     loadable: bool = True
     missing: bool = True
     repeatable: bool = True

@@ -162,7 +162,7 @@ def sparse_tensors() -> nn.Module:
     return bag
 
 
-@case(loadable=False)
+@case(loadable=False, positional=False)
 def sparse_made_of_samples() -> nn.Module:
     w = torch.randn(64, 64)
     w[w.abs() < 1.0] = 0.0

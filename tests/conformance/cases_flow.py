@@ -63,7 +63,7 @@ def calibrated_by_gradient_descent() -> nn.Module:
     return Bag(lin=lin, scale=scale)
 
 
-@case()
+@case(correlated=True)
 def optimised_with_backward_and_gradients_left() -> nn.Module:
     lin = nn.Linear(64, 64)
     optimizer = torch.optim.SGD(lin.parameters(), lr=0.1)
@@ -76,7 +76,7 @@ def optimised_with_backward_and_gradients_left() -> nn.Module:
     return Bag(lin=lin)
 
 
-@case()
+@case(correlated=True)
 def data_dependent_initialisation_by_a_forward() -> nn.Module:
     """LSUV: scale each layer by the statistics of its own output."""
     layers = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
@@ -128,14 +128,14 @@ def sampled_in_inference_mode() -> nn.Module:
     return Bag(w=nn.Parameter(source.clone()))
 
 
-@case(repeatable=False, missing=False)
+@case(repeatable=False, missing=False, leaves_rng=False)
 def layers_built_by_helper_threads() -> nn.Module:
     with ThreadPoolExecutor(2) as pool:
         layers = list(pool.map(lambda _: _linear(), range(4)))
     return Bag(mine=nn.Linear(64, 64), layers=nn.ModuleList(layers))
 
 
-@case(repeatable=False, missing=False)
+@case(repeatable=False, missing=False, leaves_rng=False)
 def helper_thread_initialises_what_this_thread_made() -> nn.Module:
     """Without the recorder a write of another thread is at once; it must hit real memory, in order."""
     w = nn.Parameter(torch.zeros(64, 64))

@@ -162,7 +162,6 @@ def numpy_view_of_a_sample_written_after() -> nn.Module:
 @case(kind="exact")
 def from_numpy_then_the_array_changes() -> nn.Module:
     array = np.arange(64, dtype=np.float32)
-    shared = nn.Parameter(torch.from_numpy(array))
     copied = nn.Parameter(torch.empty(64))
     with torch.no_grad():
         copied.copy_(torch.from_numpy(array))
@@ -170,7 +169,15 @@ def from_numpy_then_the_array_changes() -> nn.Module:
     scaled = torch.from_numpy(array) * 2
     built = torch.tensor(array)
     array[:] = -1.0
-    bag = Bag(shared=shared, copied=copied, cloned=cloned, scaled=scaled, built=built)
+    return Bag(copied=copied, cloned=cloned, scaled=scaled, built=built)
+
+
+@case(kind="exact")
+def parameter_in_the_memory_of_a_kept_array() -> nn.Module:
+    """What is loaded into the one is seen in the other."""
+    array = np.arange(64, dtype=np.float32)
+    bag = Bag(shared=nn.Parameter(torch.from_numpy(array)))
+    array[:] = -1.0
     bag.array = array
     return bag
 
@@ -223,9 +230,9 @@ def pickled_layer() -> nn.Module:
     return Bag(lin=lin, copied=pickle.loads(pickle.dumps(lin)))
 
 
-@case(check=lambda m: holds(isinstance(m.text, str) and "e" not in m.text.split("0.0")[0], "text"))
+@case(check=lambda m: holds("tensor(0.01" in m.text or "tensor(0.02" in m.text, f"printed as {m.text}"))
 def printing_samples() -> nn.Module:
-    bag = Bag(w=nn.Parameter(torch.randn(64, 64).clamp(0.01, 0.02)), lin=nn.Linear(64, 64))
+    bag = Bag(w=nn.Parameter(torch.rand(64, 64) * 0.009 + 0.0105), lin=nn.Linear(64, 64))
     bag.text = str(bag.w[0, 0]) + repr(bag.lin)
     print(bag.w, bag.lin.weight, bag.state_dict())
     return bag

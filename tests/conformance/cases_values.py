@@ -31,16 +31,16 @@ value("scalar_first", lambda: 1.0 - 2.0 * torch.rand(N, N))
 value("clamped", lambda: torch.randn(N, N).clamp(-1, 1), positional=False)
 value("cat_of_parts", lambda: torch.cat([torch.randn(16, N), torch.zeros(16, N), torch.rand(32, N) + 3]))
 value("stack_of_parts", lambda: torch.stack([torch.randn(N) * i for i in range(1, 33)]))
-value("repeat_expand", lambda: torch.randn(1, N).expand(N, N).clone() + torch.randn(N, 1).repeat(1, N))
+value("repeat_expand", lambda: torch.randn(1, N).expand(N, N).clone() + torch.randn(N, 1).repeat(1, N), correlated=True)
 value("tril_mask", lambda: torch.tril(torch.randn(N, N)))
 value("triu_product", lambda: torch.randn(N, N) * torch.triu(torch.ones(N, N), diagonal=1))
 value("where", lambda: torch.where(torch.eye(N).bool(), torch.zeros(()), torch.randn(N, N)))
 value("where_on_sampled", lambda: (lambda a: torch.where(a > 0, a, -a))(torch.randn(N, N)))
-value("cumsum", lambda: torch.randn(N, N).cumsum(0), positional=True)
-value("einsum", lambda: torch.einsum("ij,kj->ik", torch.randn(N, 8), torch.randn(N, 8)))
-value("matmul_chain", lambda: torch.randn(N, 8) @ torch.randn(8, N) / math.sqrt(8))
-value("softmax_normalize", lambda: F.normalize(torch.softmax(torch.randn(N, N), -1), dim=-1))
-value("fft", lambda: torch.fft.irfft(torch.fft.rfft(torch.randn(N, N))[:, :20], n=N))
+value("cumsum", lambda: torch.randn(N, N).cumsum(0), correlated=True)
+value("einsum", lambda: torch.einsum("ij,kj->ik", torch.randn(N, 8), torch.randn(N, 8)), correlated=True)
+value("matmul_chain", lambda: torch.randn(N, 8) @ torch.randn(8, N) / math.sqrt(8), correlated=True)
+value("softmax_normalize", lambda: F.normalize(torch.softmax(torch.randn(N, N), -1), dim=-1), correlated=True)
+value("fft", lambda: torch.fft.irfft(torch.fft.rfft(torch.randn(N, N))[:, :20], n=N), correlated=True)
 value("complex_parameter", lambda: torch.randn(N, N, dtype=torch.cfloat) * 0.1)
 value("complex_from_parts", lambda: torch.complex(torch.randn(N, N), torch.zeros(N, N)))
 value("complex_conjugate_resolved", lambda: torch.randn(N, N, dtype=torch.cfloat).conj().resolve_conj())
@@ -69,12 +69,20 @@ value(
     lambda: torch.stack(torch.meshgrid(torch.arange(8), torch.arange(9), indexing="ij")).float(),
     kind="exact",
 )
-value("pad_interpolate", lambda: F.interpolate(F.pad(torch.randn(1, 4, 16, 16), (1, 1, 2, 2)), scale_factor=2.0))
-value("conv_of_sampled", lambda: F.conv2d(torch.randn(1, 3, 32, 32), torch.randn(4, 3, 3, 3)))
-value("unfold_fold", lambda: F.unfold(torch.randn(1, 4, 16, 16), 2, stride=2))
-value("kron_outer", lambda: torch.kron(torch.eye(8), torch.randn(8, 8)) + torch.outer(torch.ones(64), torch.randn(64)))
+value(
+    "pad_interpolate",
+    lambda: F.interpolate(F.pad(torch.randn(1, 4, 16, 16), (1, 1, 2, 2)), scale_factor=2.0),
+    correlated=True,
+)
+value("conv_of_sampled", lambda: F.conv2d(torch.randn(1, 3, 32, 32), torch.randn(4, 3, 3, 3)), correlated=True)
+value("unfold_fold", lambda: F.unfold(torch.randn(1, 4, 16, 16), 2, stride=2), correlated=True)
+value(
+    "kron_outer",
+    lambda: torch.kron(torch.eye(8), torch.randn(8, 8)) + torch.outer(torch.ones(64), torch.randn(64)),
+    correlated=True,
+)
 value("gather_take", lambda: torch.randn(N, N).gather(1, torch.arange(N).flip(0).expand(N, N)))
-value("index_select", lambda: torch.randn(N, N)[torch.tensor([3, 1, 2])].repeat_interleave(4, 0))
+value("index_select", lambda: torch.randn(N, N)[torch.tensor([3, 1, 2])].repeat_interleave(4, 0), correlated=True)
 value("std_mean_normalised", lambda: (lambda a: (a - a.mean()) / a.std())(torch.rand(N, N)))
 value("chained_far", lambda: (lambda a: sum((a * 0.1 for _ in range(50)), a))(torch.randn(N, N)))
 value("permuted_contiguous", lambda: torch.randn(N, 32, 4).permute(2, 0, 1).contiguous())
@@ -83,12 +91,16 @@ value("window", lambda: {"b": torch.hann_window(400)}, kind="exact")
 value("block_diag", lambda: torch.block_diag(torch.randn(20, 20), torch.ones(3, 3)))
 value("vmap", lambda: torch.vmap(lambda row: row * 2 + 1)(torch.randn(N, N)))
 value(
-    "lowrank_svd_truncated", lambda: (lambda u, s, v: (u[:, :8] * s[:8]) @ v[:8])(*torch.linalg.svd(torch.randn(N, N)))
+    "lowrank_svd_truncated",
+    lambda: (lambda u, s, v: (u[:, :8] * s[:8]) @ v[:8])(*torch.linalg.svd(torch.randn(N, N))),
+    correlated=True,
 )
 value("qr", lambda: torch.linalg.qr(torch.randn(N, N)).Q)
 value("inverse", lambda: torch.linalg.inv(torch.randn(32, 32) * 0.01 + torch.eye(32)))
 value("matrix_exp_of_skew", lambda: (lambda a: torch.matrix_exp(a - a.T))(torch.randn(32, 32) * 0.1))
-value("cholesky", lambda: (lambda a: torch.linalg.cholesky(a @ a.T + torch.eye(32)))(torch.randn(32, 64)))
+value(
+    "cholesky", lambda: (lambda a: torch.linalg.cholesky(a @ a.T + torch.eye(32)))(torch.randn(32, 64)), correlated=True
+)
 
 
 @case(check=lambda m: equal(m.b, m.a * 2 + 1, "b is 2a + 1"))

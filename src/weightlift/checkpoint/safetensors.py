@@ -249,13 +249,15 @@ class _Header:
         return False
 
     def _offsets(self, key: str, value: Any) -> tuple[int, int] | None:
-        valid = type(value) is list and len(value) == 2 and all(type(x) is int and 0 <= x < 2**64 for x in value)
+        valid = type(value) is list and len(value) == 2
+        if valid:
+            start, end = value
+            valid = type(start) is int and type(end) is int and 0 <= start < 2**64 and 0 <= end < 2**64
         if not valid:
             self.spans = None
             expected = "two integers from 0 up"
             self._problem(key, "data_offsets are not offsets", expected=expected, found=_brief(value))
             return None
-        start, end = value
         if end < start:
             self.spans = None
             self._problem(key, "data_offsets end before they start", expected="start <= end", found=_brief(value))

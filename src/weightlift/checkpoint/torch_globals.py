@@ -32,9 +32,9 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
-    """A storage class; ``dtype`` is None for quantised ones."""
+    """A storage class, by the dtype of its elements."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +69,30 @@ _ALIASES = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
 _PARAMETER = "torch.nn.parameter.Parameter"
 _STORAGES: Mapping[str, StorageType] = MappingProxyType(
     {
-        **{
-            name: StorageType(dtype)
-            for name, dtype in {
-                "DoubleStorage": torch.float64,
-                "FloatStorage": torch.float32,
-                "HalfStorage": torch.float16,
-                "BFloat16Storage": torch.bfloat16,
-                "LongStorage": torch.int64,
-                "IntStorage": torch.int32,
-                "ShortStorage": torch.int16,
-                "CharStorage": torch.int8,
-                "ByteStorage": torch.uint8,
-                "BoolStorage": torch.bool,
-                "ComplexFloatStorage": torch.complex64,
-                "ComplexDoubleStorage": torch.complex128,
-                "UntypedStorage": torch.uint8,
-            }.items()
-        },
-        **{
-            name: StorageType(None)
-            for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
-        },
+        name: StorageType(dtype)
+        for name, dtype in {
+            "QInt8Storage": torch.qint8,
+            "QUInt8Storage": torch.quint8,
+            "QInt32Storage": torch.qint32,
+            "QUInt4x2Storage": torch.quint4x2,
+            "QUInt2x4Storage": torch.quint2x4,
+            "DoubleStorage": torch.float64,
+            "FloatStorage": torch.float32,
+            "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16,
+            "LongStorage": torch.int64,
+            "IntStorage": torch.int32,
+            "ShortStorage": torch.int16,
+            "CharStorage": torch.int8,
+            "ByteStorage": torch.uint8,
+            "BoolStorage": torch.bool,
+            "ComplexFloatStorage": torch.complex64,
+            "ComplexDoubleStorage": torch.complex128,
+            "UntypedStorage": torch.uint8,
+        }.items()
     }
 )
+_QUANTISED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _STORAGE_MODULES = frozenset({"torch", "torch.cuda", "torch.storage"})
 _OPAQUE: Mapping[str, str] = MappingProxyType(
     {
@@ -124,10 +124,10 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metadata: Any) -> TensorRef | Opaque:
-    if isinstance(storage, Opaque):
-        return storage
     if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, torch.dtype):
         raise BrokenPickleError("a tensor without a storage, an offset or a dtype")
+    if dtype in _QUANTISED:
+        return Opaque("a quantised tensor")
     if isinstance(metadata, dict) and any(metadata.values()):
         return Opaque("a conjugated or negated view")
     return TensorRef(storage, dtype, offset, _integers(size), _integers(stride))

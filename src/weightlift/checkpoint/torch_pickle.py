@@ -53,7 +53,10 @@ class PickleReader:
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "STOP":
-                    return self._stack.pop()
+                    root = self._stack.pop()
+                    if root is _MARK or self._stack:
+                        raise BrokenPickleError("it ends before it is whole")
+                    return root
                 handler = _HANDLERS.get(opcode.name)
                 if handler is None:
                     raise BrokenPickleError(f"the opcode {opcode.name}, which state dicts do not use")
@@ -154,9 +157,6 @@ class PickleReader:
         _, kind, key, _, numel, *view = pid
         if not isinstance(kind, StorageType) or type(key) not in (str, int) or type(numel) is not int or numel < 0:
             raise BrokenPickleError("a storage that is not described")
-        if kind.dtype is None:
-            self._push(Opaque("a quantised tensor"))
-            return
         storage = self.storages.setdefault(str(key), StorageRef(str(key), kind.dtype, numel))
         if storage.dtype != kind.dtype or storage.numel != numel:
             raise BrokenPickleError(f"the storage {key} is described in two ways")

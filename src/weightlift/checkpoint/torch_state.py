@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -107,6 +108,10 @@ class StateDict:
                 expected=f"a range within {begin}:{end}",
                 found=f"{start}:{stop}",
             )
+            return None
+        if max((0, *ref.shape, *ref.stride)) >= 2**63 or prod(ref.shape) * itemsize >= 2**63:
+            expected = "fewer than 2**63 bytes"
+            self._problem(key, "torch cannot hold this shape", expected=expected, found=f"shape {list(ref.shape)}")
             return None
         stride = None if _contiguous(ref.shape, ref.stride) else ref.stride
         return TensorEntry(key, ref.shape, ref.dtype, self.path, start, stop, stride)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,9 @@ class Call:
     random: bool = False
     written: tuple[int | str, ...] = ()
     overwrites: bool = False
+    alone: bool = False  # its only tensor argument is the one it writes to
     pointwise: bool = False
+    elementwise: bool = False  # results look like the first tensor when every tensor argument does
 
 
 # In place operators that define every element of their first argument without looking at it.
@@ -39,6 +41,15 @@ _OVERWRITING = {
     "aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_", "aten::copy_", "aten::random_",
     "aten::exponential_", "aten::bernoulli_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
 }  # fmt: skip
+# Operators on floating-point tensors of one shape and dtype that give another such tensor.
+_ELEMENTWISE = {
+    f"aten::{name}"
+    for name in (
+        "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "pow",
+        "reciprocal", "sin", "cos", "tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "square", "sign",
+    )
+}  # fmt: skip
+
 
 def classify(func: Any) -> Call:
     """Read the schema of an operator overload. Unknown shapes of schema are taken for calls that need values now."""
@@ -56,20 +67,21 @@ def classify(func: Any) -> Call:
     )
     if written:
         overwrites = name in _OVERWRITING or (schema.overload_name == "out" and name == "aten::eye")
-        return Call(Kind.WRITE, random, written, overwrites)
+        tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
+        alone = tensors == 1 and written == (0,) and len(schema.returns) == 1
+        return Call(Kind.WRITE, random, written, overwrites, alone)
     if not schema.returns or any(not _gives_tensors(result.type) for result in schema.returns):
         return Call(Kind.VALUE, random)
     if any(result.alias_info is not None for result in schema.returns):
         return Call(Kind.VIEW)
-    return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags)
+    return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags, elementwise=name in _ELEMENTWISE)
 
 
 def _gives_tensors(kind: Any) -> bool:
     return str(kind) in ("Tensor", "List[Tensor]")
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """A factory rewritten as reserved memory plus, at most, one in-place call that fills it."""
 
     size: tuple[int, ...]

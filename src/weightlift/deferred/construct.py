@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from weightlift.ambient import outside_modes
+from weightlift.ambient import no_dispatch_modes, outside_modes
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
@@ -68,7 +67,7 @@ def construct(build: Callable[[], nn.Module], load: CurrentLoad) -> tuple[nn.Mod
             return _checked(build()), None
         recorder = Recorder(seed=load.seed)
         # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
-        with _disable_current_modes(), FunctionRecorder(recorder), recorder:
+        with no_dispatch_modes(), FunctionRecorder(recorder), recorder:
             module = _checked(build())
     with outside_modes():
         _finish(module, recorder)

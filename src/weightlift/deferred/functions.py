@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
+from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.recorder import Recorder, _tensors
 from weightlift.deferred.tape import Node, generator_for
 
@@ -37,6 +37,15 @@ _READS = {
     _Tensor.tolist, _Tensor.__repr__, _Tensor.__format__, _Tensor.__reduce_ex__, torch.tensor, torch.as_tensor,
     torch.asarray, _Tensor.is_shared,
 }  # fmt: skip
+# In place, of nothing but numbers: the operator, and the values that are left out.
+_FILLS: dict[Any, tuple[Any, tuple[float, ...]]] = {
+    _Tensor.zero_: (torch.ops.aten.zero_.default, ()),
+    _Tensor.fill_: (torch.ops.aten.fill_.Scalar, ()),
+    _Tensor.normal_: (torch.ops.aten.normal_.default, (0.0, 1.0)),
+    _Tensor.uniform_: (torch.ops.aten.uniform_.default, (0.0, 1.0)),
+}
+_PLAIN = {_Tensor, torch.nn.Parameter}
+_NUMBERS = {int, float, bool}
 
 
 class FunctionRecorder(TorchFunctionMode):
@@ -49,11 +58,12 @@ class FunctionRecorder(TorchFunctionMode):
         handlers.update(dict.fromkeys(_READS, self._read))
         handlers[_Tensor.new_tensor] = self._new_tensor
         handlers[_Tensor.__deepcopy__] = self._deepcopy
-        if trunc_normal_is_recognisable() if recognise is None else recognise:
+        self._trunc_normal = trunc_normal_is_recognisable() if recognise is None else recognise
+        handlers.update(dict.fromkeys(_FILLS, self._fill))
+        if self._trunc_normal:
             handlers[_Tensor.normal_] = self._sample
             handlers[_Tensor.uniform_] = self._sample
             handlers[_Tensor.copy_] = self._copy
-            handlers[_Tensor.any] = self._any
         self._handlers = handlers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,6 +86,8 @@ class FunctionRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._trunc_normal and (frame := _caller()).f_code is _TRUNC_CODE and self._can_defer(frame):
+            return _ACCEPTED  # one of the bounds, in the tensor's dtype
         self._recorder.force_tensors(_tensors((args[1:], kwargs)), func)
         return func(*args, **kwargs)
 
@@ -99,37 +111,71 @@ class FunctionRecorder(TorchFunctionMode):
         memo[id(tensor)] = copied
         return copied
 
+    def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record a plain initialiser here, without the way down to ATen: constructors call little else."""
+        tensor = args[0]
+        if (
+            type(tensor) in _PLAIN
+            and (not kwargs or (len(kwargs) == 1 and kwargs.get("generator", self) is None))
+            and not (tensor.requires_grad and torch.is_grad_enabled())
+        ):
+            op, defaults = _FILLS[func]
+            values = args[1:] + defaults[len(args) - 1 :]
+            if all(type(value) in _NUMBERS for value in values) and self._recorder.record_fill(op, tensor, values):
+                return tensor
+        return func(*args, **kwargs)
+
     # -- trunc_normal_ ------------------------------------------------------------------------------------------------
 
     def _sample(self, func: Any, args: Any, kwargs: Any) -> Any:
         frame = _caller()
-        if frame.f_code is not _TRUNC_CODE:
-            return func(*args, **kwargs)
+        if frame.f_code is not _TRUNC_CODE or not self._can_defer(frame):
+            return self._fill(func, args, kwargs)
         values = frame.f_locals
-        tensor, generator = values["tensor"], values["generator"]
-        if args[0] is not tensor:
-            return args[0]  # scratch of an attempt that is recorded whole
-        recorder = self._recorder
-        record = recorder.record_of(tensor)
-        if record is None or record.pinned or generator is not None or recorder.sampling_now():
-            return func(*args, **kwargs)
-        arguments = (values["mean"], values["std"], values["a"], values["b"])
-        recorder.record_call(_TRUNC_NORMAL, tensor, arguments, overwrites=True)
-        return _nothing()
+        tensor = values["tensor"]
+        if args[0] is tensor:
+            arguments = (values["mean"], values["std"], values["a"], values["b"])
+            self._recorder.record_call(_TRUNC_NORMAL, tensor, arguments, overwrites=True)
+        return _ACCEPTED
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if (frame := _caller()).f_code is _TRUNC_CODE and self._recorded_whole(frame):
+        frame = _caller()
+        if frame.f_code is _TRUNC_CODE and self._can_defer(frame):
             return args[0]
         return func(*args, **kwargs)
 
-    def _any(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if (frame := _caller()).f_code is _TRUNC_CODE and self._recorded_whole(frame):
-            return False
-        return func(*args, **kwargs)
+    def _can_defer(self, frame: FrameType) -> bool:
+        """True when the call of ``trunc_normal_`` that ``frame`` belongs to is one to record."""
+        values = frame.f_locals
+        record = self._recorder.record_of(values["tensor"])
+        return (
+            record is not None
+            and not record.pinned
+            and values["generator"] is None
+            and not self._recorder.sampling_now()
+        )
 
-    def _recorded_whole(self, frame: FrameType) -> bool:
-        record = self._recorder.record_of(frame.f_locals["tensor"])
-        return record is not None and record.last is not None and record.last.func is _TRUNC_NORMAL
+
+class _Accepted:
+    """Stands for samples while ``trunc_normal_`` looks at them: none lies outside the bounds."""
+
+    def _itself(self, *_: Any) -> _Accepted:
+        return self
+
+    __lt__ = __gt__ = __or__ = log_ = gt = _itself
+
+    def any(self) -> bool:
+        return False
+
+    def item(self) -> float:
+        return 0.0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented  # it is only ever an argument of calls that the mode above answers itself
+
+
+_ACCEPTED = _Accepted()
 
 
 def _caller() -> FrameType:
@@ -138,11 +184,6 @@ def _caller() -> FrameType:
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
     return frame
-
-
-def _nothing() -> torch.Tensor:
-    """Stands for samples none of which lie outside the bounds."""
-    return torch.empty(0)
 
 
 @functools.cache
@@ -156,7 +197,7 @@ def trunc_normal_is_recognisable() -> bool:
 
 def _trial(bounds: tuple[float, float]) -> bool:
     try:
-        with _disable_current_modes():
+        with no_dispatch_modes():
             return _trial_alone(Recorder(seed=0), bounds)
     except Exception:  # another torch: run trunc_normal_ when it is called
         return False

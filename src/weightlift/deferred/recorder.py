@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlift.deferred.calls import BIRTHS, Birth, Call, Kind, call_of
+from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
@@ -23,6 +24,8 @@ from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, liv
 _log = logging.getLogger("weightlift.deferred")
 _Tensor = torch.Tensor
 _aten = torch.ops.aten
+_push_mode = torch._C._push_on_torch_dispatch_stack
+_pop_mode = torch._C._pop_torch_dispatch_stack
 _storage_address = torch._C._storage_address  # type: ignore[attr-defined]
 
 # Results up to this size, of calls on values that exist already, are computed at once: it is cheaper than recording.
@@ -46,14 +49,33 @@ class Recorder(TorchDispatchMode):
         records = self.records
         self._on_death = lambda record: records.pop(record.key, None)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap the method below to keep the compiler out of it, which imports the compiler.
+        return False
+
+    def __enter__(self) -> Recorder:
+        # Not the base class's, which sets flags of the process that two threads leave set for good.
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode(None)
+
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if types:
             return self._foreign(func, args, kwargs)
-        call = call_of(func)
+        call = KINDS.get(func) or call_of(func)
         kind = call.kind
+        if call.alone and not kwargs:
+            if self._record_alone(func, call, args):
+                return args[0]
+            if not call.random and self.record_of(args[0]) is None:
+                return func(*args)  # memory from elsewhere, and nothing to wait for
         if kind is Kind.VIEW:
             return func(*args, **kwargs)
         if kind is Kind.WRITE:
@@ -83,8 +105,8 @@ class Recorder(TorchDispatchMode):
     def _birth_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.get("device")
         if (
-            (device is not None and torch.device(device).type != "cpu")
-            or kwargs.get("layout") not in (None, torch.strided)
+            (device is not None and device.type != "cpu")
+            or kwargs.get("layout", torch.strided) not in (None, torch.strided)
             or kwargs.get("pin_memory")
             or (args and type(args[0]) is not list and isinstance(args[0], _Tensor) and args[0].device.type != "cpu")
         ):
@@ -96,9 +118,7 @@ class Recorder(TorchDispatchMode):
 
     def _born(self, birth: Birth) -> torch.Tensor:
         size = birth.size
-        numel = 1
-        for extent in size:
-            numel *= extent
+        numel = prod(size)
         if numel == 0 or birth.dtype.itemsize == 0:
             return torch.empty(size, dtype=birth.dtype)
         stride = birth.stride
@@ -144,6 +164,22 @@ class Recorder(TorchDispatchMode):
                 if record.readers is None:
                     record.readers = []
                 record.readers.append(weakref.ref(node))
+
+    def _record_alone(self, func: Any, call: Call, args: Any) -> bool:
+        """The common case of `_write`, short: ``tensor.normal_(0, 0.02)``. False when it is not that simple."""
+        target = args[0]
+        record = self.record_of(target)
+        if record is None or record.pinned or (call.random and self._seeding.seeded()):
+            return False
+        ref = TensorRef(record, target)
+        deps = () if call.overwrites and _covers(ref, record) else ((record, record.last),)
+        self._seq += 1
+        record.last = Node(self._seq, func, (ref, *args[1:]), {}, (record,), deps, None, call.random)
+        return True
+
+    def record_fill(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...]) -> bool:
+        """Record an operator of one tensor and numbers. False when it has to go the way of every call."""
+        return self._record_alone(func, call_of(func), (tensor, *values))
 
     def record_call(self, func: Any, tensor: torch.Tensor, args: tuple[Any, ...], *, overwrites: bool) -> None:
         """Record ``func(tensor, *args, generator=…)``, a sampler that stands for many ATen calls."""
@@ -207,6 +243,8 @@ class Recorder(TorchDispatchMode):
             if kwargs.get("generator") is not None or self._seeding.seeded():
                 return self._now(func, call, args, kwargs)
         elif not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
+            return self._run(func, args, kwargs, tensors)
+        if not tensors and not call.random and _is_short_range(func, args):
             return self._run(func, args, kwargs, tensors)
         outputs = _infer(func, args, kwargs)
         if outputs is None or any(out.numel() == 0 for out in outputs):
@@ -315,9 +353,7 @@ class Recorder(TorchDispatchMode):
     def _resize(self, func: Any, args: Any, kwargs: Any) -> Any:
         """``resize_``: reserved storages can't grow, so the tensor moves to a new one and takes its values along."""
         tensor, size = args[0], tuple(args[1])
-        numel = 1
-        for extent in size:
-            numel *= extent
+        numel = prod(size)
         nbytes = numel * tensor.dtype.itemsize
         record = self.record_of(tensor)
         if tensor.device.type != "cpu" or (record is None and tensor.untyped_storage().nbytes() > 0):
@@ -339,9 +375,15 @@ class Recorder(TorchDispatchMode):
 def _covers(ref: TensorRef, record: Record) -> bool:
     """True when a view is the whole storage, every byte once."""
     size = ref.size
-    numel = size.numel()
-    if numel * ref.dtype.itemsize != record.nbytes or ref.offset != 0:
+    if size.numel() * ref.dtype.itemsize != record.nbytes or ref.offset != 0:
         return False
+    expected = 1
+    for extent, step in zip(reversed(size), reversed(ref.stride)):
+        if step != expected:
+            break
+        expected *= extent
+    else:
+        return True
     expected = 1
     for step, extent in sorted((step, extent) for step, extent in zip(ref.stride, size) if extent != 1):
         if step != expected:
@@ -371,9 +413,20 @@ def _result(func: Any, targets: list[torch.Tensor]) -> Any:
     return targets[0] if len(returns) == 1 else tuple(targets)
 
 
+def _is_short_range(func: Any, args: Any) -> bool:
+    """True for an ``arange`` or ``linspace`` that is cheaper made than put off."""
+    name = func._schema.name
+    if name == "aten::arange":
+        start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
+        return bool((end - start) / (step or 1) <= _EAGER_ELEMENTS)
+    return name in ("aten::linspace", "aten::logspace") and bool(args[2] <= _EAGER_ELEMENTS)
+
+
 def _infer(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor] | None:
     """The results' shapes, dtypes and strides, found on the ``meta`` device; None when that needs the values."""
     try:
+        if call_of(func).elementwise and (alike := _alike(args, kwargs)) is not None:
+            return [torch.empty(alike.shape, dtype=alike.dtype, device="meta")]
         if func in (_aten.clone.default, _aten._to_copy.default) and kwargs.get("device") is None:
             return [_like_meta(args[0], kwargs)]
         results = func(*_meta(args), **_meta(kwargs))
@@ -383,6 +436,20 @@ def _infer(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor] | None:
     if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
         return outputs
     return None
+
+
+def _alike(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor that the result of an elementwise call looks like, when that is plain from the arguments."""
+    first = args[0]
+    if kwargs or not isinstance(first, _Tensor) or not first.dtype.is_floating_point or not first.is_contiguous():
+        return None
+    for other in args[1:]:
+        if isinstance(other, _Tensor):
+            if other.shape != first.shape or other.dtype != first.dtype or not other.is_contiguous():
+                return None
+        elif not isinstance(other, (int, float, type(None))):
+            return None
+    return first
 
 
 def _like_meta(tensor: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -29,11 +29,12 @@ _MAX_OWN_MAPPINGS = 16_384
 
 _PROT_NONE = 0
 _PROT_READ_WRITE = 3
-_MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x02 | 0x20 | 0x4000
+_MAP_NORESERVE = 0x4000
+_MAP_PRIVATE_ANONYMOUS = 0x02 | 0x20
 
 
 class _Libc:
-    """The three calls that Python's ``mmap`` does not offer (no access, protection changes), Linux only."""
+    """Mappings without access and changes of protection, which Python's ``mmap`` does not offer. Linux only."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -46,6 +47,15 @@ class _Libc:
         self.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
         self.mprotect = libc.mprotect
         self.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def map_sealed(self, size_bytes: int) -> ctypes.Array[ctypes.c_char] | None:
+        """Address space without access, unmapped when the array dies; None where even that is refused."""
+        address = self.mmap(None, size_bytes, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            return None
+        array = (ctypes.c_char * size_bytes).from_address(address)
+        weakref.finalize(array, self.munmap, address, size_bytes).atexit = False
+        return array
 
 
 _libc = _Libc() if sys.platform == "linux" else None
@@ -60,26 +70,29 @@ class Block:
         self.size_bytes = size_bytes
         self.sealed = False
         self.address = 0
-        self.view = self._reserve(size_bytes) if _libc is not None else self._plain(size_bytes)
+        self.view = memoryview(self._map(size_bytes))
 
-    def _reserve(self, size_bytes: int) -> memoryview:
-        assert _libc is not None
-        attempts = (_PROT_NONE,) if _GUARD else (_PROT_READ_WRITE, _PROT_NONE)
-        for protection in attempts:
-            address = _libc.mmap(None, size_bytes, protection, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
-            if address not in (None, ctypes.c_void_p(-1).value):
-                break
-        else:
+    def _map(self, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
+        if not _GUARD or _libc is None:
+            try:
+                return _map_plainly(size_bytes)
+            except (OSError, ValueError):
+                if _libc is None:
+                    raise MemoryError(f"the system refuses {size_bytes:,} bytes of memory") from None
+        array = _libc.map_sealed(size_bytes)
+        if array is None:
             raise MemoryError(f"the system refuses to reserve {size_bytes:,} bytes of address space (RLIMIT_AS?)")
-        self.address, self.sealed = address, protection == _PROT_NONE
-        array = (ctypes.c_char * size_bytes).from_address(address)
-        weakref.finalize(array, _libc.munmap, address, size_bytes).atexit = False
-        return memoryview(array)
+        self.sealed = True
+        self.address = ctypes.addressof(array)
+        return array
 
-    def _plain(self, size_bytes: int) -> memoryview:
-        if sys.platform == "win32":
-            return memoryview(mmap.mmap(-1, size_bytes))
-        return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+def _map_plainly(size_bytes: int) -> mmap.mmap:
+    """Zero-filled memory that takes up room when it is touched, and on Linux is not counted before."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size_bytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return mmap.mmap(-1, size_bytes, flags=flags | _MAP_NORESERVE if sys.platform == "linux" else flags)
 
 
 class Reservations:

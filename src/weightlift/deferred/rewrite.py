@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
@@ -66,7 +66,7 @@ def rewrite(
     special = [prefix for prefix, module in inventory.modules if has_state_hooks(module)]
     if not special:
         return None
-    with _disable_current_modes(), torch.no_grad():
+    with no_dispatch_modes(), torch.no_grad():
         return _Rehearsal(inventory, metadata, read, seed, special).run(offered, extras)
 
 

@@ -9,7 +9,6 @@ such queue, a changed ``torch.initial_seed()`` is the sign.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
@@ -21,26 +20,18 @@ class SeedWatch:
 
     def __init__(self) -> None:
         self._seeded = False
-        self._token = _last_seeding()
+        self._tracker = getattr(torch.cuda, "_lazy_seed_tracker", None)
+        self._token = getattr(self._tracker, "manual_seed_all_cb", None)
         self._initial_seed = torch.initial_seed()
 
     def seeded(self) -> bool:
         """True once the constructor of this scope has seeded the process's generator."""
         if self._seeded:
             return True
-        token = _last_seeding()
-        if token is not None:
-            if token is not self._token:
-                self._token = token
-                self._seeded = any(_HERE in line for line in token[1])
-        elif torch.initial_seed() != self._initial_seed:
-            self._seeded = True
+        tracker = self._tracker
+        if tracker is None or torch.cuda.is_initialized():
+            self._seeded = torch.initial_seed() != self._initial_seed
+        elif tracker.manual_seed_all_cb is not self._token:
+            self._token = tracker.manual_seed_all_cb
+            self._seeded = any(_HERE in line for line in self._token[1])
         return self._seeded
-
-
-def _last_seeding() -> Any:
-    """The latest queued seeding: (callback, formatted stack); None when torch keeps none."""
-    cuda = torch.cuda
-    if cuda.is_initialized():
-        return None
-    return getattr(getattr(cuda, "_lazy_seed_tracker", None), "manual_seed_all_cb", None)

@@ -12,7 +12,7 @@ from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
 from weightlift.transfer.convert import outside_modes
-from weightlift.transfer.memory import Staging, carrier
+from weightlift.transfer.memory import Staging, StagingPool, bits
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
@@ -41,7 +41,7 @@ def same_values(
     Raises:
         CheckpointChanged, TransferError, LoadCancelled, KeyboardInterrupt: as `run`; nothing is ever written.
     """
-    known = {path: file for file in files for path in (file.path,)}
+    known = {file.path: file for file in files}
     checker = source or FileSource()
     used = dict.fromkeys(entry.file for pair in pairs for entry in pair if entry.file is not None)
     problems = [problem for path in used if (problem := checker.check(known[path])) is not None]
@@ -52,7 +52,7 @@ def same_values(
     total_bytes = sum(_bytes(pairs[index]) for index in open_pairs)
     limit = chunks.limits(total_bytes, workers, memory_budget_bytes)
     uses = [entry.file for index in open_pairs for entry in pairs[index] if entry.file is not None]
-    reader = _Reader(OpenFiles(checker, known, uses), tensors, limit.block_bytes, cancel)
+    reader = _Reader(OpenFiles(checker, known, uses), tensors, limit, cancel)
 
     def compare(index: int) -> int:
         results[index] = reader.same(pairs[index])
@@ -97,12 +97,13 @@ class _Reader:
         self,
         files: OpenFiles,
         tensors: Mapping[str, torch.Tensor],
-        block_bytes: int,
+        limit: chunks.Limits,
         cancel: threading.Event | None,
     ) -> None:
         self._files = files
         self._tensors = tensors
-        self._block_bytes = block_bytes
+        self._block_bytes = limit.block_bytes
+        self._staging = StagingPool(limit.block_bytes, 2 * limit.workers)
         self._cancel = cancel
 
     def close(self) -> None:
@@ -115,25 +116,28 @@ class _Reader:
         # Converting to a common dtype makes up to 16 bytes of an element.
         spread = 1 if a.dtype == b.dtype else _LARGEST_ELEMENT_BYTES // min(a.dtype.itemsize, b.dtype.itemsize)
         block_bytes = max(self._block_bytes // spread, _LARGEST_ELEMENT_BYTES)
-        blocks = [_block(entry, block_bytes) for entry in pair]
-        equal = True
-        for starts, sizes in _parts(a, b, block_bytes):
-            if self._cancel is not None and self._cancel.is_set():
-                raise LoadCancelled
-            first = self._part(a, starts, sizes, blocks[0])
-            second = self._part(b, starts, sizes, blocks[1])
-            if not _equal(first, second):
-                equal = False
-                break
+        blocks = self._staging.take(), self._staging.take()
+        try:
+            equal = all(self._same_part(pair, blocks, *part) for part in _parts(a, b, block_bytes))
+        finally:
+            for block in blocks:
+                self._staging.give(block)
         for entry in pair:
             if entry.file is not None:
                 self._files.done(entry.file)
         return equal
 
+    def _same_part(
+        self, pair: Pair, blocks: tuple[Staging, Staging], starts: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> bool:
+        if self._cancel is not None and self._cancel.is_set():
+            raise LoadCancelled
+        return _equal(self._part(pair[0], starts, sizes, blocks[0]), self._part(pair[1], starts, sizes, blocks[1]))
+
     def _part(
-        self, entry: TensorEntry, starts: tuple[int, ...], sizes: tuple[int, ...], block: Staging | None
+        self, entry: TensorEntry, starts: tuple[int, ...], sizes: tuple[int, ...], block: Staging
     ) -> torch.Tensor:
-        if entry.file is None or block is None:
+        if entry.file is None:
             part = self._tensors[entry.key].detach()
             if len(starts) != part.dim():
                 part = part.reshape(-1)
@@ -164,13 +168,6 @@ class _Reader:
             raise TransferError("comparing tied weights failed", [problem]) from error
 
 
-def _block(entry: TensorEntry, block_bytes: int) -> Staging | None:
-    if entry.file is None:
-        return None
-    nbytes = -(-block_bytes // _LARGEST_ELEMENT_BYTES) * _LARGEST_ELEMENT_BYTES
-    return Staging(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
-
-
 def _parts(a: TensorEntry, b: TensorEntry, block_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Boxes of the common shape such that a block holds the bytes that either entry needs for one."""
     if a.stride is None and b.stride is None:
@@ -199,8 +196,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype == torch.complex128:
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    bits = carrier(a.dtype)
-    return torch.equal(a.view(bits), b.view(bits))
+    return torch.equal(a.view(bits(a.dtype)), b.view(bits(b.dtype)))
 
 
 def _common(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -50,7 +50,7 @@ def run(
     """
     assert workers >= 1, workers
     load = _Run(jobs, files, tensors, copy=copy, source=source or FileSource(), backend=backend)
-    reporter = Reporter(progress, sum(job.entry.nbytes for job in jobs) + sum(task.nbytes for task in tasks))
+    reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + sum(task.nbytes for task in tasks))
     try:
         with outside_modes():
             results = load.execute(tasks, workers=workers, budget=memory_budget_bytes, reporter=reporter, cancel=cancel)
@@ -188,15 +188,18 @@ class _Run:
                 raise CheckpointChanged("a checkpoint file changed while it was mapped", [problem])
             for index in group:
                 entry = self._jobs[index].entry
-                elements = entry.numel if entry.stride is None else chunks.span_elements(entry.shape, entry.stride)
-                self._results[index] = mapping.tensor(entry.dtype, entry.shape, entry.stride, entry.start, elements)
-                self._done_bytes += entry.nbytes
+                stride, nbytes = entry.stride, _nbytes(entry)
+                elements = (
+                    nbytes // entry.dtype.itemsize if stride is None else chunks.span_elements(entry.shape, stride)
+                )
+                self._results[index] = mapping.tensor(entry.dtype, entry.shape, stride, entry.start, elements)
+                self._done_bytes += nbytes
 
     def _share(self, shared: list[int]) -> None:
         for index in shared:
             entry = self._jobs[index].entry
             self._results[index] = self._tensors[entry.key].detach()
-            self._done_bytes += entry.nbytes
+            self._done_bytes += _nbytes(entry)
 
     def _transfer(
         self,
@@ -211,7 +214,7 @@ class _Run:
         if not rest and not tasks:
             return
         targets = {index: self._target(index) for index in rest}
-        total_bytes = sum(self._jobs[index].entry.nbytes for index in rest)
+        total_bytes = sum(_nbytes(self._jobs[index].entry) for index in rest)
         limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
         requests = [_request(index, self._jobs[index], targets[index]) for index in rest]
         pieces = chunks.pieces(requests, limit)
@@ -243,9 +246,10 @@ class _Run:
         result = self._destination(job)
         self._results[index] = result
         entry = job.entry
-        same = entry.dtype == job.dtype and _ordinary(result)
+        plain = job.into is None or _ordinary(job.into)
+        same = plain and entry.dtype == job.dtype
         dtype = carrier(entry.dtype) if same else entry.dtype
-        written = alias(result, dtype if same else job.dtype) if _ordinary(result) else result.detach()
+        written = alias(result, dtype if same else job.dtype) if plain else result.detach()
         memory = alias(_strided(self._tensors[entry.key]), dtype) if entry.file is None else None
         return Target(written, dtype, memory, None if job.device.type == "cpu" else job.device, same)
 
@@ -274,8 +278,15 @@ def _request(index: int, job: Job, target: Target) -> chunks.Request:
         src = None
     dst = None if written.is_contiguous() else written.stride()
     direct = memory is None and target.same and target.device is None and src is None and dst is None
-    itemsize, place = entry.dtype.itemsize, str(job.device)
-    return chunks.Request(index, entry.file, entry.start, itemsize, entry.shape, src, dst, direct, place)
+    place = "cpu" if target.device is None else str(target.device)
+    return chunks.Request(
+        index, entry.file, entry.start, entry.dtype.itemsize, _nbytes(entry), entry.shape, src, dst, direct, place
+    )
+
+
+def _nbytes(entry: TensorEntry) -> int:
+    """`TensorEntry.nbytes`, without its product where the range says the same."""
+    return entry.end - entry.start if entry.stride is None else entry.nbytes
 
 
 def _mappable(entry: TensorEntry) -> bool:

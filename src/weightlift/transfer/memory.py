@@ -21,12 +21,21 @@ _HUGE_FROM_BYTES = 4 << 20
 _MAP_NORESERVE = 0x4000
 _LARGEST_ELEMENT_BYTES = 16
 
-# Copies between equal dtypes move bits: integers of the same size do that for every dtype (fp4, NaN payloads).
+# Dtypes that ATen copies; the others (fp4, sub-byte integers) travel as integers of the same size.
+_COPYABLE = frozenset({
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+})  # fmt: skip
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def carrier(dtype: torch.dtype) -> torch.dtype:
-    """A dtype of the same size whose copies keep every bit."""
+    """The dtype as which a tensor is copied unconverted: itself, or an integer of its size where torch has no copy."""
+    return dtype if dtype in _COPYABLE else _CARRIERS[dtype.itemsize]
+
+
+def bits(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype of the same size (complex128 for 16 bytes), to compare bits by."""
     return _CARRIERS[dtype.itemsize]
 
 
@@ -44,7 +53,9 @@ class FileMapping:
     ) -> torch.Tensor:
         """A tensor on the mapping from byte ``start`` on, ``elements`` (> 0) from its first to its last element."""
         flat = torch.frombuffer(self.buffer, dtype=dtype, count=elements, offset=start)
-        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+        if stride is not None:
+            return flat.as_strided(shape, stride)
+        return flat if len(shape) == 1 else flat.view(shape)
 
 
 def _libc_mmap() -> tuple[Callable[..., int | None], Callable[..., int]]:
@@ -107,6 +118,8 @@ def _address(block: mmap.mmap) -> int:
 
 def alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same memory and geometry under a dtype of equal size: no autograd, no inference flag, no version counter."""
+    if dtype == tensor.dtype and not tensor.is_inference():
+        return tensor.data
     storage = tensor.untyped_storage()
     flat = torch.empty(0, dtype=dtype, device=tensor.device)
     return flat.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -142,8 +155,8 @@ class Staging:
 class StagingPool:
     """Lends staging blocks, the one used last first, so that it is still in the cache; never more than ``count``.
 
-    Safe to use from several threads. ``count`` is at least the number of threads, each of
-    which holds one block at most: `take` never waits for another thread, only for a device.
+    Safe to use from several threads. ``count`` is at least what all threads hold at once:
+    `take` never waits for another thread, only for a device.
     """
 
     def __init__(self, block_bytes: int, count: int, allocate: Callable[[int], torch.Tensor] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""The command ``weightlift``. Every command is a file; see `weightlift.cli.main`."""

@@ -1,0 +1,123 @@
+"""The arguments that ``plan`` and ``load`` share, and the options of `weightlift.plan` that they mean."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+
+class UsageError(Exception):
+    """The command line can't be carried out as given; one line for the user, exit code 2."""
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """PATH, and what matters where it is a hub id."""
+    parser.add_argument(
+        "path", metavar="PATH", help="a .safetensors, .pt or .bin file, an index, a folder, or a hub id"
+    )
+    hub = parser.add_argument_group("where PATH is a hub id")
+    hub.add_argument("--revision", help="branch, tag or commit")
+    hub.add_argument("--local-files-only", action="store_true", help="ask no network, only the cache")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model and the options of a load."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODULE:CALLABLE",
+        help="what builds the model; takes no arguments. The current directory is searched too",
+    )
+    parser.add_argument(
+        "--dtype", help="auto (the checkpoint's), or a torch dtype such as bfloat16 (default: the model's)"
+    )
+    parser.add_argument("--device", help="where every tensor goes, such as cuda:0 (default: the model's)")
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse missing and unexpected keys (default: yes)",
+    )
+    parser.add_argument(
+        "--ignore-mismatched", action="store_true", help="initialise a tensor whose shape differs, instead of refusing"
+    )
+    parser.add_argument(
+        "--rename",
+        nargs=2,
+        action="append",
+        metavar=("REGEX", "REPLACEMENT"),
+        help="rename the keys of the checkpoint; can be repeated",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the initialisers of missing weights")
+    parser.add_argument(
+        "--defer", action=argparse.BooleanOptionalAction, default=True, help="--no-defer builds the model ordinarily"
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
+    return number
+
+
+def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `weightlift.open_checkpoint`."""
+    return {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `weightlift.plan`. Raises UsageError for a dtype, device or expression torch refuses."""
+    return {
+        **hub_options(arguments),
+        "dtype": _dtype(arguments.dtype),
+        "device": _device(arguments.device),
+        "strict": arguments.strict,
+        "ignore_mismatched": arguments.ignore_mismatched,
+        "key_mapping": _renames(arguments.rename),
+        "seed": arguments.seed,
+        "defer": arguments.defer,
+    }
+
+
+def _dtype(text: str | None) -> Any:
+    import torch
+
+    if text is None or text == "auto":
+        return text
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        known = "auto, float32, bfloat16, float16, float64, float8_e4m3fn, …"
+        raise UsageError(f"--dtype {text!r}: not a floating-point dtype of torch; expected one of {known}")
+    return found
+
+
+def _device(text: str | None) -> Any:
+    import torch
+
+    if text is None:
+        return None
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {text!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError("--device 'meta': a model without values can't be loaded; see `weightlift plan`")
+    return device
+
+
+def _renames(pairs: list[list[str]] | None) -> dict[str, str] | None:
+    if pairs is None:
+        return None
+    for pattern, replacement in pairs:
+        try:
+            re.compile(pattern).sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--rename {pattern!r} {replacement!r}: {error}") from error
+    return dict(pairs)

@@ -1,0 +1,103 @@
+"""``weightlift load``: load a checkpoint into a model, and say what it took."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive
+
+if TYPE_CHECKING:
+    from weightlift import LoadPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    add_checkpoint(parser)
+    add_model(parser)
+    parser.add_argument("--copy", action="store_true", help="give every tensor memory of its own; map nothing")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads that read (default: 8)")
+    parser.add_argument("--memory-budget", type=positive, metavar="BYTES", help="bound on what is in flight")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, and print the report and the times."""
+    import weightlift as wl
+    from weightlift.cli.model import builder
+    from weightlift.cli.output import add, console, table
+    from weightlift.plan.report import human_bytes
+
+    build, options = builder(arguments.model), load_options(arguments)
+    start = time.perf_counter()
+    made = wl.plan(
+        build,
+        arguments.path,
+        copy=arguments.copy,
+        workers=arguments.workers,
+        memory_budget_bytes=arguments.memory_budget,
+        progress=False if arguments.quiet else None,
+        **options,
+    )
+    planned = time.perf_counter()
+    notes = _Notes()
+    notes.attached(made.execute)
+    done = time.perf_counter()
+    report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
+    for note in notes.texts:
+        if not note.endswith(str(report)):
+            print(f"weightlift load: {note}", file=sys.stderr)
+    out = console()
+    out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)
+    out.print(str(report), soft_wrap=True)
+    times = table("step", ">seconds", "")
+    add(times, "build and plan", f"{planned - start:.3f}", "headers only")
+    rate = human_bytes(report.read_bytes / max(done - planned, 1e-9))
+    add(times, "load", f"{done - planned:.3f}", f"{human_bytes(report.read_bytes)}, {rate}/s")
+    add(times, "together", f"{done - start:.3f}", "")
+    out.print()
+    out.print(times)
+    if mapped:
+        text = "can be mapped: such pages are read when they are first used. --copy reads everything now."
+        out.print(f"{human_bytes(mapped)} of it {text}", style="dim", soft_wrap=True)
+    return 0
+
+
+class _Notes(logging.Handler):
+    """Keeps what the library warns of, so that the report is not told twice."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def attached(self, call: Callable[[], object]) -> None:
+        """Call while listening."""
+        logger = logging.getLogger("weightlift")
+        logger.addHandler(self)
+        try:
+            call()
+        finally:
+            logger.removeHandler(self)
+
+
+def _mappable_bytes(made: LoadPlan) -> int:
+    """Bytes of what stays on the CPU in the dtype that the file has."""
+    from weightlift.plan.records import Action
+
+    return sum(
+        row.nbytes
+        for row in made.decisions.rows
+        if row.action is Action.LOADED
+        and not row.cast
+        and not row.in_place
+        and row.device == "cpu"
+        and row.offer is not None
+        and row.offer.entry.file is not None
+    )

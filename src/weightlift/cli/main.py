@@ -1,0 +1,86 @@
+"""``weightlift``: inspect, plan, load, verify, demo.
+
+Exit codes: 0; 1 when a checkpoint is broken, does not fit or can't be read; 2 for a wrong command line; 130 for Ctrl-C.
+A command is imported when it is run, so that ``--help`` costs none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from weightlift.cli.arguments import UsageError
+
+_COMMANDS = {
+    "inspect": "what a checkpoint holds: keys, shapes, dtypes, bytes",
+    "plan": "what loading a checkpoint into a model would do, from headers alone",
+    "load": "load a checkpoint into a model, and say what it took",
+    "verify": "check every rule of the format, and the index against the shard files",
+    "demo": "make a checkpoint, load it in four threads at once, check and time it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    # Keys may hold any character, and a pipe's encoding may be ASCII.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="weightlift", description="Puts checkpoint weights into PyTorch modules.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        if name == wanted:
+            importlib.import_module(f"weightlift.cli.{name}").add_arguments(command)
+    arguments = parser.parse_args(words)
+    if arguments.version:
+        from weightlift import __version__
+
+        print(f"weightlift {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from weightlift.errors import WeightliftError
+
+    try:
+        command = importlib.import_module(f"weightlift.cli.{arguments.command}")
+        code: int = command.run(arguments)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        return _failed(error, arguments, 2)
+    except WeightliftError as error:
+        return _failed(error, arguments, 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone. What is still buffered must not fail a second time at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _failed(error: Exception, arguments: argparse.Namespace, code: int) -> int:
+    if arguments.debug:
+        traceback.print_exception(error)
+    else:
+        print(f"weightlift {arguments.command}: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""``weightlift verify``: is this checkpoint what its format says?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("path", metavar="PATH", help="a file, an index, a folder, or the id of a cached hub repository")
+    parser.add_argument("--json", action="store_true", help="print the problems as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Say that all is well, or every reason why it is not (1)."""
+    import weightlift as wl
+    from weightlift.checkpoint import verify
+    from weightlift.cli.output import console
+    from weightlift.plan.report import human_bytes
+
+    problems = verify(arguments.path)
+    if arguments.json:
+        listed = [
+            {name: value if value is None or isinstance(value, int) else str(value) for name, value in pairs}
+            for pairs in (dataclasses.asdict(problem).items() for problem in problems)
+        ]
+        print(json.dumps({"path": arguments.path, "valid": not problems, "problems": listed}, indent=2))
+    elif problems:
+        for problem in problems:
+            print(f"- {problem}")
+    else:
+        found = wl.open_checkpoint(arguments.path, local_files_only=True)
+        files = f"{len(found.files)} file{'s' * (len(found.files) != 1)}"
+        console().print(f"valid: {len(found)} tensors, {human_bytes(found.total_bytes)} in {files}", style="green")
+    if not problems:
+        return 0
+    count = len(problems)
+    print(f"weightlift verify: {arguments.path}: {count} problem{'s' * (count != 1)}", file=sys.stderr)
+    return 1

@@ -1,0 +1,311 @@
+"""inspect, plan, load, verify: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weightlift
+from weightlift.cli import main as cli_main
+
+TIED = ("--model", "cli_models:Tied")
+
+
+def child(*words: str, cwd: Path, **more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weightlift.cli.main", *words]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=120, check=False, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def test_version_and_help(run, capsys):
+    assert run("--version") == (0, f"weightlift {weightlift.__version__}\n", "")
+    assert run()[0] == 2
+    for words in (["--help"], *([name, "--help"] for name in cli_main._COMMANDS)):
+        with pytest.raises(SystemExit) as left:
+            cli_main.main(words)
+        assert left.value.code == 0
+        assert "usage: weightlift" in capsys.readouterr().out
+
+
+def test_a_command_imports_no_rich_for_help(here):
+    code = "import sys; from weightlift.cli.main import main\ntry: main(['plan', '-h'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert not any(name.split('.')[0] == 'rich' for name in sys.modules)"],
+        cwd=here, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_command_and_missing_arguments(run, capsys):
+    for words in (["lift"], ["inspect"], ["plan", "x"], ["inspect", "x", "--depth", "0"]):
+        with pytest.raises(SystemExit) as left:
+            cli_main.main(words)
+        assert left.value.code == 2
+        assert "usage:" in capsys.readouterr().err
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_files_prefixes_and_folded_keys(here, run):
+    code, out, err = run("inspect", "ckpt")
+    assert (code, err) == (0, "")
+    assert "7 tensors, 1.4 kB" in out
+    assert "format: pt" in out
+    assert re.search(r"model-00002-of-00002.safetensors +safetensors +6 +864 B", out)
+    assert re.search(r"embed +1 +128 +512 B +float32", out)
+    assert re.search(r"layers\.\{0…2\}\.weight +×3 +8×8 +float32 +768 B", out)
+
+
+def test_inspect_depth_and_all(here, run):
+    _, out, _ = run("inspect", "ckpt", "--depth", "2", "--all")
+    assert re.search(r"layers\.1 +2 +72 +288 B", out)
+    assert re.search(r"layers\.1\.weight +8×8", out)
+    assert "{" not in out
+
+
+def test_inspect_json(here, run):
+    code, out, _ = run("inspect", "ckpt", "--json")
+    found = json.loads(out)
+    assert code == 0
+    entry = next(item for item in found["tensors"] if item["key"] == "layers.2.bias")
+    checkpoint = weightlift.open_checkpoint(here / "ckpt")["layers.2.bias"]
+    assert entry == {
+        "key": "layers.2.bias", "shape": [8], "dtype": "float32", "bytes": 32,
+        "file": str(here / "ckpt" / "model-00002-of-00002.safetensors"),
+        "range": [checkpoint.start, checkpoint.end],
+    }  # fmt: skip
+    assert found["total_bytes"] == 1376
+    assert [row["prefix"] for row in found["prefixes"]] == ["layers", "embed"]
+    assert [row["tensors"] for row in found["files"]] == [1, 6]
+
+
+def test_inspect_takes_keys_for_what_they_are(here, run):
+    """Brackets are no markup, scalars and empty tensors have shapes, control characters do not reach the terminal."""
+    tensors = {"[red]x[/red]": torch.tensor(1.0), "empty": torch.zeros(0, 3), "half": torch.zeros(2, dtype=torch.bfloat16)}
+    save_file(tensors, here / "odd.safetensors")
+    _, out, _ = run("inspect", "odd.safetensors")
+    assert "[red]x[/red]" in out
+    assert "scalar" in out
+    assert "0×3" in out
+    assert "bfloat16" in out
+
+
+def test_inspect_torch_file_with_other_values(here, run):
+    torch.save({"weight": torch.ones(2), "epoch": 3}, here / "model.pt")
+    code, out, _ = run("inspect", "model.pt")
+    assert code == 0
+    assert "not tensors: epoch" in out
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_the_plan(here, run):
+    code, out, err = run("plan", "ckpt", *TIED)
+    assert (code, err) == (0, "")
+    assert re.search(r"^loaded +embed\.weight +16×8 +float32 +model-00001", out, re.M)
+    assert re.search(r"^tied +head\.weight .*= embed\.weight", out, re.M)
+
+
+def test_plan_that_does_not_fit_is_1_with_every_reason(here, run):
+    code, out, err = run("plan", "ckpt", "--model", "cli_models:wide")
+    assert code == 1
+    for name in ("embed.weight", "layers.0.weight", "layers.2.bias"):
+        assert f"{name}: the shapes differ" in out
+    assert re.fullmatch(r"weightlift plan: it does not fit, \d+ problems\n", err)
+    assert run("plan", "ckpt", "--model", "cli_models:wide", "--ignore-mismatched")[0] == 0
+
+
+def test_plan_options_reach_the_plan(here, run):
+    _, out, _ = run("plan", "ckpt", *TIED, "--dtype", "torch.bfloat16", "--json")
+    assert {row["dtype"] for row in json.loads(out)["tensors"]} == {"bfloat16"}
+    code, out, _ = run("plan", "ckpt", *TIED, "--rename", r"^layers\.0\.", "other.")
+    assert code == 1
+    assert "layers.0.weight: the parameter is missing" in out
+    assert run("plan", "ckpt", *TIED, "--rename", r"^layers\.0\.", "other.", "--no-strict")[0] == 0
+    assert run("plan", "ckpt", *TIED, "--no-defer")[0] == 0
+
+
+def test_plan_json(here, run):
+    code, out, _ = run("plan", "ckpt", "--model", "cli_models:wide", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert len(found["problems"]) >= 7
+    assert found["mismatched_keys"][0] == {"fqn": "embed.weight", "found": [16, 8], "expected": [16, 12]}
+
+
+# -- load -------------------------------------------------------------------------------------------------------------
+
+
+def test_load_reports_and_times(here, run):
+    code, out, err = run("load", "ckpt", *TIED, "--workers", "2", "--copy")
+    assert (code, err) == (0, "")
+    assert "7 loaded (1.4 kB" in out
+    assert re.search(r"load +\d+\.\d{3} +1\.4 kB, .*B/s", out)
+    assert "mapped" not in out
+    assert "can be mapped" in run("load", "ckpt", *TIED)[1]
+
+
+def test_load_that_does_not_fit(here, run):
+    code, _, err = run("load", "ckpt", "--model", "cli_models:wide")
+    assert code == 1
+    assert err.startswith("weightlift load: ")
+    assert re.search(r"\(\d+ problems\)", err)
+    assert "Traceback" not in err
+
+
+def test_load_tells_of_what_was_untied(here, run):
+    save_file({"embed.weight": torch.ones(16, 8), "head.weight": torch.zeros(16, 8)}, here / "two.safetensors")
+    code, out, err = run("load", "two.safetensors", *TIED, "--no-strict")
+    assert code == 0
+    assert "embed.weight and head.weight are tied" in err
+    assert "missing in the checkpoint" in out
+    assert "missing in the checkpoint" not in err
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify(here, run):
+    code, out, err = run("verify", "ckpt")
+    assert (code, err) == (0, "")
+    assert out == "valid: 7 tensors, 1.4 kB in 2 files\n"
+    assert json.loads(run("verify", "ckpt", "--json")[1]) == {"path": "ckpt", "valid": True, "problems": []}
+
+
+def test_verify_gives_every_reason(here, run):
+    file = here / "ckpt" / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    index = here / "ckpt" / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["gone"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(found))
+    code, out, err = run("verify", "ckpt")
+    assert code == 1
+    assert "lies beyond the end of the file" in out
+    assert "gone: the file lacks a key that the index promises" in out
+    assert err == "weightlift verify: ckpt: 2 problems\n"
+    report = json.loads(run("verify", "ckpt", "--json")[1])
+    assert report["valid"] is False
+    assert {problem["key"] for problem in report["problems"]} >= {"gone"}
+
+
+@pytest.mark.parametrize("name", ["nothing", "."])
+def test_verify_of_nothing(here, run, name):
+    code, out, _ = run("verify", name)
+    assert code == 1
+    assert re.search(r"no such file or folder|no checkpoint in this folder", out)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "load"])
+def test_a_checkpoint_that_is_not_there(here, run, command):
+    model = () if command == "inspect" else TIED
+    code, _, err = run(command, "nothing", *model)
+    assert code == 1
+    assert re.match(rf"weightlift {command}: no checkpoint: nothing: no such file", err)
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(here, run):
+    for words in (("--debug", "inspect", "nothing"), ("inspect", "nothing", "--debug")):
+        code, _, err = run(*words)
+        assert code == 1
+        assert "Traceback" in err
+        assert "CheckpointNotFound" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("cli_models", r"expected module:callable"),
+        ("cli_models:", r"expected module:callable"),
+        (":Tied", r"expected module:callable"),
+        ("cli_mdels:Tied", r"there is no module cli_mdels in the current directory or installed"),
+        ("cli_models.inner:Tied", r"cli_models"),
+        ("cli_broken:Tied", r"importing cli_broken failed: No module named 'there_is_no_such_package'"),
+        ("cli_models:Tide", r"cli_models has no Tide; it has Tied"),
+        ("cli_models:Namespace.biuld", r"Namespace has no biuld; it has build"),
+        ("cli_models:number", r"number is not callable, it is an int"),
+        ("cli_models:instance", r"is a module; give a callable that builds one"),
+        ("cli_models:needs", r"needs arguments \(config, size\)"),
+        ("cli_models:fails", r"building it failed: RuntimeError: no such config$"),
+        ("cli_models:leaves", r"building it failed: SystemExit: 3"),
+        ("cli_models:returns_text", r"must return a torch.nn.Module, found a str"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "load"])
+def test_wrong_model(here, run, model, why, command):
+    code, out, err = run(command, "ckpt", "--model", model)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"weightlift {command}: --model {model!r}: ")
+    assert re.search(why, err.strip())
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        (("--dtype", "float33"), "not a floating-point dtype"),
+        (("--dtype", "int8"), "not a floating-point dtype"),
+        (("--device", "abacus"), "--device 'abacus'"),
+        (("--device", "meta"), "without values"),
+        (("--rename", "(", "x"), "--rename"),
+        (("--rename", "a", r"\9"), "--rename"),
+    ],
+)
+def test_wrong_options(here, run, option, why):
+    code, _, err = run("plan", "ckpt", *TIED, *option)
+    assert code == 2
+    assert why in err
+    assert err.count("\n") == 1
+
+
+def test_a_callable_within_a_class(here, run):
+    assert run("plan", "ckpt", "--model", "cli_models:Namespace.build")[0] == 0
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_the_current_directory_is_searched(here):
+    done = child("plan", "ckpt", *TIED, cwd=here)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_pipe_is_silent(here):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "weightlift.cli.main", "inspect", "ckpt"]
+    done = subprocess.run(command, cwd=here, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_ascii_pipe(here):
+    done = child("plan", "ckpt", *TIED, cwd=here, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "layers.{0\\u20262}" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
+def test_ctrl_c_is_130(here):
+    (here / "slow.py").write_text("import time\ndef build():\n    print('building', flush=True)\n    time.sleep(60)\n")
+    command = [sys.executable, "-m", "weightlift.cli.main", "load", "ckpt", "--model", "slow:build"]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "interrupted\n")

@@ -1,0 +1,117 @@
+"""The accelerator's path on a fake device that copies late: staging is not used again before its copies are done."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from transfer_helpers import FaultySource, load, same
+
+from weightlift.errors import TransferError
+from weightlift.transfer.jobs import Job
+
+DEVICE = torch.device("cuda:0")
+
+
+class LateCopy(torch.utils._python_dispatch.TorchDispatchMode):
+    """Queues every ``copy_`` instead of running it, as a device's stream does."""
+
+    def __init__(self, queue):
+        super().__init__()
+        self.queue = queue
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.queue.append((args[0], args[1]))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class FakeBackend:
+    def __init__(self, device):
+        self.queue, self.done, self.lock = [], 0, threading.Lock()
+        self.pinned_bytes, self.waits, self.synchronized = 0, 0, 0
+
+    def empty(self, shape, dtype):
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def pinned(self, nbytes):
+        with self.lock:
+            self.pinned_bytes += nbytes
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def stream(self):
+        with LateCopy(self.queue):
+            yield
+
+    def record(self):
+        mark = len(self.queue)
+
+        def wait():
+            self.waits += 1
+            self.drain(mark)
+
+        return wait
+
+    def drain(self, mark):
+        with self.lock, torch.no_grad():
+            while self.done < mark:
+                target, source = self.queue[self.done]
+                target.copy_(source)
+                self.done += 1
+
+    def synchronize(self):
+        self.synchronized += 1
+        self.drain(len(self.queue))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("budget", [None, 300_000])
+def test_late_copies_see_their_own_bytes(saved, workers, dtype, budget):
+    made = []
+
+    def backend(device):
+        assert device == DEVICE
+        made.append(FakeBackend(device))
+        return made[-1]
+
+    into = torch.zeros(1201, 1500, dtype=torch.float32).t()
+    jobs = [Job(k, e, dtype or e.dtype, DEVICE) for k, e in saved.entries.items()]
+    jobs += [Job("into", saved.entries["large.a"], torch.float32, DEVICE, into)]
+    jobs += [Job(k, e, e.dtype, torch.device("cpu")) for k, e in saved.entries.items()]
+    values = load(jobs, files=[saved.shard], workers=workers, memory_budget_bytes=budget, backend=backend)
+    for job, value in zip(jobs, values, strict=True):
+        assert same(value, saved.tensors[job.entry.key].to(job.dtype)), job.fqn
+    (only,) = made
+    assert only.synchronized == 1 and only.done == len(only.queue) > 0
+    assert only.pinned_bytes <= (budget or 512 << 20) // 2
+    if budget:
+        assert only.waits > 0
+
+
+def test_an_error_still_waits_for_the_device(saved):
+    made = []
+
+    def backend(device):
+        made.append(FakeBackend(device))
+        return made[-1]
+
+    def fault(buffer, offset):
+        if offset > 2_000_000:
+            raise OSError(5, "broken")
+
+    jobs = [Job(k, e, e.dtype, DEVICE) for k, e in saved.entries.items()]
+    with pytest.raises(TransferError):
+        load(jobs, files=[saved.shard], source=FaultySource(fault), backend=backend, memory_budget_bytes=1 << 20)
+    assert made[0].synchronized == 1 and made[0].done == len(made[0].queue)
+
+
+def test_from_memory(saved):
+    from weightlift.checkpoint.entry import TensorEntry
+
+    tensor = torch.randn(50, 60).t()
+    entry = TensorEntry("a", (60, 50), torch.float32, None, 0, tensor.nbytes)
+    (value,) = load([Job("a", entry, torch.float32, DEVICE)], tensors={"a": tensor}, backend=FakeBackend)
+    assert same(value, tensor)
