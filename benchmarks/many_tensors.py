@@ -51,6 +51,7 @@ def write_checkpoint(folder: Path, names: list[str]) -> None:
             for i, name in enumerate(part)
         }
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as the official writer aligns them
         path = folder / f"model-{number + 1:05d}-of-{FILES:05d}.safetensors"
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

@@ -13,6 +13,7 @@ import pytest
 
 from . import cases
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, /proc and reserved mappings")
 TESTS = Path(__file__).resolve().parent.parent
 SOURCE = TESTS.parent / "src"
 KNOWN = cases.everything()

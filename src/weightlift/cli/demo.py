@@ -212,10 +212,12 @@ class _Demo:
         from weightlift.cli.output import add, table
         from weightlift.plan.report import human_bytes
 
-        shown = table("", ">returns", ">every page read", ">ratio", ">of rounds", ">own memory", ">mapped", ">peak")
+        shown = table(
+            "", ">returns", ">every page read", ">ratio", ">lowest–highest", ">own memory", ">mapped", ">peak"
+        )
         baseline = [seconds for _, seconds in next(iter(taken.values()))]
         for name, rounds in taken.items():
-            ratios = sorted(theirs / mine for theirs, (_, mine) in zip(baseline, rounds))  # noqa: B905
+            ratios = sorted(theirs / mine for theirs, (_, mine) in zip(baseline, rounds, strict=True))
             held = memory[name]
             sizes = ["?"] * 3 if held is None else [
                 human_bytes(size) for size in (held.own_bytes, held.mapped_bytes, held.peak_bytes)]  # fmt: skip

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from weightlift.cli.main import main
 
-MODELS = '''
+MODELS = """
 import torch
 from torch import nn
 
@@ -34,7 +34,7 @@ number = 3
 
 class Namespace:
     build = staticmethod(Tied)
-'''
+"""
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""The documentation does what it says: every Python snippet and every example runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_snippets(document: Path, tmp_path: Path) -> None:
+    """The snippets of one document, in order and in one process."""
+    text = document.read_text(encoding="utf-8")
+    # Blank lines before each keep the line numbers of tracebacks those of the document.
+    script, line = "", 0
+    for found in SNIPPET.finditer(text):
+        start = text.count("\n", 0, found.start(1))
+        script += "\n" * (start - line) + found[1]
+        line = start + found[1].count("\n")
+    if not script:
+        pytest.skip("no snippet")
+    (tmp_path / document.name).with_suffix(".py").write_text(script, encoding="utf-8")
+    run([str((tmp_path / document.name).with_suffix(".py"))], tmp_path)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples(example: Path, tmp_path: Path) -> None:
+    assert run([str(example)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links(document: Path) -> None:
+    for target in LINK.findall(document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_plan_in_the_documentation_is_the_plan(tmp_path: Path) -> None:
+    """The first output block of docs/plan.md is what its first snippet prints."""
+    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    snippet = SNIPPET.search(text)
+    shown = re.search(r"^```text\n(.*?)^```$", text, re.S | re.M)
+    assert snippet is not None
+    assert shown is not None
+    (tmp_path / "plan_snippet.py").write_text(snippet[1], encoding="utf-8")
+    assert run(["plan_snippet.py"], tmp_path) == shown[1]
