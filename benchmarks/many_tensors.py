@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def measure(tensors: int, rounds: int) -> dict[str, float]:
             taken["defer"].append(seconds(lambda: wl.defer(lambda: build(tensors))))
             handle = wl.defer(lambda: build(tensors))
             taken["open"].append(seconds(lambda: wl.open_checkpoint(folder)))
-            taken["plan"].append(seconds(lambda: handle.plan(folder)))
+            taken["plan"].append(seconds(partial(handle.plan, folder)))
             del handle
             taken["whole"].append(seconds(lambda: wl.load(lambda: build(tensors), folder, workers=1)))
     medians = {what: statistics.median(times) for what, times in taken.items()}

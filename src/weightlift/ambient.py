@@ -1,7 +1,8 @@
 """Stepping outside whatever torch modes the caller has on, in the calling thread only.
 
-torch's own ways of entering and leaving dispatch modes also write flags of the process (``TorchDispatchMode.__enter__``)
-or import the compiler (``_disable_current_modes``). Only the thread-local stack below them is used here.
+torch's own ways of entering and leaving dispatch modes also write flags of the process
+(``TorchDispatchMode.__enter__``) or import the compiler (``_disable_current_modes``). Only the thread-local stack below
+them is used here.
 """
 
 from __future__ import annotations

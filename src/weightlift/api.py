@@ -302,7 +302,8 @@ def _plan(
     subject: Subject, checkpoint: Checkpoint, options: LoadOptions, *, take: Callable[[], Subject] | None = None
 ) -> LoadPlan:
     with outside_modes():
-        spec = subject.inventory.spec(in_place=subject.recorder is None)
+        # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
+        spec = subject.inventory.spec(lambda tensor: subject.record_of(tensor) is None)
         supply, early = _supply(subject.inventory, checkpoint, options)
         decisions = match(spec, supply, options)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)

@@ -152,17 +152,6 @@ def resized() -> nn.Module:
     return Bag(a=nn.Parameter(a), b=b, c=nn.Parameter(c), d=d, e=e)
 
 
-@case()
-def storage_resized() -> nn.Module:
-    t = torch.full((16,), 3.0)
-    t.untyped_storage().resize_(256)
-    t.set_(t.untyped_storage(), 0, (64,), (1,))
-    t[16:].fill_(1.0)
-    freed = torch.randn(64)
-    freed.untyped_storage().resize_(0)
-    return Bag(t=t, w=nn.Parameter(torch.rand(64, 64)))
-
-
 @functools.cache
 def _table(n: int) -> torch.Tensor:
     return torch.arange(float(n)).sin()

@@ -93,15 +93,6 @@ def state_saved_and_put_back_by_hand() -> nn.Module:
     return Bag(a=a)
 
 
-@case(check=lambda m: equal(m.a, m.b, "the same state twice"), leaves_rng=False)
-def the_same_state_replayed() -> nn.Module:
-    state = torch.get_rng_state()
-    a = torch.randn(64, 64)
-    torch.set_rng_state(state)
-    b = torch.randn(64, 64)
-    return Bag(a=a, b=b)
-
-
 @case(kind="seeded")
 def explicit_generator() -> nn.Module:
     g = torch.Generator().manual_seed(9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +76,21 @@ def classify(func: Any) -> Call:
     if any(result.alias_info is not None for result in schema.returns):
         return Call(Kind.VIEW)
     return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags, elementwise=name in _ELEMENTWISE)
+
+
+@functools.cache
+def seeded_variant(func: Any) -> Any:
+    """The overload of a sampling operator that takes a generator: itself, a sibling, or None if there is none."""
+    wanted = [argument.name for argument in func._schema.arguments]
+    if "generator" in wanted:
+        return func
+    packet = func.overloadpacket
+    for name in packet.overloads():
+        sibling = getattr(packet, name)
+        names = [argument.name for argument in sibling._schema.arguments]
+        if "generator" in names and [item for item in names if item != "generator"] == wanted:
+            return sibling
+    return None
 
 
 def _gives_tensors(kind: Any) -> bool:

@@ -3,8 +3,9 @@
 It also defers ``torch.nn.init.trunc_normal_`` whole. That function draws, looks whether a sample fell outside
 (``if mask.any()``) and draws again, so its ATen calls can't be put off one by one; and being a plain Python function,
 no mode sees it. Its calls of ``Tensor.normal_`` and ``Tensor.uniform_`` are seen, though, and the frame that makes them
-holds its arguments. What was recognised is checked once a process against the real function (`trunc_normal_is_recognisable`); where
-torch's code has changed too far, ``trunc_normal_`` runs when it is called, which is slower and just as right.
+holds its arguments. What was recognised is checked once a process against the real function
+(`trunc_normal_is_recognisable`); where torch's code has changed too far, ``trunc_normal_`` runs when it is called,
+which is slower and just as right.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ _TRUNC_CODE: CodeType | None = getattr(_TRUNC_NORMAL, "__code__", None)
 # Read or hand out the memory itself. Afterwards somebody may hold it, so later writes to it are not put off.
 _ESCAPES = {
     _Tensor.numpy, _Tensor.__array__, _Tensor.data_ptr, _Tensor.untyped_storage, _Tensor.storage,
-    _Tensor._typed_storage, _Tensor.__dlpack__, torch.utils.dlpack.to_dlpack, _Tensor.share_memory_,
+    _Tensor._typed_storage, _Tensor.__dlpack__, _Tensor.share_memory_,
     _Tensor.apply_, _Tensor.map_, _Tensor.map2_,
 }  # fmt: skip
 # Read the values, or run Python code that does, and keep no hold of the memory.
 _READS = {
     _Tensor.tolist, _Tensor.__repr__, _Tensor.__format__, _Tensor.__reduce_ex__, torch.tensor, torch.as_tensor,
     torch.asarray, _Tensor.is_shared,
+}  # fmt: skip
+# Composed in C++ of factories and of loops over the memory that those give: no call of theirs may be put off.
+_WHOLE = {
+    torch._sobol_engine_initialize_state_, torch._sobol_engine_scramble_, torch._sobol_engine_ff_,
+    torch._sobol_engine_draw,
 }  # fmt: skip
 # In place, of nothing but numbers: the operator, and the values that are left out.
 _FILLS: dict[Any, tuple[Any, tuple[float, ...]]] = {
@@ -56,6 +62,7 @@ class FunctionRecorder(TorchFunctionMode):
         self._recorder = recorder
         handlers: dict[Any, Callable[..., Any]] = dict.fromkeys(_ESCAPES, self._escape)
         handlers.update(dict.fromkeys(_READS, self._read))
+        handlers.update(dict.fromkeys(_WHOLE, self._whole))
         handlers[_Tensor.new_tensor] = self._new_tensor
         handlers[_Tensor.__deepcopy__] = self._deepcopy
         self._trunc_normal = trunc_normal_is_recognisable() if recognise is None else recognise
@@ -75,6 +82,11 @@ class FunctionRecorder(TorchFunctionMode):
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._recorder.force_tensors(_tensors((args, kwargs)), func)
         return func(*args, **kwargs)
+
+    def _whole(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.force_tensors(_tensors((args, kwargs)), func)
+        with no_dispatch_modes():
+            return func(*args, **kwargs)
 
     def _escape(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = _tensors((args, kwargs))
@@ -102,7 +114,7 @@ class FunctionRecorder(TorchFunctionMode):
         copies = memo.setdefault("torch", {})  # where torch keeps the storages that were copied already
         storage = tensor.untyped_storage()
         if storage._cdata not in copies:
-            source = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            source = torch.empty(0, dtype=torch.uint8).set_(storage)
             with self._recorder:
                 copies[storage._cdata] = source.clone().untyped_storage()
         copied = torch.empty(0, dtype=tensor.dtype)
@@ -116,6 +128,7 @@ class FunctionRecorder(TorchFunctionMode):
         tensor = args[0]
         if (
             type(tensor) in _PLAIN
+            and torch._C._len_torch_dispatch_stack() == 1
             and (not kwargs or (len(kwargs) == 1 and kwargs.get("generator", self) is None))
             and not (tensor.requires_grad and torch.is_grad_enabled())
         ):

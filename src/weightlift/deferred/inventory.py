@@ -6,9 +6,9 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ class Slot:
 
     def put(self, tensor: torch.Tensor) -> None:
         """Replace the tensor object that this slot holds."""
-        slots = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+        slots: dict[str, Any] = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
         slots[self.attribute] = tensor
 
 
@@ -99,8 +99,8 @@ class Inventory:
         for slot in self.slots:
             yield slot.fqn, slot.tensor
 
-    def spec(self, *, in_place: bool = False) -> ModuleSpec:
-        """The module as data. ``in_place`` marks every tensor as memory that has to stay."""
+    def spec(self, stays: Callable[[torch.Tensor], bool]) -> ModuleSpec:
+        """The module as data. ``stays`` tells memory that is somebody else's too and has to be filled in place."""
         numbers: dict[int, int] = {}
         storages: dict[int, int] = {}
         holders: dict[int, set[int]] = {}
@@ -113,16 +113,19 @@ class Inventory:
         return ModuleSpec(
             name=type(self.module).__qualname__,
             tensors=tuple(
-                _spec(row, storages.setdefault(row[2], len(storages)), in_place, len(holders[row[2]])) for row in rows
+                _spec(row, storages.setdefault(row[2], len(storages)), stays, len(holders[row[2]])) for row in rows
             ),
             extra_state=tuple(f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)),
         )
 
 
 def _spec(
-    row: tuple[Slot, int, int, int, tuple[int, ...], int], storage: int, in_place: bool, holders: int
+    row: tuple[Slot, int, int, int, tuple[int, ...], int],
+    storage: int,
+    stays: Callable[[torch.Tensor], bool],
+    holders: int,
 ) -> TensorSpec:
-    slot, number, address, offset, stride, storage_bytes = row
+    slot, number, _, offset, stride, storage_bytes = row
     tensor = slot.tensor
     lazy = is_lazy(tensor)
     shape = () if lazy else tuple(tensor.shape)
@@ -140,7 +143,7 @@ def _spec(
         persistent=slot.persistent,
         lazy=lazy,
         in_place=not tensor.is_meta
-        and (in_place or holders > 1 or not _is_row_major(shape, stride) or _users(tensor) > holders),
+        and (stays(tensor) or holders > 1 or not _is_row_major(shape, stride) or _users(tensor) > holders),
     )
 
 
@@ -158,7 +161,7 @@ def _users(tensor: torch.Tensor) -> int:
     try:
         storage = tensor.untyped_storage()
         # One use is the storage object that was just made to ask.
-        return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # type: ignore[attr-defined]
+        return int(torch._C._storage_Use_Count(storage._cdata)) - 1
     except (RuntimeError, NotImplementedError, AttributeError):
         return 1
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of
+from weightlift.ambient import outside_modes
+from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
@@ -26,6 +28,7 @@ _Tensor = torch.Tensor
 _aten = torch.ops.aten
 _push_mode = torch._C._push_on_torch_dispatch_stack
 _pop_mode = torch._C._pop_torch_dispatch_stack
+_stack_size = torch._C._len_torch_dispatch_stack
 _storage_address = torch._C._storage_address  # type: ignore[attr-defined]
 
 # Results up to this size, of calls on values that exist already, are computed at once: it is cheaper than recording.
@@ -33,11 +36,11 @@ _EAGER_BYTES = 64 << 10
 _EAGER_ELEMENTS = 4096
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
 
     def __init__(self, *, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.records: dict[int, Record] = {}
         self.forced: dict[str, int] = {}
@@ -47,7 +50,7 @@ class Recorder(TorchDispatchMode):
         self._seeding = SeedWatch()
         # The buffer of a dead storage takes its record along, before the address can be used again.
         records = self.records
-        self._on_death = lambda record: records.pop(record.key, None)
+        self._on_death: Callable[[Any], object] = lambda record: records.pop(record.key, None)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -67,8 +70,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs is None:
             kwargs = {}
-        if types:
+        if types and not all(map(_is_plain, types)):
             return self._foreign(func, args, kwargs)
+        if _stack_size():  # torch's own modes (fake tensors, tracing) lie below all others, and this is their call
+            return func(*args, **kwargs)
         call = KINDS.get(func) or call_of(func)
         kind = call.kind
         if call.alone and not kwargs:
@@ -216,12 +221,12 @@ class Recorder(TorchDispatchMode):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
-        writes = tuple(dict.fromkeys(records))
+        writes = tuple(dict.fromkeys(record for record in records if record is not None))
         if call.overwrites and len(writes) == 1 and self._is_dead_before(targets[0], writes[0], args, kwargs):
             del reads[writes[0]]
         if call.random:
             frozen_kwargs.pop("generator", None)
-        self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)  # type: ignore[arg-type]
+        self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
         return _result(func, targets)
 
     def _is_dead_before(self, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
@@ -240,7 +245,7 @@ class Recorder(TorchDispatchMode):
             pending = pending or (record is not None and record.pending)
             elements += tensor.numel()
         if call.random:
-            if kwargs.get("generator") is not None or self._seeding.seeded():
+            if kwargs.get("generator") is not None or seeded_variant(func) is None or self._seeding.seeded():
                 return self._now(func, call, args, kwargs)
         elif not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
             return self._run(func, args, kwargs, tensors)
@@ -260,6 +265,7 @@ class Recorder(TorchDispatchMode):
         records = tuple(self.records[_storage_address(tensor)] for tensor in born)
         refs = tuple(TensorRef(record, tensor) for record, tensor in zip(records, born))
         if call.random:
+            func = seeded_variant(func)
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, records, tuple(reads.items()), refs, call.random)
         returns = func._schema.returns
@@ -290,7 +296,10 @@ class Recorder(TorchDispatchMode):
         tensors = _tensors((args, kwargs))
         self.force_tensors(tensors, func)
         if call.random and kwargs.get("generator") is None and not self._seeding.seeded():
-            kwargs = self._with_generator(func, kwargs)
+            # What the constructor itself reads is seeded by its ordinal; the process's generator is not drawn from.
+            variant = seeded_variant(func)
+            if variant is not None:
+                func, kwargs = variant, {**kwargs, "generator": generator_for(self.seed, self._next_read_label())}
         return self._run(func, args, kwargs, tensors)
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
@@ -311,12 +320,6 @@ class Recorder(TorchDispatchMode):
         record = self.record_of(tensor)
         if record is not None and (readers := live_readers(record)):
             self._execute(needed([target for node in readers for target in node.writes]))
-
-    def _with_generator(self, func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Sampling that the constructor itself reads is seeded by its ordinal; the process's generator is not drawn."""
-        if not any(argument.name == "generator" for argument in func._schema.arguments):
-            return kwargs
-        return {**kwargs, "generator": generator_for(self.seed, self._next_read_label())}
 
     def _next_read_label(self) -> str:
         self._sampled_reads += 1
@@ -340,7 +343,7 @@ class Recorder(TorchDispatchMode):
         self._execute(needed(records))
 
     def _execute(self, nodes: list[Node]) -> None:
-        with torch.no_grad():
+        with outside_modes():
             for node in nodes:
                 if node.random and node.seed_label is None:
                     node.seed_label = self._next_read_label()
@@ -370,6 +373,12 @@ class Recorder(TorchDispatchMode):
         shaped = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
         tensor.set_(grown.untyped_storage(), 0, size, shaped.stride())
         return tensor
+
+
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """True for tensor classes that leave ATen calls alone, as ``nn.Parameter`` does."""
+    return kind.__torch_dispatch__ in (_Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)  # type: ignore[attr-defined]
 
 
 def _covers(ref: TensorRef, record: Record) -> bool:

@@ -128,7 +128,9 @@ class _Rehearsal:
 
     def _visit(self, module: nn.Module, prefix: str, state: OrderedDict[str, Any]) -> None:
         """The order of ``nn.Module.load_state_dict``: a module first, then its children on their part of the state."""
-        if has_state_hooks(module) and not any(is_lazy(tensor) for tensor in module._parameters.values()):
+        if has_state_hooks(module) and not any(
+            tensor is not None and is_lazy(tensor) for tensor in module._parameters.values()
+        ):
             self._rehearse(module, prefix, state)
         for name, child in module._modules.items():
             child_prefix = f"{prefix}{name}."

@@ -1,9 +1,9 @@
 """Noticing that a constructor seeds the process's generator, without touching it.
 
 A constructor that calls ``torch.manual_seed(42)`` means the values which that seed gives: from there on its sampling
-runs at once. The call itself goes through no mode. It does leave a trace: while CUDA is not initialised torch queues
-every seeding together with the stack it came from, so that ours can be told from another thread's. Where there is no
-such queue, a changed ``torch.initial_seed()`` is the sign.
+runs at once, until it puts the state back (``fork_rng``). No mode sees the call. It leaves traces: while CUDA is not
+initialised torch queues every seeding together with the stack it came from, so that ours can be told from another
+thread's; and ``torch.initial_seed()`` changes.
 """
 
 from __future__ import annotations
@@ -12,26 +12,48 @@ import os
 
 import torch
 
+from weightlift.ambient import no_dispatch_modes
+
 _HERE = os.path.join("weightlift", "deferred", "construct.py")
 
 
 class SeedWatch:
-    """Remembers the seeding that was current when the scope began."""
+    """Remembers the state that the process's generator had when the scope began. Reads it, never writes."""
 
     def __init__(self) -> None:
-        self._seeded = False
         self._tracker = getattr(torch.cuda, "_lazy_seed_tracker", None)
         self._token = getattr(self._tracker, "manual_seed_all_cb", None)
         self._initial_seed = torch.initial_seed()
+        self._state = torch.get_rng_state()
+        self._foreign = False
+        self._seeded = False
+        self._returns = True
 
     def seeded(self) -> bool:
-        """True once the constructor of this scope has seeded the process's generator."""
-        if self._seeded:
-            return True
+        """True while the process's generator is in a state that the constructor of this scope asked for."""
         tracker = self._tracker
-        if tracker is None or torch.cuda.is_initialized():
-            self._seeded = torch.initial_seed() != self._initial_seed
-        elif tracker.manual_seed_all_cb is not self._token:
+        if tracker is not None and tracker.manual_seed_all_cb is not self._token:
             self._token = tracker.manual_seed_all_cb
-            self._seeded = any(_HERE in line for line in self._token[1])
+            if any(_HERE in line for line in self._token[1]):
+                self._begin()
+            else:
+                self._foreign = True  # another thread's; the seed that it leaves behind is the new normal
+        elif not self._seeded and torch.initial_seed() != self._initial_seed:
+            if self._foreign:
+                self._initial_seed = torch.initial_seed()
+                self._foreign = False
+            else:
+                self._begin()
+        if self._seeded and self._returns and _state_equals(self._state):
+            self._seeded = False
         return self._seeded
+
+    def _begin(self) -> None:
+        self._seeded = True
+        # Seeded to the very state of the beginning: there is no telling this from putting that state back.
+        self._returns = not _state_equals(self._state)
+
+
+def _state_equals(state: torch.Tensor) -> bool:
+    with no_dispatch_modes(), torch._C.DisableTorchFunction():
+        return torch.equal(torch.get_rng_state(), state)

@@ -45,13 +45,13 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     label: str | None
     scratch: memoryview | None
 
-    def __new__(cls, buffer: memoryview, on_death: Callable[[Any], None], *_: Any) -> Record:
+    def __new__(cls, buffer: memoryview, on_death: Callable[[Any], object], *_: Any) -> Record:
         return super().__new__(cls, buffer, on_death)
 
     def __init__(
-        self, buffer: memoryview, on_death: Callable[[Any], None], key: int, nbytes: int, block: Block, offset: int
+        self, buffer: memoryview, on_death: Callable[[Any], object], key: int, nbytes: int, block: Block, offset: int
     ) -> None:
-        super().__init__(buffer, on_death)
+        super().__init__(buffer, on_death)  # type: ignore[call-arg]
         self.key = key
         self.nbytes = nbytes
         self.block = block
@@ -133,7 +133,9 @@ class TensorRef:
 class Node:
     """One recorded call. ``outputs`` are where the results of an out-of-place call belong."""
 
-    __slots__ = ("__weakref__", "args", "deps", "done", "func", "kwargs", "outputs", "random", "seed_label", "seq", "writes")
+    __slots__ = (
+        "__weakref__", "args", "deps", "done", "func", "kwargs", "outputs", "random", "seed_label", "seq", "writes",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -48,4 +48,5 @@ def renamed(keys: Iterable[str], key_mapping: KeyMapping | None) -> list[tuple[s
                 name = pattern.sub(replacement, name)
             pairs.append((key, name))
         return pairs
-    return [(key, name) for key in keys if (name := key_mapping(key)) is not None]
+    named = [(key, key_mapping(key)) for key in keys]
+    return [(key, name) for key, name in named if name is not None]

@@ -33,7 +33,7 @@ class Supply:
 
 
 def match(spec: ModuleSpec, supply: Supply, options: LoadOptions) -> Decisions:
-    """Decide what happens to every tensor of ``spec``. Raises nothing: what speaks against the plan is in its problems."""
+    """Decide what happens to every tensor of ``spec``. What speaks against the plan is in its problems, not raised."""
     rows: dict[str, Row] = {}
     checks: list[Check] = []
     problems = list(supply.problems)

@@ -70,7 +70,7 @@ def _conflicts(decisions: Decisions, source: Bytes, options: LoadOptions) -> lis
         memory_budget_bytes=options.memory_budget_bytes,
         cancel=options.cancel,
     )
-    return [check for check, same in zip(decisions.checks, equal) if not same]
+    return [check for check, same in zip(decisions.checks, equal, strict=True) if not same]
 
 
 def _untie(decisions: Decisions, conflicts: list[Check], options: LoadOptions) -> tuple[Row, ...]:
@@ -130,7 +130,7 @@ class _Application:
         self._groups: dict[int, list[tuple[Row, Slot]]] = {}
         for row in rows:
             self._groups.setdefault(row.target, []).append((row, slots[row.fqn]))
-        self._untied = {row.fqn for row, old in zip(rows, decisions.rows) if row is not old}
+        self._untied = {row.fqn for row, old in zip(rows, decisions.rows, strict=True) if row is not old}
 
     def run(self) -> nn.Module:
         loaded, rest = self._split()
@@ -148,7 +148,9 @@ class _Application:
             progress=self._options.progress,
             cancel=self._options.cancel,
         )
-        for (row, _), job, value in zip(loaded, jobs, values):
+        for record in supplied:
+            record.last = None  # the values are there; what the constructor would have done is history
+        for (row, _), job, value in zip(loaded, jobs, values, strict=True):
             self._assign(row, value if job.into is None else None)
         for row, slot in rest:
             self._own(row, slot)
