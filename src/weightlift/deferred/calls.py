@@ -34,21 +34,12 @@ class Call:
     overwrites: bool = False
     alone: bool = False  # its only tensor argument is the one it writes to
     pointwise: bool = False
-    elementwise: bool = False  # results look like the first tensor when every tensor argument does
 
 
 # In place operators that define every element of their first argument without looking at it.
 _OVERWRITING = {
     "aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_", "aten::copy_", "aten::random_",
     "aten::exponential_", "aten::bernoulli_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
-}  # fmt: skip
-# Operators on floating-point tensors of one shape and dtype that give another such tensor.
-_ELEMENTWISE = {
-    f"aten::{name}"
-    for name in (
-        "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "pow",
-        "reciprocal", "sin", "cos", "tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "square", "sign",
-    )
 }  # fmt: skip
 
 
@@ -75,7 +66,7 @@ def classify(func: Any) -> Call:
         return Call(Kind.VALUE, random)
     if any(result.alias_info is not None for result in schema.returns):
         return Call(Kind.VIEW)
-    return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags, elementwise=name in _ELEMENTWISE)
+    return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags)
 
 
 @functools.cache
@@ -91,6 +82,21 @@ def seeded_variant(func: Any) -> Any:
         if "generator" in names and [item for item in names if item != "generator"] == wanted:
             return sibling
     return None
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor among the arguments of a call, lists and mappings included."""
+    found: list[torch.Tensor] = []
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    return found
 
 
 def _gives_tensors(kind: Any) -> bool:

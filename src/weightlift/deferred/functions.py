@@ -20,7 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from weightlift.ambient import no_dispatch_modes
-from weightlift.deferred.recorder import Recorder, _tensors
+from weightlift.deferred.calls import tensors_in
+from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -80,16 +81,16 @@ class FunctionRecorder(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._recorder.force_tensors(_tensors((args, kwargs)), func)
+        self._recorder.force_tensors(tensors_in((args, kwargs)), func)
         return func(*args, **kwargs)
 
     def _whole(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._recorder.force_tensors(_tensors((args, kwargs)), func)
+        self._recorder.force_tensors(tensors_in((args, kwargs)), func)
         with no_dispatch_modes():
             return func(*args, **kwargs)
 
     def _escape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         self._recorder.force_tensors(tensors, func)
         for tensor in tensors:
             record = self._recorder.record_of(tensor)
@@ -100,7 +101,7 @@ class FunctionRecorder(TorchFunctionMode):
     def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._trunc_normal and (frame := _caller()).f_code is _TRUNC_CODE and self._can_defer(frame):
             return _ACCEPTED  # one of the bounds, in the tensor's dtype
-        self._recorder.force_tensors(_tensors((args[1:], kwargs)), func)
+        self._recorder.force_tensors(tensors_in((args[1:], kwargs)), func)
         return func(*args, **kwargs)
 
     def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:

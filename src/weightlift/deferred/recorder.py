@@ -18,14 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
-from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant
+from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.seeding import SeedWatch
+from weightlift.deferred.shapes import Result, infer, is_short_range
 from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
 
 _log = logging.getLogger("weightlift.deferred")
 _Tensor = torch.Tensor
-_aten = torch.ops.aten
 _push_mode = torch._C._push_on_torch_dispatch_stack
 _pop_mode = torch._C._pop_torch_dispatch_stack
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
-        self.force_tensors(_tensors((args, kwargs)), func)
+        self.force_tensors(tensors_in((args, kwargs)), func)
         return func(*args, **kwargs)
 
     # -- births -----------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if record is None or record.pinned or (call.random and self._seeding.seeded()):
             return False
         ref = TensorRef(record, target)
-        deps = () if call.overwrites and _covers(ref, record) else ((record, record.last),)
+        deps = () if call.overwrites and ref.covers() else ((record, record.last),)
         self._seq += 1
         record.last = Node(self._seq, func, (ref, *args[1:]), {}, (record,), deps, None, call.random)
         return True
@@ -191,7 +191,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record = self.record_of(tensor)
         assert record is not None
         ref = TensorRef(record, tensor)
-        whole = overwrites and _covers(ref, record)
+        whole = overwrites and ref.covers()
         deps = () if whole else ((record, record.last),)
         self._append(func, (ref, *args), {}, (record,), deps, None, True)
 
@@ -231,13 +231,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_dead_before(self, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
         """True when the call defines every byte of the storage without reading any of them."""
-        if not _covers(TensorRef(record, target), record):
+        if not TensorRef(record, target).covers():
             return False
-        sources = [tensor for tensor in _tensors((args[1:], kwargs)) if tensor is not target]
+        sources = [tensor for tensor in tensors_in((args[1:], kwargs)) if tensor is not target]
         return all(self.record_of(source) is not record for source in sources)
 
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         pending = False
         elements = 0
         for tensor in tensors:
@@ -249,19 +249,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self._now(func, call, args, kwargs)
         elif not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
             return self._run(func, args, kwargs, tensors)
-        if not tensors and not call.random and _is_short_range(func, args):
+        if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)
-        outputs = _infer(func, args, kwargs)
-        if outputs is None or any(out.numel() == 0 for out in outputs):
+        outputs = infer(func, args, kwargs)
+        if outputs is None or any(out.nbytes == 0 for out in outputs):
             return self._now(func, call, args, kwargs)
         if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
             return self._run(func, args, kwargs, tensors)
         return self._defer_results(func, call, args, kwargs, outputs)
 
-    def _defer_results(self, func: Any, call: Call, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Any:
+    def _defer_results(self, func: Any, call: Call, args: Any, kwargs: Any, outputs: list[Result]) -> Any:
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
-        born = [self._born(Birth(tuple(out.shape), out.dtype, stride=out.stride())) for out in outputs]
+        born = [self._born(Birth(out.shape, out.dtype, stride=out.stride)) for out in outputs]
         records = tuple(self.records[_storage_address(tensor)] for tensor in born)
         refs = tuple(TensorRef(record, tensor) for record, tensor in zip(records, born))
         if call.random:
@@ -293,7 +293,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _now(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         """Give the arguments their values and run the call as it is."""
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         self.force_tensors(tensors, func)
         if call.random and kwargs.get("generator") is None and not self._seeding.seeded():
             # What the constructor itself reads is seeded by its ordinal; the process's generator is not drawn from.
@@ -311,7 +311,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if written:
             for name in written:
                 target = kwargs.get(name) if isinstance(name, str) else args[name]
-                for tensor in _tensors(target):
+                for tensor in tensors_in(target):
                     self._settle_readers(tensor)
         return func(*args, **kwargs)
 
@@ -381,110 +381,8 @@ def _is_plain(kind: type) -> bool:
     return kind.__torch_dispatch__ in (_Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)  # type: ignore[attr-defined]
 
 
-def _covers(ref: TensorRef, record: Record) -> bool:
-    """True when a view is the whole storage, every byte once."""
-    size = ref.size
-    if size.numel() * ref.dtype.itemsize != record.nbytes or ref.offset != 0:
-        return False
-    expected = 1
-    for extent, step in zip(reversed(size), reversed(ref.stride)):
-        if step != expected:
-            break
-        expected *= extent
-    else:
-        return True
-    expected = 1
-    for step, extent in sorted((step, extent) for step, extent in zip(ref.stride, size) if extent != 1):
-        if step != expected:
-            return False
-        expected *= extent
-    return True
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, _Tensor):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-    return found
-
-
 def _result(func: Any, targets: list[torch.Tensor]) -> Any:
     returns = func._schema.returns
     if not returns:
         return None
     return targets[0] if len(returns) == 1 else tuple(targets)
-
-
-def _is_short_range(func: Any, args: Any) -> bool:
-    """True for an ``arange`` or ``linspace`` that is cheaper made than put off."""
-    name = func._schema.name
-    if name == "aten::arange":
-        start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
-        return bool((end - start) / (step or 1) <= _EAGER_ELEMENTS)
-    return name in ("aten::linspace", "aten::logspace") and bool(args[2] <= _EAGER_ELEMENTS)
-
-
-def _infer(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor] | None:
-    """The results' shapes, dtypes and strides, found on the ``meta`` device; None when that needs the values."""
-    try:
-        if call_of(func).elementwise and (alike := _alike(args, kwargs)) is not None:
-            return [torch.empty(alike.shape, dtype=alike.dtype, device="meta")]
-        if func in (_aten.clone.default, _aten._to_copy.default) and kwargs.get("device") is None:
-            return [_like_meta(args[0], kwargs)]
-        results = func(*_meta(args), **_meta(kwargs))
-    except Exception:  # no meta kernel, or the shape depends on values: the caller runs the call for real
-        return None
-    outputs = list(results) if isinstance(results, (tuple, list)) else [results]
-    if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
-        return outputs
-    return None
-
-
-def _alike(args: Any, kwargs: Any) -> torch.Tensor | None:
-    """The tensor that the result of an elementwise call looks like, when that is plain from the arguments."""
-    first = args[0]
-    if kwargs or not isinstance(first, _Tensor) or not first.dtype.is_floating_point or not first.is_contiguous():
-        return None
-    for other in args[1:]:
-        if isinstance(other, _Tensor):
-            if other.shape != first.shape or other.dtype != first.dtype or not other.is_contiguous():
-                return None
-        elif not isinstance(other, (int, float, type(None))):
-            return None
-    return first
-
-
-def _like_meta(tensor: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    memory_format = kwargs.get("memory_format") or torch.preserve_format
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return torch.empty_like(meta, dtype=kwargs.get("dtype") or tensor.dtype, memory_format=memory_format)
-
-
-def _meta(value: Any) -> Any:
-    if isinstance(value, _Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.device.type not in ("cpu", "meta"):
-            raise NotImplementedError
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, torch.device):
-        if value.type != "cpu":
-            raise NotImplementedError
-        return torch.device("meta")
-    if isinstance(value, torch.Generator):
-        raise NotImplementedError
-    if isinstance(value, dict):
-        meta = {name: _meta(item) for name, item in value.items()}
-        if "device" in meta and meta["device"] is None:
-            meta["device"] = torch.device("meta")
-        if meta.get("pin_memory"):
-            raise NotImplementedError
-        return meta
-    if isinstance(value, (tuple, list)):
-        return type(value)(_meta(item) for item in value)
-    return value

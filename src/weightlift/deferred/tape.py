@@ -120,6 +120,25 @@ class TensorRef:
         self.offset = tensor.storage_offset()
 
 
+    def covers(self) -> bool:
+        """True when the view is the whole storage, every byte once, in whatever order."""
+        size = self.size
+        if size.numel() * self.dtype.itemsize != self.record.nbytes or self.offset != 0:
+            return False
+        expected = 1
+        for extent, step in zip(reversed(size), reversed(self.stride)):
+            if step != expected:
+                break
+            expected *= extent
+        else:
+            return True
+        expected = 1
+        for step, extent in sorted((step, extent) for step, extent in zip(self.stride, size) if extent != 1):
+            if step != expected:
+                return False
+            expected *= extent
+        return True
+
     def is_whole(self) -> bool:
         """True for a row-major view of the whole storage."""
         expected = 1

@@ -1,0 +1,204 @@
+"""What a call's results will look like: shapes, dtypes and strides, without running it.
+
+What initialisers are made of has a rule here. For everything else the call is tried on torch's ``meta`` device, which
+knows all operators, but whose first use in a process imports a good part of the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+_Tensor = torch.Tensor
+_aten = torch.ops.aten
+_FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+
+class Result(NamedTuple):
+    """One tensor to come. ``stride`` None is row-major."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def infer(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
+    """The results of a call in order; None when they depend on values, or can't be told."""
+    rule = _RULES.get(func._schema.name)
+    if rule is not None:
+        found = rule(args, kwargs)
+        if found is not None:
+            return found
+    return _tried_on_meta(func, args, kwargs)
+
+
+def is_short_range(func: Any, args: Any, elements: int) -> bool:
+    """True for an ``arange`` or ``linspace`` of up to ``elements`` numbers."""
+    name = func._schema.name
+    if name == "aten::arange":
+        start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
+        return bool((end - start) / (step or 1) <= elements)
+    return name in ("aten::linspace", "aten::logspace") and bool(args[2] <= elements)
+
+
+def _broadcast(args: Any, kwargs: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and dtype of a pointwise call on row-major floating-point tensors of one dtype, and numbers."""
+    if any(isinstance(value, _Tensor) for value in kwargs.values()):
+        return None
+    shapes = []
+    dtype = None
+    for value in args:
+        if isinstance(value, _Tensor):
+            if value.dtype not in _FLOATING or dtype not in (None, value.dtype) or not value.is_contiguous():
+                return None
+            if value.device.type != "cpu" or type(value) not in (_Tensor, torch.nn.Parameter):
+                return None
+            dtype = value.dtype
+            shapes.append(value.shape)
+        elif not isinstance(value, (int, float, type(None))):
+            return None
+    if dtype is None:
+        return None
+    if len(shapes) == 1:
+        return tuple(shapes[0]), dtype
+    if len({len(shape) for shape in shapes}) > 1:
+        return None
+    extents = [{extent for extent in column if extent != 1} for column in zip(*shapes)]
+    if any(len(extent) > 1 for extent in extents):
+        return None  # the call itself will say what is wrong
+    return tuple(extent.pop() if extent else 1 for extent in extents), dtype
+
+
+def _elementwise(args: Any, kwargs: Any) -> list[Result] | None:
+    if kwargs.keys() - {"alpha"}:
+        return None
+    found = _broadcast(args, kwargs)
+    return None if found is None else [Result(*found)]
+
+
+def _comparison(args: Any, kwargs: Any) -> list[Result] | None:
+    found = _broadcast(args, kwargs)
+    return None if found is None else [Result(found[0], torch.bool)]
+
+
+def _copy_of(args: Any, kwargs: Any) -> list[Result] | None:
+    """``clone`` and ``to``: the layout is kept where it is dense."""
+    tensor = args[0]
+    if kwargs.get("device") is not None or kwargs.get("layout") is not None or kwargs.get("pin_memory"):
+        return None
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    dtype = kwargs.get("dtype") or tensor.dtype
+    if tensor.is_contiguous() and memory_format in (torch.preserve_format, torch.contiguous_format):
+        return [Result(tuple(tensor.shape), dtype)]
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    copied = torch.empty_like(meta, dtype=dtype, memory_format=memory_format)
+    return [Result(tuple(copied.shape), dtype, tuple(copied.stride()))]
+
+
+def _qr(args: Any, kwargs: Any) -> list[Result] | None:
+    """Reduced mode, as LAPACK leaves it: both factors column-major."""
+    matrix = args[0]
+    if len(args) > 1 or kwargs or matrix.dim() != 2 or min(matrix.shape) == 0:
+        return None
+    rows, columns = matrix.shape
+    rank = min(rows, columns)
+    return [
+        Result((rows, rank), matrix.dtype, (1, rows)),
+        Result((rank, columns), matrix.dtype, (1, rank)),
+    ]
+
+
+def _diagonal(args: Any, kwargs: Any) -> list[Result] | None:
+    matrix = args[0]
+    offset = args[1] if len(args) > 1 else 0
+    if len(args) > 2 or kwargs or matrix.dim() != 2:
+        return None
+    rows, columns = matrix.shape
+    return [Result((max(0, min(rows + min(offset, 0), columns - max(offset, 0))),), matrix.dtype)]
+
+
+def _triangle(args: Any, kwargs: Any) -> list[Result] | None:
+    tensor = args[0]
+    return [Result(tuple(tensor.shape), tensor.dtype)] if tensor.is_contiguous() else None
+
+
+def _joined(args: Any, kwargs: Any) -> list[Result] | None:
+    """``cat`` of row-major tensors of one dtype."""
+    tensors = args[0]
+    dim = args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    if kwargs or any(
+        tensor.dtype != first.dtype or tensor.dim() != first.dim() or not tensor.is_contiguous() for tensor in tensors
+    ):
+        return None
+    shape = list(first.shape)
+    if not shape:
+        return None
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return [Result(tuple(shape), first.dtype)]
+
+
+def _permutation(args: Any, kwargs: Any) -> list[Result] | None:
+    return [Result((args[0],), kwargs.get("dtype") or torch.int64)]
+
+
+_Rule = Callable[[Any, Any], "list[Result] | None"]
+_ELEMENTWISE = (
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "pow",
+    "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "erfinv", "clamp", "clamp_min", "clamp_max", "square",
+    "sign", "floor", "ceil", "round", "relu", "softplus",
+)  # fmt: skip
+_RULES: dict[str, _Rule] = {
+    **{f"aten::{name}": _elementwise for name in _ELEMENTWISE},
+    **{f"aten::{name}": _comparison for name in ("lt", "gt", "le", "ge", "eq", "ne", "isnan", "isfinite", "isinf")},
+    "aten::clone": _copy_of,
+    "aten::_to_copy": _copy_of,
+    "aten::linalg_qr": _qr,
+    "aten::diagonal_copy": _diagonal,
+    "aten::tril": _triangle,
+    "aten::triu": _triangle,
+    "aten::cat": _joined,
+    "aten::randperm": _permutation,
+}
+
+
+def _tried_on_meta(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
+    try:
+        results = func(*_meta(args), **_meta(kwargs))
+    except Exception:  # no meta kernel, or the shape depends on values: the caller runs the call for real
+        return None
+    outputs = list(results) if isinstance(results, (tuple, list)) else [results]
+    if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
+        return [Result(tuple(out.shape), out.dtype, tuple(out.stride())) for out in outputs]
+    return None
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, _Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.device.type not in ("cpu", "meta"):
+            raise NotImplementedError
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, torch.device):
+        if value.type != "cpu":
+            raise NotImplementedError
+        return torch.device("meta")
+    if isinstance(value, torch.Generator):
+        raise NotImplementedError
+    if isinstance(value, dict):
+        meta = {name: _meta(item) for name, item in value.items()}
+        if "device" in meta and meta["device"] is None:
+            meta["device"] = torch.device("meta")
+        if meta.get("pin_memory"):
+            raise NotImplementedError
+        return meta
+    if isinstance(value, (tuple, list)):
+        return type(value)(_meta(item) for item in value)
+    return value

@@ -1,0 +1,143 @@
+"""Eight threads load a tied model again and again while a bystander builds modules. Run by test_threads.py in a process
+of its own: ``python -m tests.concurrency.many_loads FOLDER THREADS LOADS``; prints what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import accelerate  # noqa: F401  (its attributes are watched)
+import torch
+import transformers  # noqa: F401  (likewise)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import weightlift as wl
+from tests.concurrency import audit
+
+
+class Tied(nn.Module):
+    """A small language model whose head is its embedding, with initialisers of every temper and a rotary table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 32)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(2)])
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 256, bias=False)
+        self.register_buffer("inv_freq", 1.0 / (10000 ** (torch.arange(0, 32, 2).float() / 32)), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.orthogonal_(self.layers[0].linear1.weight)
+        self.head.weight = self.embedding.weight
+
+
+def prepare(folder: Path) -> None:
+    torch.manual_seed(1)
+    state = {name: value.clone() for name, value in Tied().state_dict().items() if name != "head.weight"}
+    save_file(state, folder / "model.safetensors")
+
+
+def faults(model: Tied, expected: dict[str, torch.Tensor]) -> list[str]:
+    found = []
+    if model.head.weight is not model.embedding.weight:
+        found.append("untied")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_meta or value.dtype != torch.float32:
+            found.append(f"{name}: {value.device} {value.dtype}")
+        elif name in expected and not torch.equal(value, expected[name]):
+            found.append(f"{name}: wrong values")
+    if not torch.equal(model.inv_freq, 1.0 / (10000 ** (torch.arange(0, 32, 2).float() / 32))):
+        found.append("inv_freq: wrong values")
+    return found
+
+
+def watched() -> tuple[object, ...]:
+    """What other loaders replace while they load."""
+    return nn.Module.register_parameter, torch.nn.init.normal_, torch.empty, torch.linspace, nn.Linear.__init__
+
+
+class Bystander(threading.Thread):
+    """Builds modules and reads torch's defaults for as long as the others load."""
+
+    def __init__(self) -> None:
+        super().__init__(name="bystander")
+        self.stop = threading.Event()
+        self.seen: list[str] = []
+        self.looks = 0
+        self.before = audit.ambient()
+        self.patched = watched()
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            self.looks += 1
+            layer = nn.Linear(4, 4)  # draws from the process's generator, which is why "rng" is left out below
+            if layer.weight.is_meta or layer.weight.dtype != torch.float32 or not bool(layer.weight.abs().sum() > 0):
+                self.seen.append(f"a linear layer: {layer.weight.device} {layer.weight.dtype}")
+            now = audit.ambient()
+            self.seen += [
+                f"{what}: {now[what]}" for what in now if what not in ("rng",) and now[what] != self.before[what]
+            ]
+            current = watched()
+            if current != self.patched:
+                self.seen.append("a function of torch was replaced")
+
+
+def main() -> None:
+    folder, thread_count, loads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    prepare(folder)
+    expected = load_file(folder / "model.safetensors")
+    sys.setswitchinterval(1e-4)
+    ambient, attributes = audit.ambient(), audit.attributes()
+    files, threads = audit.open_files(), audit.threads()
+    wrong: list[str] = []
+    done = [0] * thread_count
+    start = threading.Barrier(thread_count)
+
+    def worker(number: int) -> None:
+        start.wait()
+        for _ in range(loads):
+            try:
+                found = faults(wl.load(Tied, folder, workers=2), expected)
+            except Exception as error:
+                found = [repr(error)]
+            wrong.extend(found)
+            done[number] += not found
+
+    bystander = Bystander()
+    bystander.start()
+    workers = [threading.Thread(target=worker, args=(number,)) for number in range(thread_count)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    bystander.stop.set()
+    bystander.join()
+    gc.collect()
+    after = audit.ambient()
+    after["rng"] = ambient["rng"]  # the bystander's draws
+    mapped = sum("model.safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    result = {
+        "right": sum(done),
+        "wrong": wrong[:5],
+        "bystander": bystander.seen[:5],
+        "looks": bystander.looks,
+        "ambient": audit.differences(ambient, after),
+        "attributes": audit.differences(attributes, audit.attributes()),
+        "files": sorted(audit.open_files() - files),
+        "threads": sorted(audit.threads() - threads),
+        "mapped": mapped,
+    }
+    json.dump(result, sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What a plan says: text, lists, JSON; and that it can be carried out once, or again."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import weightlift as wl
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+
+class Deep(nn.Module):
+    def __init__(self, depth=12):
+        super().__init__()
+        self.emb = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.emb.weight
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+        self.extra = nn.Linear(8, 2)
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    state = {name: tensor.clone() for name, tensor in Deep().state_dict().items()}
+    del state["head.weight"], state["extra.bias"]
+    state["extra.weight"] = torch.zeros(3, 3)
+    state |= {f"old.{number}.x": torch.zeros(2) for number in range(5)}
+    names = sorted(state)
+    for part in (0, 1):
+        save_file({name: state[name] for name in names[part::2]}, tmp_path / f"m-0000{part + 1}-of-00002.safetensors")
+    return tmp_path
+
+
+def plan_of(path, **options):
+    return wl.plan(Deep, path, strict=False, ignore_mismatched=True, **options)
+
+
+def test_the_lists(two_files):
+    report = plan_of(two_files).report
+    assert len(report.loaded) == 12 * 4 + 1 and "emb.weight" in report.loaded
+    assert report.tied == ("head.weight",)
+    assert report.initialised == report.missing_keys == ("extra.bias",)
+    assert report.kept == ("table",)
+    assert report.mismatched_keys == (("extra.weight", (3, 3), (2, 8)),)
+    assert sorted(report.unexpected_keys) == [f"old.{number}.x" for number in range(5)]
+    assert report.loaded_bytes == report.read_bytes == 4 * (80 + 12 * (64 + 8 + 8 + 8))
+    halved = plan_of(two_files, dtype=torch.float16).report
+    assert (halved.loaded_bytes * 2, halved.read_bytes) == (report.loaded_bytes, report.read_bytes)
+    every = [*report.loaded, *report.tied, *report.initialised, *report.kept, *(m[0] for m in report.mismatched_keys)]
+    names = {name for name, _ in [*Deep().named_parameters(remove_duplicate=False), *Deep().named_buffers()]}
+    assert len(every) == len(set(every)) and set(every) == names
+    assert "extra.bias" in str(report) and "extra.weight" in str(report)
+
+
+def test_the_text_folds_layers(two_files):
+    text = str(plan_of(two_files))
+    lines = [line for line in text.splitlines() if "fc.weight" in line]
+    assert len(lines) == 1
+    assert "{0…11}" in lines[0] and "×12" in lines[0] and "8×8" in lines[0] and "loaded" in lines[0]
+    assert len(text.splitlines()) < 24
+    for part in ("emb.weight", "= emb.weight", "kept", "initialised", "mismatched", "found 3×3", "old.{0…4}.x"):
+        assert part in text, part
+
+
+def test_what_differs_is_not_folded():
+    def build():
+        return nn.Sequential(*(nn.Linear(4, 4 + (number == 2), bias=False) for number in range(4)))
+
+    state = {name: t.half() if name[0] == "3" else t for name, t in build().state_dict().items() if name[0] != "1"}
+    text = str(wl.plan(build, state, strict=False))
+    rows = [line for line in text.splitlines() if ".weight" in line and "  " in line and "missing" not in line]
+    assert sorted(line.split()[1] for line in rows) == ["0.weight", "1.weight", "2.weight", "3.weight"]
+    assert "float16→float32" in text
+
+
+def test_names_with_gaps_are_counted():
+    state = {f"{number}.weight": torch.zeros(2, 2) for number in (0, 1, 4)}
+    text = str(wl.plan(lambda: nn.Sequential(nn.Linear(2, 2)), state, strict=False))
+    assert "{1…4}" not in text and "{2 of 1…4}" in text
+
+
+def test_the_json_has_every_name(two_files):
+    plan = plan_of(two_files, dtype={"emb.*": torch.bfloat16})
+    for indent in (None, 2):
+        data = json.loads(plan.to_json(indent=indent))
+        assert data["strict"] is False and len(data["files"]) == 2
+        rows = {row["fqn"]: row for row in data["tensors"]}
+        assert set(rows) == {row.fqn for row in plan.decisions.rows} and len(rows) == len(data["tensors"])
+        entries = wl.open_checkpoint(two_files)
+        for name in plan.report.loaded:
+            row, entry = rows[name], entries[name]
+            assert row["action"] == "loaded" and row["key"] == name
+            assert (row["file"], row["range"]) == (str(entry.file), [entry.start, entry.end])
+            assert row["shape"] == list(entry.shape) and row["source_dtype"] == "float32" and row["device"] == "cpu"
+        assert rows["emb.weight"]["dtype"] == rows["head.weight"]["dtype"] == "bfloat16"
+        assert rows["head.weight"]["action"] == "tied" and rows["head.weight"]["tied_to"] == "emb.weight"
+        assert rows["extra.bias"]["action"] == "initialised" and "file" not in rows["extra.bias"]
+        assert rows["extra.weight"]["action"] == "mismatched" and rows["extra.weight"]["found_shape"] == [3, 3]
+        assert rows["table"]["action"] == "kept"
+        assert data["missing_keys"] == ["extra.bias"] and len(data["unexpected_keys"]) == 5
+        assert data["mismatched_keys"] == [{"fqn": "extra.weight", "found": [3, 3], "expected": [2, 8]}]
+
+
+def test_the_json_of_odd_things():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scalar = nn.Parameter(torch.tensor(1.0))
+            self.empty = nn.Parameter(torch.empty(0, 3))
+            self.none = None
+            self.lazy = nn.LazyLinear(2)
+
+    state = {"scalar": torch.tensor(2.0), "empty": torch.empty(0, 3), "lazy.weight": torch.ones(2, 5)}
+    data = json.loads(wl.plan(Odd, state, strict=False).to_json())
+    rows = {row["fqn"]: row for row in data["tensors"]}
+    assert rows["scalar"]["shape"] == [] and rows["empty"]["shape"] == [0, 3] and rows["lazy.weight"]["shape"] == [2, 5]
+    assert rows["scalar"]["file"] is None
+
+
+def test_the_json_says_what_is_read_early_and_checked():
+    class Splitting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+            self._register_load_state_dict_pre_hook(self.hook)
+
+        @staticmethod
+        def hook(state, prefix, *args):
+            state[prefix + "a"], state[prefix + "b"] = state.pop(prefix + "ab").chunk(2)
+
+    plan = wl.plan(Splitting, {"ab": torch.ones(4)})
+    assert plan.decisions.early_keys == ("ab",)
+    # BUG: as_json leaves early_keys out.
+    assert json.loads(plan.to_json())["early_keys"] == ["ab"]
+
+
+def test_missing_extra_state_is_in_the_report():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return 1
+
+        def set_extra_state(self, state):
+            pass
+
+    state = nn.Linear(2, 2).state_dict()
+    missing = Extra(2, 2).load_state_dict(state, strict=False).missing_keys
+    assert missing == ["_extra_state"]
+    plan = wl.plan(lambda: Extra(2, 2), state, strict=False)
+    assert "_extra_state" in plan.report.missing_keys or "_extra_state" in plan.to_json()
+
+
+def test_checks_are_announced():
+    state = {"emb.weight": torch.ones(10, 8), "head.weight": torch.ones(10, 8)}
+    plan = wl.plan(Deep, state, strict=False)
+    assert "equal bytes" in str(plan)
+    assert json.loads(plan.to_json())["checks"] == [{"fqn": "emb.weight", "other": "head.weight"}]
+
+
+def test_a_refused_plan_says_why(tmp_path):
+    plan = wl.plan(lambda: nn.Linear(2, 2), {"weight": torch.zeros(3, 3), "more": torch.zeros(1)})
+    assert len(plan.problems) == 3
+    text = str(plan)
+    assert "refused" in text and all(str(problem) in text for problem in plan.problems)
+    assert json.loads(plan.to_json())["problems"] == [str(problem) for problem in plan.problems]
+    with pytest.raises(wl.PlanError):
+        plan.execute()
+
+
+def test_planning_reads_no_tensor(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"weight": torch.ones(64, 64), "bias": torch.ones(64)}, path)
+    entry = wl.open_checkpoint(path)["weight"]
+    plan = wl.plan(lambda: nn.Linear(64, 64), path)
+    row = next(row for row in plan.decisions.rows if row.fqn == "weight")
+    assert (row.offer.entry.start, row.offer.entry.end) == (entry.start, entry.end)
+    assert "a.safetensors" in str(plan) and f"[{entry.start}:{entry.end}]" in str(plan)
+
+
+def test_executing_twice(tmp_path):
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    once = wl.plan(lambda: nn.Linear(2, 2), state)
+    assert torch.equal(once.execute().weight, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="already"):
+        once.execute()
+    module = nn.Linear(2, 2)
+    again = wl.plan(module, state)
+    assert again.execute() is module
+    nn.init.zeros_(module.weight)
+    assert again.execute() is module and torch.equal(module.weight, torch.ones(2, 2))
+
+
+def test_a_plan_can_be_executed_after_it_was_refused_at_its_checks():
+    state = {"emb.weight": torch.ones(10, 8), "head.weight": torch.zeros(10, 8)}
+    full = {**Deep().state_dict(), **state}
+    plan = wl.plan(Deep, full)
+    with pytest.raises(wl.PlanError, match=r"head\.weight"):
+        plan.execute()
+    # BUG: nothing was changed, but the second time it claims that its module has its values.
+    with pytest.raises(wl.PlanError, match=r"head\.weight"):
+        plan.execute()
+
+
+def test_the_outcome_is_logged_once(caplog):
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    with caplog.at_level(logging.INFO, "weightlift"):
+        wl.load(lambda: nn.Linear(2, 2), state)
+    assert [(r.name, r.levelno) for r in caplog.records] == [("weightlift", logging.INFO)]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "weightlift"):
+        wl.load(lambda: nn.Linear(2, 2), {**state, "x": torch.ones(1)}, strict=False)
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] and "x" in caplog.text
+
+
+def test_repr(two_files):
+    assert "Deep" in repr(plan_of(two_files)) and "49 loaded" in repr(plan_of(two_files))

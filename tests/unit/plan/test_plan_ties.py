@@ -1,0 +1,301 @@
+"""Names that share a value: the same Parameter, two tensors on one storage, views, shared modules."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import weightlift as wl
+
+
+class Tied(nn.Module):
+    def __init__(self, names=("head",)):
+        super().__init__()
+        self.emb = nn.Embedding(6, 4)
+        for name in names:
+            head = nn.Linear(4, 6, bias=False)
+            head.weight = self.emb.weight
+            self.add_module(name, head)
+
+
+def three():
+    return Tied(("head", "other"))
+
+
+class Twin(nn.Module):
+    """Two Parameters made on one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = nn.Parameter(self.emb.weight)
+
+
+class Viewed(nn.Module):
+    """A buffer that is a view of a weight."""
+
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(24.0).reshape(6, 4))
+        self.register_buffer("rows", self.weight.detach()[2:4], persistent=persistent)
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+
+
+def same_storage(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def value(seed=0, *shape):
+    return torch.randn(*(shape or (6, 4)), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["callable", "existing", "not deferred", "mapping"])
+def load(request, tmp_path):
+    """``load(build, state, **options)`` in each way there is to be loaded."""
+
+    def call(build, state, **options):
+        source = state
+        if request.param != "mapping":
+            source = tmp_path / "a.safetensors"
+            save_file({k: v.clone().contiguous() for k, v in state.items()}, source)
+        options.setdefault("defer", request.param != "not deferred")
+        return wl.load(build() if request.param == "existing" else build, source, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["emb.weight", "head.weight", "other.weight"])
+def test_any_name_provides_for_all(load, name):
+    w = value()
+    got = load(three, {name: w})
+    assert got.emb.weight is got.head.weight is got.other.weight
+    assert torch.equal(got.emb.weight, w)
+
+
+def test_the_plan_says_who_provides(tmp_path):
+    plan = wl.plan(three, {"head.weight": value()})
+    assert plan.problems == () and plan.report.missing_keys == ()
+    assert plan.report.loaded == ("head.weight",)
+    assert plan.report.tied == ("emb.weight", "other.weight")
+    assert {row.fqn: row.tied_to for row in plan.decisions.rows} == {
+        "emb.weight": "head.weight", "head.weight": None, "other.weight": "head.weight",
+    }  # fmt: skip
+
+
+def test_equal_bytes_stay_tied(load, caplog):
+    w = value()
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        got = load(three, {"emb.weight": w, "head.weight": w.clone(), "other.weight": w.clone()})
+    assert got.emb.weight is got.head.weight is got.other.weight
+    assert torch.equal(got.emb.weight, w) and not caplog.records
+
+
+def test_different_bytes_are_refused_under_strict(load):
+    with pytest.raises(wl.PlanError) as caught:
+        load(Tied, {"emb.weight": value(0), "head.weight": value(1)})
+    assert "emb.weight" in str(caught.value) and "head.weight" in str(caught.value)
+    assert "nothing was changed" in str(caught.value)
+
+
+def test_refusal_of_different_bytes_changes_nothing():
+    module = Tied()
+    before = module.emb.weight.detach().clone()
+    pointer = module.emb.weight.data_ptr()
+    with pytest.raises(wl.PlanError):
+        wl.load(module, {"emb.weight": value(0), "head.weight": value(1)})
+    assert module.emb.weight is module.head.weight
+    assert torch.equal(module.emb.weight, before) and module.emb.weight.data_ptr() == pointer
+
+
+def test_different_bytes_untie_without_strict(load, caplog):
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        got = load(Tied, {"emb.weight": value(0), "head.weight": value(1)}, strict=False)
+    assert torch.equal(got.emb.weight, value(0)) and torch.equal(got.head.weight, value(1))
+    assert isinstance(got.head.weight, nn.Parameter) and got.head.weight.requires_grad
+    assert not same_storage(got.emb.weight, got.head.weight)
+    said = [r for r in caplog.records if "emb.weight" in r.getMessage() and "head.weight" in r.getMessage()]
+    assert [(r.name, r.levelno) for r in said] == [("weightlift", logging.WARNING)]
+
+
+def test_one_of_three_differs(load, caplog):
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        got = load(three, {"emb.weight": value(0), "head.weight": value(1), "other.weight": value(0)}, strict=False)
+    assert got.emb.weight is got.other.weight
+    assert torch.equal(got.emb.weight, value(0)) and torch.equal(got.head.weight, value(1))
+
+
+def test_untied_ones_get_the_dtype(load):
+    got = load(Tied, {"emb.weight": value(0), "head.weight": value(1)}, strict=False, dtype=torch.bfloat16)
+    assert torch.equal(got.emb.weight, value(0).bfloat16()) and torch.equal(got.head.weight, value(1).bfloat16())
+
+
+def test_a_missing_tie_is_initialised_once_and_stays(load):
+    state = {}
+    got = load(Tied, state, strict=False) if state else wl.load(Tied, state, strict=False, seed=1)
+    assert got.emb.weight is got.head.weight and got.emb.weight.std() > 0
+    again = wl.load(Tied, state, strict=False, seed=1)
+    assert torch.equal(again.emb.weight, wl.load(Tied, state, strict=False, seed=1).emb.weight)
+
+
+@pytest.mark.parametrize("option", [torch.bfloat16, "auto", {"head.*": torch.bfloat16}])
+def test_a_tie_survives_dtypes(load, option):
+    w = value().bfloat16()
+    got = load(three, {"emb.weight": w}, dtype=option)
+    assert got.emb.weight is got.head.weight is got.other.weight
+    assert got.emb.weight.dtype == torch.bfloat16 and torch.equal(got.emb.weight, w)
+
+
+def test_a_mismatch_beside_a_tie_that_fits(load):
+    with pytest.raises(wl.PlanError, match=r"head\.weight"):
+        load(Tied, {"emb.weight": value(), "head.weight": torch.zeros(2, 2)})
+    got = load(Tied, {"emb.weight": value(), "head.weight": torch.zeros(2, 2)}, ignore_mismatched=True)
+    assert got.emb.weight is got.head.weight and torch.equal(got.emb.weight, value())
+
+
+# -- two tensors on one storage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["emb.weight", "head.weight"])
+def test_parameters_on_one_storage_are_tied(load, name):
+    got = load(Twin, {name: value()})
+    assert got.emb.weight is not got.head.weight
+    assert same_storage(got.emb.weight, got.head.weight)
+    assert torch.equal(got.emb.weight, value()) and torch.equal(got.head.weight, value())
+
+
+def test_parameters_on_one_storage_with_different_bytes(load, caplog):
+    state = {"emb.weight": value(0), "head.weight": value(1)}
+    with pytest.raises(wl.PlanError, match=r"head\.weight"):
+        load(Twin, state)
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        got = load(Twin, state, strict=False)
+    assert torch.equal(got.emb.weight, value(0)) and torch.equal(got.head.weight, value(1))
+    assert "emb.weight" in caplog.text and "head.weight" in caplog.text
+
+
+def test_parameters_on_one_storage_stay_so_with_a_dtype(load):
+    # BUG: each tensor is cast by itself, so that the tie is lost.
+    got = load(Twin, {"emb.weight": value()}, dtype=torch.bfloat16)
+    assert torch.equal(got.emb.weight, value().bfloat16()) and torch.equal(got.head.weight, value().bfloat16())
+    assert same_storage(got.emb.weight, got.head.weight)
+
+
+def test_missing_parameters_on_one_storage_stay_so_with_a_dtype():
+    # BUG: each tensor is cast by itself, so that the tie is lost.
+    got = wl.load(Twin, {}, strict=False, dtype=torch.bfloat16)
+    assert got.emb.weight.dtype == got.head.weight.dtype == torch.bfloat16
+    assert same_storage(got.emb.weight, got.head.weight)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_view_of_a_loaded_weight_follows_it(load, persistent):
+    got = load(lambda: Viewed(persistent), {"weight": value()}, strict=False)
+    assert torch.equal(got.weight, value()) and torch.equal(got.rows, value()[2:4])
+    assert same_storage(got.weight, got.rows)
+    plan = wl.plan(lambda: Viewed(persistent), {"weight": value()})
+    assert plan.problems == () and plan.report.missing_keys == ()
+
+
+def test_a_view_alone_is_loaded_on_top_of_the_initialiser(load):
+    got = load(Viewed, {"rows": value(0, 2, 4)}, strict=False)
+    want = torch.arange(24.0).reshape(6, 4)
+    want[2:4] = value(0, 2, 4)
+    assert torch.equal(got.weight, want) and torch.equal(got.rows, want[2:4])
+    assert same_storage(got.weight, got.rows)
+
+
+def test_a_view_with_the_bytes_of_its_weight(load):
+    got = load(Viewed, {"weight": value(), "rows": value()[2:4]})
+    assert torch.equal(got.weight, value()) and same_storage(got.weight, got.rows)
+
+
+def test_a_view_with_other_bytes_than_its_weight_is_a_conflict(load):
+    # BUG: two jobs write the same bytes, and who comes last wins.
+    state = {"weight": value(), "rows": value(1, 2, 4)}
+    with pytest.raises(wl.PlanError, match="rows"):
+        load(Viewed, state)
+
+
+def test_a_view_of_a_cast_weight_has_its_values(load):
+    got = load(Viewed, {"weight": value()}, dtype=torch.bfloat16, strict=False)
+    assert torch.equal(got.weight, value().bfloat16()) and torch.equal(got.rows, value().bfloat16()[2:4])
+
+
+def test_a_view_of_a_cast_weight_stays_a_view(load):
+    # BUG: see above; the weight and its view get memory of their own each.
+    got = load(Viewed, {"weight": value()}, dtype=torch.bfloat16, strict=False)
+    assert same_storage(got.weight, got.rows)
+
+
+class Flat(nn.Module):
+    """Parameters that are pieces of one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        flat = torch.zeros(10)
+        self.a = nn.Parameter(flat[:6].view(2, 3))
+        self.b = nn.Parameter(flat[6:])
+        self.t = nn.Parameter(flat[:6].view(2, 3).t())
+
+
+def test_pieces_of_one_storage(load):
+    a, b = value(0, 2, 3), value(1, 4)
+    got = load(Flat, {"a": a, "b": b, "t": a.t().contiguous()})
+    assert torch.equal(got.a, a) and torch.equal(got.b, b) and torch.equal(got.t, a.t())
+    assert same_storage(got.a, got.b) and same_storage(got.a, got.t)
+
+
+# -- a module under two names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["a", "b"])
+def test_a_shared_module_needs_one_name(load, names):
+    got = load(Shared, {f"{names}.weight": value(0, 3, 3), f"{names}.bias": value(1, 3)})
+    assert got.a is got.b and torch.equal(got.a.weight, value(0, 3, 3)) and torch.equal(got.b.bias, value(1, 3))
+
+
+def test_a_shared_module_with_equal_bytes(load):
+    state = {f"{n}.{k}": v for n in "ab" for k, v in {"weight": value(0, 3, 3), "bias": value(1, 3)}.items()}
+    got = load(Shared, state)
+    assert got.a is got.b and torch.equal(got.a.weight, value(0, 3, 3))
+
+
+def test_a_shared_module_with_different_bytes(load, caplog):
+    state = {"a.weight": value(0, 3, 3), "b.weight": value(1, 3, 3), "a.bias": value(2, 3), "b.bias": value(2, 3)}
+    with pytest.raises(wl.PlanError, match=r"b\.weight"):
+        load(Shared, state)
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        try:
+            got = load(Shared, state, strict=False)
+        except wl.PlanError as error:  # also right: one module cannot hold two values
+            assert "a.weight" in str(error) and "b.weight" in str(error)
+            return
+    # BUG: it says that they are untied, which one module cannot be: a's value is dropped without a word.
+    kept = "a" if torch.equal(got.a.weight, value(0, 3, 3)) else "b"
+    said = [r.getMessage() for r in caplog.records if "a.weight" in r.getMessage() and "b.weight" in r.getMessage()]
+    assert len(said) == 1 and kept in "ab"
+    assert "untied" not in said[0]
+
+
+def test_ties_of_a_module_on_meta():
+    with torch.device("meta"):
+        module = three()
+    got = wl.load(module, {"other.weight": value()})
+    assert got is module and got.emb.weight is got.head.weight is got.other.weight
+    assert got.emb.weight.device.type == "cpu" and torch.equal(got.emb.weight, value())
+
+
+def test_deferred_counts_a_tie_once():
+    deferred = wl.defer(three)
+    assert (deferred.numel, deferred.nbytes) == (24, 96)
