@@ -15,10 +15,10 @@ import accelerate  # noqa: F401  (its attributes are watched)
 import torch
 import transformers  # noqa: F401  (likewise)
 from safetensors.torch import load_file, save_file
+from tests.concurrency import audit
 from torch import nn
 
 import weightlift as wl
-from tests.concurrency import audit
 
 
 class Tied(nn.Module):
