@@ -44,11 +44,19 @@ class LoadPlan:
     Reading a plan is safe from any thread; ``execute`` is for one.
     """
 
-    def __init__(self, decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> None:
+    def __init__(
+        self,
+        decisions: Decisions,
+        subject: Subject,
+        source: Bytes,
+        options: LoadOptions,
+        take: Callable[[], Subject] | None = None,
+    ) -> None:
         self.decisions = decisions
         self._subject: Subject | None = subject
         self._source = source
         self._options = options
+        self._take = take  # uses up the handle that the plan was made from
         self._once = threading.Lock()
 
     @property
@@ -87,6 +95,8 @@ class LoadPlan:
                 self._subject = None
         if subject is None:
             raise RuntimeError("this plan was executed already: its module has its values")
+        if self._take is not None:
+            self._take()
         module = apply(self.decisions, subject, self._source, self._options)
         _log_outcome(self.decisions)
         return module
@@ -307,10 +317,7 @@ def _plan(
         supply, early = _supply(subject.inventory, checkpoint, options)
         decisions = match(spec, supply, options)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)
-    made = LoadPlan(decisions, subject, source, options)
-    if take is not None and not decisions.problems:
-        take()
-    return made
+    return LoadPlan(decisions, subject, source, options, take)
 
 
 def _supply(

@@ -67,8 +67,13 @@ class LoadOptions:
         _check_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, found {workers}")
+        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            raise ValueError(f"workers must be a whole number of at least 1, found {workers!r}")
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(f"progress must be a bool or a callable of bytes done and in all, found {progress!r}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise TypeError(f"cancel must be a threading.Event, found {cancel!r}")
+        _check_key_mapping(key_mapping)
         if memory_budget_bytes is not None and memory_budget_bytes < 1:
             raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
         return cls(
@@ -106,6 +111,15 @@ def _check_dtype(dtype: DtypeOption) -> None:
         raise TypeError(f"dtype must be None, 'auto', a torch.dtype or a mapping of fqn patterns, found {dtype!r}")
 
 
+def _check_key_mapping(key_mapping: KeyMapping | None) -> None:
+    if isinstance(key_mapping, Mapping):
+        for pattern, replacement in key_mapping.items():
+            if not isinstance(pattern, str) or not isinstance(replacement, str):
+                raise TypeError(f"key_mapping maps patterns to strings, found {pattern!r}: {replacement!r}")
+    elif key_mapping is not None and not callable(key_mapping):
+        raise TypeError(f"key_mapping must be a mapping or a callable, found {key_mapping!r}")
+
+
 def _device(device: DeviceOption) -> torch.device | None:
     if device is None:
         return None
@@ -118,6 +132,8 @@ def _device(device: DeviceOption) -> torch.device | None:
 def _device_map(device_map: Mapping[str, DeviceOption] | None) -> Mapping[str, torch.device] | None:
     if device_map is None:
         return None
+    if not isinstance(device_map, Mapping):
+        raise TypeError(f"device_map must be a mapping of fqn prefixes to devices, found {device_map!r}")
     checked = {}
     for prefix, device in device_map.items():
         found = _device(device)

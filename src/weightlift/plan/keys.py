@@ -48,5 +48,12 @@ def renamed(keys: Iterable[str], key_mapping: KeyMapping | None) -> list[tuple[s
                 name = pattern.sub(replacement, name)
             pairs.append((key, name))
         return pairs
-    named = [(key, key_mapping(key)) for key in keys]
-    return [(key, name) for key, name in named if name is not None]
+    named: list[tuple[str, str]] = []
+    for key in keys:
+        given = key_mapping(key)
+        if given is None:
+            continue
+        if not isinstance(given, str):
+            raise TypeError(f"key_mapping must give a string or None, found {given!r} for {key!r}")
+        named.append((key, given))
+    return named
