@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test test-full lint types bench clean
 
 help:
 	@echo 'make demo    load a 500 MB checkpoint in four threads at once, check and time it'
-	@echo 'make test    the whole suite'
+	@echo 'make test    the suite; of a few long tests a selection'
+	@echo 'make test-full   those long tests whole'
 	@echo 'make lint    ruff and import-linter'
 	@echo 'make types   mypy'
 	@echo 'make bench   the benchmarks'
@@ -19,6 +20,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m full
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
