@@ -4,6 +4,7 @@ of its own: ``python -m tests.concurrency.many_loads FOLDER THREADS LOADS``; pri
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -91,6 +92,7 @@ class Bystander(threading.Thread):
 
 def main() -> None:
     folder, thread_count, loads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    faulthandler.dump_traceback_later(400, exit=True)  # what hangs says where
     prepare(folder)
     # Copies: safetensors maps the file, and the count of mappings at the end is to be ours alone.
     expected = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
