@@ -26,7 +26,7 @@ class ByHand(nn.Module):
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the recorded calls that ran."""
-    wl.defer(ByHand)  # the first construction of a process tries once, on a few elements, what torch's trunc_normal_ does
+    wl.defer(ByHand)  # the first construction of a process tries once what torch's trunc_normal_ does
     ran: list[str] = []
     execute = Node.execute
 
