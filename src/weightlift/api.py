@@ -30,6 +30,7 @@ from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer
 from weightlift.plan.report import LoadReport, as_json, report, table
 from weightlift.transfer.apply import Bytes, Subject, apply
+from weightlift.transfer.trace import Trace, timed
 
 _log = logging.getLogger("weightlift")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -51,12 +52,14 @@ class LoadPlan:
         source: Bytes,
         options: LoadOptions,
         take: Callable[[], Subject] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.decisions = decisions
         self._subject: Subject | None = subject
         self._source = source
         self._options = options
         self._take = take  # uses up the handle that the plan was made from
+        self._trace = trace
         self._once = threading.Lock()
 
     @property
@@ -97,9 +100,20 @@ class LoadPlan:
             raise RuntimeError("this plan was executed already: its module has its values")
         if self._take is not None:
             self._take()
-        module = apply(self.decisions, subject, self._source, self._options)
+        module = self._apply(subject)
         _log_outcome(self.decisions)
         return module
+
+    def _apply(self, subject: Subject) -> nn.Module:
+        """Apply; the trace is written also of a load that fails, which is when one looks at it."""
+        trace = self._trace
+        if trace is None or self._options.trace is None:
+            return apply(self.decisions, subject, self._source, self._options)
+        try:
+            return apply(self.decisions, subject, self._source, self._options, trace)
+        finally:
+            trace.sample()
+            trace.write(self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
 
 
 class Deferred:
@@ -134,10 +148,13 @@ class Deferred:
         **options: Any,
     ) -> LoadPlan:
         """Plan loading ``ckpt`` into this module. The same options as `weightlift.load`; executing it uses this up."""
-        checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
         if options.get("seed") is None:
             options["seed"] = self._seed
-        return _plan(self._peek(), checkpoint, LoadOptions.create(**options), take=self._take)
+        made = LoadOptions.create(**options)
+        trace = _trace(made)
+        with timed(trace, "open", "headers"):
+            checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+        return _plan(self._peek(), checkpoint, made, take=self._take, trace=trace)
 
     def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
         """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
@@ -201,6 +218,7 @@ def plan(
     progress: ProgressOption = None,
     cancel: threading.Event | None = None,
     defer: bool = True,
+    trace: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -224,9 +242,14 @@ def plan(
         progress=progress,
         cancel=cancel,
         defer=defer,
+        trace=trace,
     )
-    checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-    return _plan(_subject(module, checkpoint, options), checkpoint, options)
+    record = _trace(options)
+    with timed(record, "open", "headers"):
+        checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+    with timed(record, "construct", "the module"):
+        subject = _subject(module, checkpoint, options)
+    return _plan(subject, checkpoint, options, trace=record)
 
 
 def load(
@@ -246,6 +269,7 @@ def load(
     progress: ProgressOption = None,
     cancel: threading.Event | None = None,
     defer: bool = True,
+    trace: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -275,6 +299,7 @@ def load(
             done and bytes in all.
         cancel: an event that stops the load.
         defer: False calls the constructor ordinarily.
+        trace: a file for a timeline of the load: a page (``.html``), else Chrome trace events as JSON.
         revision, token, local_files_only: for a hub id, as ``huggingface_hub`` takes them.
 
     Raises:
@@ -290,7 +315,7 @@ def load(
         module, ckpt,
         dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
         key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,
-        progress=progress, cancel=cancel, defer=defer, revision=revision, token=token,
+        progress=progress, cancel=cancel, defer=defer, trace=trace, revision=revision, token=token,
         local_files_only=local_files_only,
     )  # fmt: skip
     return made.execute()  # type: ignore[return-value]
@@ -308,16 +333,25 @@ def _subject(
     return Subject(Inventory.of(built), recorder)
 
 
+def _trace(options: LoadOptions) -> Trace | None:
+    return None if options.trace is None else Trace()
+
+
 def _plan(
-    subject: Subject, checkpoint: Checkpoint, options: LoadOptions, *, take: Callable[[], Subject] | None = None
+    subject: Subject,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    take: Callable[[], Subject] | None = None,
+    trace: Trace | None = None,
 ) -> LoadPlan:
-    with outside_modes():
+    with timed(trace, "plan", "headers against names"), outside_modes():
         # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
         spec = subject.inventory.spec(lambda tensor: subject.record_of(tensor) is None)
         supply, early = _supply(subject.inventory, checkpoint, options)
         decisions = match(spec, supply, options)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)
-    return LoadPlan(decisions, subject, source, options, take)
+    return LoadPlan(decisions, subject, source, options, take, trace)
 
 
 def _supply(

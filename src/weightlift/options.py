@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,7 @@ class LoadOptions:
     progress: ProgressOption = None
     cancel: threading.Event | None = None
     defer: bool = True
+    trace: Path | None = None
 
     @classmethod
     def create(
@@ -62,6 +64,7 @@ class LoadOptions:
         progress: ProgressOption = None,
         cancel: threading.Event | None = None,
         defer: bool = True,
+        trace: str | os.PathLike[str] | None = None,
     ) -> LoadOptions:
         """Check what a user gave and fill in the defaults. Raises ValueError or TypeError for what can't be meant."""
         _check_dtype(dtype)
@@ -90,6 +93,7 @@ class LoadOptions:
             progress=progress,
             cancel=cancel,
             defer=bool(defer),
+            trace=None if trace is None else Path(trace),
         )
 
 

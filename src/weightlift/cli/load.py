@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", action="store_true", help="give every tensor memory of its own; map nothing")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads that read (default: 8)")
     parser.add_argument("--memory-budget", type=positive, metavar="BYTES", help="bound on what is in flight")
+    parser.add_argument("--trace", metavar="FILE", help="write a timeline: a page (.html) or Chrome trace events")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         memory_budget_bytes=arguments.memory_budget,
         progress=False if arguments.quiet else None,
+        trace=arguments.trace,
         **options,
     )
     planned = time.perf_counter()

@@ -25,6 +25,7 @@ from weightlift.plan.records import Action, Check, Decisions, Row
 from weightlift.transfer.compare import same_values
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.trace import Trace, timed
 
 _log = logging.getLogger("weightlift")
 
@@ -50,11 +51,14 @@ class Bytes:
     extras: Mapping[str, Any]
 
 
-def apply(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
+def apply(
+    decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions, trace: Trace | None = None
+) -> nn.Module:
     """Carry a plan out. Raises PlanError (nothing changed), TransferError, LoadCancelled."""
     with outside_modes():
-        rows = _untie(decisions, _conflicts(decisions, source, options), options)
-        return _Application(decisions, rows, subject, source, options).run()
+        with timed(trace, "check", "tied names"):
+            rows = _untie(decisions, _conflicts(decisions, source, options), options)
+        return _Application(decisions, rows, subject, source, options, trace).run()
 
 
 def _conflicts(decisions: Decisions, source: Bytes, options: LoadOptions) -> list[Check]:
@@ -120,12 +124,19 @@ class _Application:
     """One execution of a plan."""
 
     def __init__(
-        self, decisions: Decisions, rows: tuple[Row, ...], subject: Subject, source: Bytes, options: LoadOptions
+        self,
+        decisions: Decisions,
+        rows: tuple[Row, ...],
+        subject: Subject,
+        source: Bytes,
+        options: LoadOptions,
+        trace: Trace | None,
     ) -> None:
         self._decisions = decisions
         self._subject = subject
         self._source = source
         self._options = options
+        self._trace = trace
         slots = {slot.fqn: slot for slot in subject.inventory.slots}
         self._groups: dict[int, list[tuple[Row, Slot]]] = {}
         for row in rows:
@@ -147,7 +158,9 @@ class _Application:
             memory_budget_bytes=self._options.memory_budget_bytes,
             progress=self._options.progress,
             cancel=self._options.cancel,
+            trace=self._trace,
         )
+        began = 0.0 if self._trace is None else self._trace.now()
         for record in supplied:
             record.last = None  # the values are there; what the constructor would have done is history
         for (row, _), job, value in zip(loaded, jobs, values, strict=True):
@@ -156,6 +169,8 @@ class _Application:
             self._own(row, slot)
         self._finish_modules()
         self._audit()
+        if self._trace is not None:
+            self._trace.add("assign", "the module", began)
         return self._subject.inventory.module
 
     def _split(self) -> tuple[list[tuple[Row, Slot]], list[tuple[Row, Slot]]]:

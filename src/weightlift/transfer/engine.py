@@ -20,6 +20,7 @@ from weightlift.transfer.memory import FileMapping, alias, carrier, new_tensor
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
+from weightlift.transfer.trace import Trace, timed
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     cancel: threading.Event | None,
     source: Source | None = None,
     backend: Callable[[torch.device], Backend] = backend_for,
+    trace: Trace | None = None,
 ) -> list[torch.Tensor]:
     """Do all jobs and tasks; return each job's tensor in order (``job.into`` where one was given).
 
@@ -49,7 +51,7 @@ def run(
         KeyboardInterrupt: at once, after the pieces under way.
     """
     assert workers >= 1, workers
-    load = _Run(jobs, files, tensors, copy=copy, source=source or FileSource(), backend=backend)
+    load = _Run(jobs, files, tensors, copy=copy, source=source or FileSource(), backend=backend, trace=trace)
     reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + sum(task.nbytes for task in tasks))
     try:
         with outside_modes():
@@ -81,6 +83,7 @@ class _Run:
         copy: bool,
         source: Source,
         backend: Callable[[torch.device], Backend],
+        trace: Trace | None,
     ) -> None:
         self._jobs = jobs
         self._files = {file.path: file for file in files}
@@ -88,6 +91,7 @@ class _Run:
         self._copy = copy
         self._source = source
         self._make_backend = backend
+        self._trace = trace
         self._backends: dict[torch.device, Backend] = {}
         self._results: list[torch.Tensor | None] = [None] * len(jobs)
         # A flag a job and not a set: writing one is atomic with and without an interpreter lock.
@@ -113,7 +117,8 @@ class _Run:
         if cancel is not None and cancel.is_set():
             raise LoadCancelled
         mapped, shared, rest = self._sort_out()
-        self._map(mapped)
+        with timed(self._trace, "map", f"{len(mapped)} files", sum(map(self._bytes_of, mapped.values()))):
+            self._map(mapped)
         self._share(shared)
         reporter.update(self._done_bytes)
         self._transfer(rest, tasks, workers=workers, budget=budget, reporter=reporter, cancel=cancel)
@@ -195,6 +200,9 @@ class _Run:
                 self._results[index] = mapping.tensor(entry.dtype, entry.shape, stride, entry.start, elements)
                 self._done_bytes += nbytes
 
+    def _bytes_of(self, group: list[int]) -> int:
+        return sum(_nbytes(self._jobs[index].entry) for index in group)
+
     def _share(self, shared: list[int]) -> None:
         for index in shared:
             entry = self._jobs[index].entry
@@ -218,9 +226,12 @@ class _Run:
         limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
         requests = [_request(index, self._jobs[index], targets[index]) for index in rest]
         pieces = chunks.pieces(requests, limit)
+        if self._trace is not None:
+            self._trace.choices.update(workers=limit.workers, block_bytes=limit.block_bytes, pieces=len(pieces))
         open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
         executor = Executor(
-            self._jobs, targets, self._touched, open_files, self._backends, limit, cores=_cores(), stopped=cancel
+            self._jobs, targets, self._touched, open_files, self._backends, limit, cores=_cores(), stopped=cancel,
+            trace=self._trace,
         )
         queue: list[Work] = sorted(tasks, key=lambda task: -task.nbytes)
         pool: Pool[Work] = Pool(
@@ -231,6 +242,7 @@ class _Run:
             reporter=reporter,
             cancel=cancel,
             done_bytes=self._done_bytes,
+            trace=self._trace,
         )
         try:
             pool.run()

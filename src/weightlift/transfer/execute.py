@@ -15,6 +15,7 @@ from weightlift.transfer.convert import copy_serially
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import Staging, StagingPool, memory_of
 from weightlift.transfer.sources import Handle, OpenFiles
+from weightlift.transfer.trace import Trace, timed
 
 Work = Piece | Task
 
@@ -45,6 +46,7 @@ class Executor:
         *,
         cores: int,
         stopped: threading.Event | None,
+        trace: Trace | None = None,
     ) -> None:
         self._jobs = jobs
         self._targets = targets
@@ -52,6 +54,7 @@ class Executor:
         self._files = files
         self._backends = backends
         self._stopped = stopped
+        self._trace = trace
         # One block a worker here and two there leave one of `limits`' three for data not aligned to its element.
         self._staging = StagingPool(limit.block_bytes, limit.workers)
         self._rings = {
@@ -67,7 +70,8 @@ class Executor:
         or `LoadCancelled`."""
         try:
             if isinstance(work, Task):
-                work.run()
+                with timed(self._trace, "init", work.fqn, work.nbytes):
+                    work.run()
                 return work.nbytes
             if isinstance(work, Direct):
                 self._direct(work)
@@ -86,15 +90,16 @@ class Executor:
         target = self._targets[piece.job].tensor
         view = memory_of(target, piece.at, piece.nbytes)
         self._touched[piece.job] = 1
-        with self._cores:
-            done = _read_cached(handle, view, piece.start)
-        if done < len(view):
-            self._read(handle, view, piece.start, done, piece)
+        with timed(self._trace, "read", self._jobs[piece.job].fqn, piece.nbytes):
+            with self._cores:
+                done = _read_cached(handle, view, piece.start)
+            if done < len(view):
+                self._read(handle, view, piece.start, done, piece)
 
     def _block(self, block: Block) -> None:
         device = self._targets[block.cuts[0].job].device
         if block.file is None:
-            with self._cores:
+            with self._cores, timed(self._trace, "copy", self._name(block), block.nbytes):
                 self._copy_from_memory(block.cuts[0], device)
             return
         handle = self._files.get(block.file)
@@ -105,12 +110,14 @@ class Executor:
             staging = self._staging.take()
             try:
                 view = staging.view[: block.end - block.start]
-                done = _read_cached(handle, view, block.start)
-                if done < len(view):
-                    with cores.released():
-                        self._read(handle, view, block.start, done, block)
+                with timed(self._trace, "read", self._name(block), block.nbytes):
+                    done = _read_cached(handle, view, block.start)
+                    if done < len(view):
+                        with cores.released():
+                            self._read(handle, view, block.start, done, block)
                 self._mark(block.cuts)
-                copy_serially(*self._views(block.cuts, staging))
+                with timed(self._trace, "convert", self._name(block), block.nbytes):
+                    copy_serially(*self._views(block.cuts, staging))
             finally:
                 self._staging.give(staging)
 
@@ -119,9 +126,10 @@ class Executor:
         staging = ring.take()
         try:
             view = staging.view[: block.end - block.start]
-            self._read(handle, view, block.start, 0, block)
+            with timed(self._trace, "read", self._name(block), block.nbytes):
+                self._read(handle, view, block.start, 0, block)
             self._mark(block.cuts)
-            with backend.stream():
+            with timed(self._trace, "copy", self._name(block), block.nbytes), backend.stream():
                 try:
                     for target, source in zip(*self._views(block.cuts, staging), strict=True):
                         target.copy_(source, non_blocking=True)
@@ -167,6 +175,10 @@ class Executor:
                 problem = self._problems(piece, None)[0]
                 raise TransferError("loading failed", [_ended_at(problem, start + done)])
             done += count
+
+    def _name(self, block: Block) -> str:
+        name = self._jobs[block.cuts[0].job].fqn
+        return name if len(block.cuts) == 1 else f"{name} and {len(block.cuts) - 1} more"
 
     def _mark(self, cuts: Sequence[Cut]) -> None:
         for cut in cuts:

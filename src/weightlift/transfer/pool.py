@@ -10,8 +10,10 @@ from typing import Generic, TypeVar
 from weightlift.errors import LoadCancelled
 from weightlift.transfer.convert import outside_modes
 from weightlift.transfer.progress import Reporter
+from weightlift.transfer.trace import Trace
 
 _POLL_SECONDS = 0.05
+_SAMPLE_SECONDS = 0.01
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class Pool(Generic[T]):
         reporter: Reporter,
         cancel: threading.Event | None,
         done_bytes: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         self._pieces = deque(pieces)
         self._tasks = deque(tasks)
@@ -38,6 +41,7 @@ class Pool(Generic[T]):
         self._workers = max(1, min(workers, len(self._pieces) + len(self._tasks)))
         self._reporter = reporter
         self._cancel = cancel
+        self._trace = trace
         # One counter a worker: no lock, and their sum only grows.
         self._done = [0] * self._workers
         self._before = done_bytes
@@ -75,7 +79,7 @@ class Pool(Generic[T]):
                 started.append(thread)
                 thread.start()
             # A wait with a timeout is interruptible at once on every system; it is woken when the last worker ends.
-            while not self._finished.wait(_POLL_SECONDS):
+            while not self._finished.wait(_POLL_SECONDS if self._trace is None else _SAMPLE_SECONDS):
                 self._report()
         finally:
             self._stop.set()
@@ -116,6 +120,8 @@ class Pool(Generic[T]):
         return self._cancel is not None and self._cancel.is_set()
 
     def _report(self) -> None:
+        if self._trace is not None:
+            self._trace.sample(every_s=_SAMPLE_SECONDS)
         if self._reporter.active:
             self._reporter.update(self._before + sum(self._done))
 

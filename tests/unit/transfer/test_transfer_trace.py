@@ -1,0 +1,87 @@
+"""Traces: every byte of a load shows in a span, failed loads leave one too, and without a trace nothing is recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import weightlift as wl
+from weightlift.transfer import trace as trace_module
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(600, 600)
+        self.narrow = nn.Linear(600, 7)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(Net().state_dict(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def _events(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == kind]
+
+
+def _bytes(events: list[dict[str, Any]]) -> int:
+    return sum(event["args"]["bytes"] for event in events)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_byte_is_read_and_converted_in_a_span(folder: Path, workers: int) -> None:
+    path = folder / "trace.json"
+    wl.load(Net, folder, dtype=torch.bfloat16, trace=path, workers=workers)
+    nbytes = sum(value.nbytes for value in Net().state_dict().values())
+    assert _bytes(_events(path, "read")) == nbytes
+    assert _bytes(_events(path, "convert")) == nbytes
+    for kind in ("open", "construct", "plan", "check", "assign"):
+        assert len(_events(path, kind)) == 1, kind
+    assert all(event["dur"] >= 0 for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X")
+
+
+def test_mapping_and_initialisers_show(folder: Path) -> None:
+    state = Net().state_dict()
+    del state["narrow.weight"]
+    save_file(state, folder / "model.safetensors")
+    path = folder / "trace.json"
+    wl.load(Net, folder, strict=False, trace=path)
+    assert _bytes(_events(path, "map")) == sum(value.nbytes for value in state.values())
+    assert [event["name"] for event in _events(path, "init")] == ["narrow.weight"]
+    assert _bytes(_events(path, "init")) == 600 * 7 * 4
+
+
+def test_memory_is_sampled(folder: Path) -> None:
+    path = folder / "trace.json"
+    wl.load(Net, folder, copy=True, trace=path)
+    samples = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "C"]
+    assert len(samples) >= 2
+    assert all(sample["args"]["own"] > 0 for sample in samples)
+
+
+def test_a_load_that_fails_leaves_its_trace(folder: Path) -> None:
+    path = folder / "trace.json"
+    plan = wl.plan(Net, folder, copy=True, trace=path)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(wl.WeightliftError):
+        plan.execute()
+    assert _events(path, "plan")
+
+
+def test_without_a_trace_nothing_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a trace was made")
+
+    monkeypatch.setattr(trace_module.Trace, "__init__", refuse)
+    wl.load(Net, folder, copy=True, dtype=torch.float16)
+    with pytest.raises(AssertionError, match="a trace was made"):
+        wl.load(Net, folder, trace=folder / "trace.json")
