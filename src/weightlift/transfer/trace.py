@@ -78,7 +78,7 @@ class Trace:
             self.add(kind, name, start, nbytes)
 
     def chrome_events(self) -> dict[str, Any]:
-        """The Chrome trace-event format ("X" and "C" events, microseconds), as Perfetto and chrome://tracing read it."""
+        """The Chrome trace-event format ("X" and "C", microseconds), as Perfetto and chrome://tracing read it."""
         workers = {name: number for number, name in enumerate(dict.fromkeys(span.worker for span in self.spans))}
         process = os.getpid()
         events: list[dict[str, Any]] = [
@@ -87,7 +87,8 @@ class Trace:
         ]
         events += [
             {
-                "ph": "X", "cat": span.kind, "name": span.name or span.kind, "pid": process, "tid": workers[span.worker],
+                "ph": "X", "cat": span.kind, "name": span.name or span.kind,
+                "pid": process, "tid": workers[span.worker],
                 "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": {"bytes": span.nbytes},
             }
             for span in self.spans
