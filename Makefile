@@ -32,7 +32,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	@set -e; for case in benchmarks/*.py; do echo "== $$case"; $(BIN)/python "$$case"; done
+	$(BIN)/python -m benchmarks --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist demo-checkpoint .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """An ordinary module of 300 M parameters: `weightlift.load` beside construction and ``load_state_dict(load_file(…))``.
 
-    python benchmarks/ordinary_module.py [--parameters 300] [--rounds 5]
+    python -m benchmarks.ordinary_module [--parameters 300] [--rounds 5]
 
 Two modules: one with the default initialisers of torch's own layers, and one written by hand that calls
 ``orthogonal_``, ``trunc_normal_`` and ``randn(…) * s``. Each is loaded both ways, alternating, in this process, from a
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weightlift as wl
+from benchmarks.harness import OURS, Case, Ready, touch
 
 WIDTH = 1024
 
@@ -62,12 +62,6 @@ def ordinarily(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     module = build()
     module.load_state_dict(load_file(path))
     return module
-
-
-def touch(module: nn.Module) -> None:
-    """Read one element of every page."""
-    for parameter in module.parameters():
-        parameter.detach().view(-1)[:: os.sysconf("SC_PAGE_SIZE") // parameter.element_size()].sum()
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -117,6 +111,35 @@ def measure(build: Callable[[], nn.Module], folder: Path, rounds: int) -> None:
             f"  {name:28} {statistics.median(times):8.3f} s   {statistics.median(ratios):6.1f}× "
             f"({min(ratios):.1f}–{max(ratios):.1f})"
         )
+
+
+def prepare(folder: Path, scale: float) -> None:
+    """The checkpoint of the suite's case "ordinary": 1.2 B parameters."""
+    torch.save(max(20, round(1200 * scale)), folder / "millions.pt")
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Plain(torch.load(folder / "millions.pt")).state_dict().items()}
+    save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, folder / "model.safetensors")
+
+
+def _case(ours: bool, folder: Path) -> Ready:
+    build = partial(Plain, torch.load(folder / "millions.pt"))
+    path = folder / "model.safetensors"
+
+    def timed() -> nn.Module:
+        module = wl.load(build, path, progress=False) if ours else ordinarily(build, path)
+        touch(module)
+        return module
+
+    return timed
+
+
+CASES = (
+    Case(
+        "ordinary", "an ordinary module of 1.2 B parameters, fp32, every page touched", prepare,
+        {OURS: partial(_case, True), "construct + load_state_dict": partial(_case, False)},
+        target="≥ 50× construction + load_state_dict",
+    ),
+)  # fmt: skip
 
 
 def main() -> None:

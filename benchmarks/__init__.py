@@ -1,0 +1,1 @@
+"""Where weightlift stands beside its peers, on this machine: ``python -m benchmarks``, or ``make bench``."""

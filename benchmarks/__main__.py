@@ -1,0 +1,65 @@
+"""``python -m benchmarks [CASE …] [--rounds 5] [--scale 1.0] [--out FOLDER]``: all cases, or some."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import cases, report
+from benchmarks.harness import Case, Result, run_case
+
+
+def main() -> None:
+    """Run, print the table, write the files."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="weightlift beside its peers")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases.FILES)}; all when none is given")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
+    parser.add_argument("--out", type=Path, help="write results.json, results.md and results.svg there")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are made (a few GB; removed again)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.cases) - set(cases.FILES)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    wanted = [cases.find(name) for name in arguments.cases or cases.FILES]
+    results = [
+        result
+        for case in wanted
+        if (result := _run(case, arguments.rounds, arguments.scale, arguments.folder)) is not None
+    ]
+    where, date = report.machine(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    text = report.as_markdown(results, where, date)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "results.md").write_text(text)
+        (arguments.out / "results.json").write_text(report.as_json(results, where, date))
+        (arguments.out / "results.svg").write_text(report.as_svg(results))
+
+
+def _run(case: Case, rounds: int, scale: float, parent: Path | None) -> Result | None:
+    if case.needs == "cuda" and not torch.cuda.is_available():
+        print(f"{case.name}: left out, no CUDA device here")
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="weightlift-bench-", dir=parent))
+    try:
+        case.prepare(folder, scale)
+        with tqdm(total=rounds * len(case.contenders), desc=case.name, disable=None) as bar:
+
+            def tell(text: str) -> None:
+                bar.set_description(text)
+                bar.update()
+
+            return run_case(case, folder, rounds=rounds, tell=tell)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
