@@ -17,7 +17,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.memory import entry_of
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
@@ -29,7 +29,8 @@ from weightlift.plan.keys import offers_of
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer
 from weightlift.plan.report import LoadReport, as_json, report, table
-from weightlift.transfer.apply import Bytes, Subject, apply
+from weightlift.transfer.apply import apply
+from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace, timed
 
 _log = logging.getLogger("weightlift")
@@ -377,8 +378,7 @@ def _supply(
     for name, (value, owner) in done.values.items():
         key = f"{name} (computed by a state-dict hook)"
         early[key] = value
-        entry = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, value.numel() * value.element_size())
-        final[name] = Offer(name, name, entry, computed_by=owner or "the module")
+        final[name] = Offer(name, name, entry_of(key, value), computed_by=owner or "the module")
     problems += [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
     supply = Supply(
         source=checkpoint.source,

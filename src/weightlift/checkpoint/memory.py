@@ -40,12 +40,17 @@ def read_mapping(
             problems.append(Problem(f"is {kind}", key=key, file=SOURCE, expected="a dense tensor with values"))
             continue
         tensors[key] = value
-        stride = None if value.is_contiguous() else tuple(value.stride())
-        nbytes = value.numel() * value.dtype.itemsize
-        entries[key] = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, nbytes, stride)
+        entries[key] = entry_of(key, value)
     if problems:
         raise CheckpointError(_SUMMARY, problems)
     return entries, tensors, extras, versions({"_metadata": getattr(source, "_metadata", None)})
+
+
+def entry_of(key: str, tensor: torch.Tensor) -> TensorEntry:
+    """The entry that describes a tensor in memory."""
+    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
+    nbytes = tensor.numel() * tensor.dtype.itemsize
+    return TensorEntry(key, tuple(tensor.shape), tensor.dtype, None, 0, nbytes, stride)
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:

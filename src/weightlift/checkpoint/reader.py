@@ -13,6 +13,7 @@ from weightlift import dtypes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, short_read
 from weightlift.errors import CheckpointChanged, Problem
+from weightlift.strides import row_major
 
 
 def require_unchanged(file: ShardFile, status: os.stat_result) -> None:
@@ -73,19 +74,10 @@ def _fill(storage: torch.UntypedStorage, stream: io.FileIO, file: ShardFile, ent
 def _tensor(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
     # Copies go through a dtype of the same width, as not every dtype has kernels of its own.
     carrier = torch.empty(0, dtype=dtypes.carrier(entry.dtype.itemsize), device="cpu")
-    stride = entry.stride if entry.stride is not None else _row_major(entry.shape)
+    stride = entry.stride if entry.stride is not None else row_major(entry.shape)
     tensor = carrier.set_(storage, 0, entry.shape, stride)
     if entry.stride is not None:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return torch.empty(0, dtype=entry.dtype, device="cpu").set_(
-        tensor.untyped_storage(), 0, entry.shape, _row_major(entry.shape)
+        tensor.untyped_storage(), 0, entry.shape, row_major(entry.shape)
     )
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))

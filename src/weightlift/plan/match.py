@@ -149,6 +149,7 @@ def _decide(
             offer=offer,
             tied_to=tied_to,
             excused=item.fqn in supply.excused,
+            parts=offer.parts if offer is not None and action is Action.LOADED else (),
         )
 
 

@@ -24,15 +24,38 @@ class Action(str, enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Elements of a checkpoint's tensor that go to one region of a destination.
+
+    ``entry`` describes the wanted elements (its start, shape and stride, within ``key``'s bytes); its tensor in memory,
+    if it has no file, is found under ``entry.key``. ``stride`` and ``offset`` give the region, of ``entry.shape``, in
+    elements of the destination as if that were row-major. `weightlift.plan.regions` makes these.
+    """
+
+    key: str
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """What a checkpoint offers under a name of the module: ``key`` as the file has it, ``name`` after key mapping and
     state-dict hooks. ``computed_by`` names the module whose hook made the value, which was read early then.
+    With ``parts`` the value is made of these, and ``entry`` says its shape and dtype only.
     """
 
     name: str
     key: str
     entry: TensorEntry
     computed_by: str | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What has to be read for it."""
+        return tuple(part.entry for part in self.parts) if self.parts else (self.entry,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +65,8 @@ class Row:
     ``dtype`` and ``device`` are those of the result; ``own_dtype`` is what the module was built with. ``tied_to`` is
     the name that provides the value of a tied one. ``in_place``: the existing memory is filled, because other tensors
     share it; otherwise the tensor object gets new memory. ``target`` numbers the groups of names with one value.
+    A loaded one has an ``offer``, or ``parts`` that fill it without overlap and without a hole; with both, ``parts``
+    are what is read.
     """
 
     fqn: str
@@ -56,6 +81,16 @@ class Row:
     offer: Offer | None = None
     tied_to: str | None = None
     excused: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What is read for it: nothing unless it is loaded."""
+        if self.action is not Action.LOADED:
+            return ()
+        if self.parts:
+            return tuple(part.entry for part in self.parts)
+        return () if self.offer is None else self.offer.entries
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +103,7 @@ class Row:
     @property
     def cast(self) -> bool:
         """True when a loaded value changes its dtype on the way."""
-        return self.action is Action.LOADED and self.offer is not None and self.offer.entry.dtype != self.dtype
+        return any(entry.dtype != self.dtype for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightlift.plan.records import Action, Decisions, Row
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.plan.records import Action, Decisions, Part, Row
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -73,7 +74,7 @@ def report(decisions: Decisions) -> LoadReport:
             (row.fqn, row.offer.entry.shape, row.shape) for row in by_action[Action.MISMATCHED] if row.offer
         ),
         loaded_bytes=sum(row.nbytes for row in loaded),
-        read_bytes=sum(row.offer.entry.nbytes for row in loaded if row.offer),
+        read_bytes=sum(entry.nbytes for row in loaded for entry in row.entries),
     )
 
 
@@ -105,13 +106,11 @@ def _cells(row: Row) -> tuple[str, str, str]:
     shape = "×".join(map(str, row.shape)) if row.shape else "scalar"
     dtype = short_dtype(row.dtype)
     source = ""
-    if row.action is Action.LOADED and row.offer is not None:
-        entry = row.offer.entry
-        if entry.dtype != row.dtype:
-            dtype = f"{short_dtype(entry.dtype)}→{dtype}"
-        source = "memory" if entry.file is None else f"{entry.file.name}[{entry.start}:{entry.end}]"
-        if row.offer.key != row.fqn:
-            source += f" as {row.offer.key}"
+    if row.entries:
+        dtypes = "/".join(dict.fromkeys(short_dtype(entry.dtype) for entry in row.entries))
+        if row.cast:
+            dtype = f"{dtypes}→{dtype}"
+        source = _source(row)
     elif row.tied_to is not None:
         source = f"= {row.tied_to}"
     elif row.action is Action.MISMATCHED and row.offer is not None:
@@ -119,6 +118,19 @@ def _cells(row: Row) -> tuple[str, str, str]:
     if row.device != "cpu":
         source = f"{source} → {row.device}"
     return shape, dtype, source
+
+
+def _source(row: Row) -> str:
+    if not row.parts:
+        assert row.offer is not None
+        return _place(row.offer.entry) + (f" as {row.offer.key}" if row.offer.key != row.fqn else "")
+    first = row.parts[0]
+    place = f"{_place(first.entry)} as {first.key}"
+    return place if len(row.parts) == 1 else f"{len(row.parts)} parts: {place}, …"
+
+
+def _place(entry: TensorEntry) -> str:
+    return "memory" if entry.file is None else f"{entry.file.name}[{entry.start}:{entry.end}]"
 
 
 def short_dtype(dtype: object) -> str:
@@ -130,8 +142,8 @@ def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         pattern = _DIGITS.sub("*", row.fqn)
-        source_dtype = row.offer.entry.dtype if row.offer else None
-        key = (pattern, row.action, row.shape, row.dtype, row.device, source_dtype, row.tied_to)
+        source = (row.offer.entry.dtype if row.offer else None, len(row.parts))
+        key = (pattern, row.action, row.shape, row.dtype, row.device, source, row.tied_to)
         groups.setdefault(key, []).append(row)
     return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
 
@@ -203,7 +215,9 @@ def _row_json(row: Row) -> dict[str, Any]:
     }
     if row.tied_to is not None:
         found["tied_to"] = row.tied_to
-    if row.offer is not None:
+    if row.parts:
+        found["parts"] = [_part_json(part) for part in row.parts]
+    elif row.offer is not None:
         entry = row.offer.entry
         found["key"] = row.offer.key
         found["source_dtype"] = short_dtype(entry.dtype)
@@ -212,3 +226,17 @@ def _row_json(row: Row) -> dict[str, Any]:
         if row.action is Action.MISMATCHED:
             found["found_shape"] = list(entry.shape)
     return found
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    entry = part.entry
+    return {
+        "key": part.key,
+        "source_dtype": short_dtype(entry.dtype),
+        "file": None if entry.file is None else str(entry.file),
+        "range": [entry.start, entry.end],
+        "source_stride": None if entry.stride is None else list(entry.stride),
+        "shape": list(part.shape),
+        "stride": list(part.stride),
+        "offset": part.offset,
+    }

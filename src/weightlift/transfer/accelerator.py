@@ -107,3 +107,11 @@ def backend_for(device: torch.device) -> Backend:
     if all(hasattr(module, name) for name in ("Stream", "stream", "current_stream", "Event")):
         return TorchBackend(device)
     return PlainBackend(device)
+
+
+def same_device(device: torch.device, wanted: torch.device) -> bool:
+    """Whether ``wanted`` names ``device``; without an index it names the current one of its kind."""
+    if device.type != wanted.type or device.type == "cpu":
+        return device.type == wanted.type
+    index = torch.get_device_module(wanted).current_device() if wanted.index is None else wanted.index
+    return (device.index or 0) == index

@@ -6,8 +6,7 @@ is filled in place.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,40 +14,22 @@ import torch
 from torch import nn
 
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.entry import ShardFile
-from weightlift.deferred.inventory import Inventory, Slot, is_lazy
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record, needed, replays
-from weightlift.errors import PlanError, Problem, TransferError
+from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
-from weightlift.plan.records import Action, Check, Decisions, Row
-from weightlift.transfer.compare import same_values
+from weightlift.plan.records import Action, Decisions, Row
+from weightlift.plan.regions import fault_of
+from weightlift.strides import is_row_major
+from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.memory import new_tensor
+from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
-
-_log = logging.getLogger("weightlift")
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The module that a plan was made for: its slots, and the tapes it was built with (None for a user's module)."""
-
-    inventory: Inventory
-    recorder: Recorder | None
-
-    def record_of(self, tensor: torch.Tensor) -> Record | None:
-        """The tape of a tensor, if it has one."""
-        return None if self.recorder is None else self.recorder.record_of(tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """Where values come from: files, tensors in memory, values of extra state."""
-
-    files: tuple[ShardFile, ...]
-    tensors: Mapping[str, torch.Tensor]
-    extras: Mapping[str, Any]
 
 
 def apply(
@@ -57,67 +38,17 @@ def apply(
     """Carry a plan out. Raises PlanError (nothing changed), TransferError, LoadCancelled."""
     with outside_modes():
         with timed(trace, "check", "tied names"):
-            rows = _untie(decisions, _conflicts(decisions, source, options), options)
+            rows = settled(decisions, source, options)
         return _Application(decisions, rows, subject, source, options, trace).run()
 
 
-def _conflicts(decisions: Decisions, source: Bytes, options: LoadOptions) -> list[Check]:
-    """The checks that fail: tied names whose bytes differ."""
-    if not decisions.checks:
-        return []
-    pairs = [(check.offer.entry, check.other.entry) for check in decisions.checks]
-    equal = same_values(
-        pairs,
-        files=source.files,
-        tensors=source.tensors,
-        workers=options.workers,
-        memory_budget_bytes=options.memory_budget_bytes,
-        cancel=options.cancel,
-    )
-    return [check for check, same in zip(decisions.checks, equal, strict=True) if not same]
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be done for one row. ``into``: the memory that its jobs fill; None: the one job makes the value."""
 
-
-def _untie(decisions: Decisions, conflicts: list[Check], options: LoadOptions) -> tuple[Row, ...]:
-    """Tied names with different values: refused under ``strict``, else each gets its own tensor."""
-    if not conflicts:
-        return decisions.rows
-    if options.strict:
-        raise PlanError(
-            f"{decisions.source} does not fit {decisions.module}; nothing was changed",
-            [
-                Problem(
-                    "tied in the module, but the checkpoint has two different values",
-                    key=check.other.key,
-                    fqn=check.other_fqn,
-                    file=check.other.entry.file,
-                    start=check.other.entry.start if check.other.entry.file else None,
-                    end=check.other.entry.end if check.other.entry.file else None,
-                    expected=f"the bytes of {check.offer.key}",
-                    hint="build the module untied, or pass strict=False to untie them",
-                )
-                for check in conflicts
-            ],
-        )
-    untied = {check.other_fqn: check for check in conflicts}
-    for check in conflicts:
-        _log.warning(
-            "%s and %s are tied in %s but differ in %s: they are untied",
-            check.fqn, check.other_fqn, decisions.module, decisions.source,
-        )  # fmt: skip
-    first_free = 1 + max(row.target for row in decisions.rows)
-    return tuple(
-        replace(
-            row,
-            action=Action.LOADED,
-            offer=untied[row.fqn].other,
-            tied_to=None,
-            target=first_free + number,
-            in_place=False,
-        )
-        if row.fqn in untied
-        else row
-        for number, row in enumerate(decisions.rows)
-    )
+    jobs: tuple[Job, ...]
+    into: torch.Tensor | None
+    in_place: bool
 
 
 class _Application:
@@ -141,11 +72,16 @@ class _Application:
         self._groups: dict[int, list[tuple[Row, Slot]]] = {}
         for row in rows:
             self._groups.setdefault(row.target, []).append((row, slots[row.fqn]))
+        users: dict[int, set[int]] = {}
+        for slot in subject.inventory.slots:
+            users.setdefault(storage_of(slot.tensor)[0], set()).add(id(slot.tensor))
+        self._shared = {storage for storage, tensors in users.items() if len(tensors) > 1}
         self._untied = {row.fqn for row, old in zip(rows, decisions.rows, strict=True) if row is not old}
 
     def run(self) -> nn.Module:
         loaded, rest = self._split()
-        jobs = [self._job(row, slot) for row, slot in loaded]
+        orders = [self._order(row, slot) for row, slot in loaded]
+        jobs = [job for order in orders for job in order.jobs]
         supplied = self._supplied(loaded)
         tasks = self._initialisers(rest, supplied)
         values = run(
@@ -163,8 +99,15 @@ class _Application:
         began = 0.0 if self._trace is None else self._trace.now()
         for record in supplied:
             record.last = None  # the values are there; what the constructor would have done is history
-        for (row, _), job, value in zip(loaded, jobs, values, strict=True):
-            self._assign(row, value if job.into is None else None)
+        made = iter(values)
+        for (row, slot), order in zip(loaded, orders, strict=True):
+            value, *_ = [next(made) for _ in order.jobs]
+            value = value if order.into is None else order.into
+            if row.in_place and not order.in_place and self._fits(row, slot.tensor):
+                slot.tensor.detach().copy_(value)  # its strides could not be filled part by part
+                self._assign(row, None)
+            else:
+                self._assign(row, None if order.in_place else value)
         for row, slot in rest:
             self._own(row, slot)
         self._finish_modules()
@@ -186,19 +129,44 @@ class _Application:
 
     # -- what is read -------------------------------------------------------------------------------------------------
 
-    def _job(self, row: Row, slot: Slot) -> Job:
-        assert row.offer is not None
-        device = torch.device(row.device)
-        entry = row.offer.entry
-        if entry.shape != row.shape:
-            entry = replace(entry, shape=row.shape)  # a one-element vector for a scalar
+    def _order(self, row: Row, slot: Slot) -> _Order:
+        """The jobs that give a row its value: one, or one for each of its parts."""
+        entry = _one_entry(row)
+        into, in_place = self._memory_of(row, slot, whole=entry is not None), True
+        if into is None and entry is None:
+            into, in_place = _new(row), False
+        device = torch.device(row.device) if into is None else into.device
+        if entry is not None:
+            dtype = row.dtype if into is None else into.dtype
+            return _Order((Job(row.fqn, entry, dtype, device, into=into),), into, in_place=into is not None)
+        assert into is not None
+        fault = fault_of(row.parts, row.shape)
+        assert fault is None, f"the parts of {row.fqn}: {fault}"
+        jobs = []
+        for part in row.parts:
+            region = into.as_strided(part.shape, part.stride, into.storage_offset() + part.offset)
+            jobs.append(Job(row.fqn, part.entry, into.dtype, device, into=region, fresh=not in_place))
+        return _Order(tuple(jobs), into, in_place=in_place)
+
+    def _memory_of(self, row: Row, slot: Slot, *, whole: bool) -> torch.Tensor | None:
+        """The memory to fill in place; None where the tensor gets new memory."""
         tensor = slot.tensor
-        if is_lazy(tensor) or not row.in_place:
-            return Job(row.fqn, entry, row.dtype, device)
+        if not row.in_place or is_lazy(tensor) or not (whole or tensor.is_contiguous()):
+            return None
+        if not self._fits(row, tensor) and storage_of(tensor)[0] not in self._shared:
+            return None
         record = self._subject.record_of(tensor)
         if record is not None:
             record.memory()
-        return Job(row.fqn, entry, tensor.dtype, tensor.device, into=tensor.detach())
+        return tensor.detach()
+
+    def _fits(self, row: Row, tensor: torch.Tensor) -> bool:
+        """Whether a tensor can hold its row's value as it is."""
+        return (
+            not is_lazy(tensor)
+            and tensor.dtype == row.dtype
+            and same_device(tensor.device, torch.device(row.device))
+        )
 
     def _supplied(self, loaded: Iterable[tuple[Row, Slot]]) -> set[Record]:
         """Tapes that need not run: what is read covers their whole storage, or replaces it."""
@@ -269,7 +237,7 @@ class _Application:
     def _moved(self, row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
         """A tensor's value with the dtype and on the device of the plan; None when it has them already."""
         device = torch.device(row.device)
-        if tensor.dtype == row.dtype and tensor.device == device:
+        if tensor.dtype == row.dtype and same_device(tensor.device, device):
             return None
         return tensor.detach().to(device=device, dtype=row.dtype)
 
@@ -307,6 +275,27 @@ class _Application:
                 )
         if problems:
             raise TransferError("the module is not complete", problems)
+
+
+def _one_entry(row: Row) -> TensorEntry | None:
+    """What is read for a row whose value is one tensor of the checkpoint as it lies there, in any shape."""
+    if row.parts:
+        (entry, *more), part = row.entries, row.parts[0]
+        if more or entry.stride is not None or not is_row_major(part.shape, part.stride) or part.offset:
+            return None
+    else:
+        assert row.offer is not None
+        entry = row.offer.entry
+    if entry.shape == row.shape:
+        return entry
+    return replace(entry, shape=row.shape, stride=None)  # also a one-element vector for a scalar
+
+
+def _new(row: Row) -> torch.Tensor:
+    device = torch.device(row.device)
+    if device.type == "cpu":
+        return new_tensor(row.shape, row.dtype)
+    return torch.empty(row.shape, dtype=row.dtype, device=device)
 
 
 def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
+
+from weightlift.strides import row_major, span_elements
 
 _MIB = 1 << 20
 _HUGE_PAGE_BYTES = 2 * _MIB
@@ -34,8 +37,9 @@ class Request:
     """One tensor as the chunker sees it: geometry only, strides in elements.
 
     ``nbytes`` counts the elements in the source's dtype. ``file`` is None for a tensor in memory. A stride of None
-    means contiguous in row-major order. ``direct``: the file's bytes are the destination's bytes, so that they can be
-    read straight into it. Only requests of one ``place`` (the destination's device) share a read.
+    means contiguous in row-major order. ``direct``: the file's bits are the destination's bits, so that what is
+    contiguous in both can be read straight into it. Only requests of one ``place`` (the destination's device) share a
+    read.
     """
 
     job: int
@@ -124,35 +128,6 @@ def limits(total_bytes: int, workers: int, memory_budget_bytes: int | None) -> L
     return Limits(block, direct, max(1, min(workers, budget // (_BLOCKS_PER_WORKER * block))))
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides, in elements, of a contiguous tensor."""
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 1, 0, -1):
-        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
-    return tuple(strides)
-
-
-def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements lie one after the other; strides of dimensions of size 1 say nothing."""
-    return all(size == 1 or a == b for size, a, b in zip(shape, stride, row_major(shape), strict=True))
-
-
-def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether two elements may share memory (expanded and sliding-window views)."""
-    span = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size > 1:
-            if step < span:
-                return True
-            span += (size - 1) * step
-    return False
-
-
-def span_elements(sizes: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last one of a non-empty view, both included."""
-    return 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
-
-
 def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:
     """Indices of half-open ranges that begin inside an earlier one (in order of their starts)."""
     found: set[int] = set()
@@ -167,25 +142,38 @@ def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:
     return found
 
 
-def boxes(shape: tuple[int, ...], stride: tuple[int, ...], limit: int) -> Iterator[_Box]:
-    """Cut a non-empty view into hyper-rectangles ``(starts, sizes)`` whose memory spans at most ``limit`` elements.
+def boxes(shape: tuple[int, ...], stride: tuple[int, ...], limit: int, gap: int | None = None) -> Iterator[_Box]:
+    """Cut a non-empty view into hyper-rectangles ``(starts, sizes)`` whose memory spans at most ``limit`` elements, and
+    has no hole of more than ``gap`` elements in it.
 
     The dimension with the largest stride is cut first, so that a transposed view is still read in long stretches.
     """
     order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
+    apart = 0 if gap is None else _depth_of_holes(shape, stride, order, gap)
 
     def cut(depth: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[_Box]:
-        if depth == len(order) or span_elements(sizes, stride) <= limit:
+        if depth == len(order) or (depth >= apart and span_elements(sizes, stride) <= limit):
             yield starts, sizes
             return
         dim = order[depth]
         inner = span_elements(_replace(sizes, dim, 1), stride)
-        step = 1 + (limit - inner) // stride[dim] if inner <= limit else 1
+        step = 1 + (limit - inner) // max(stride[dim], 1) if inner <= limit and depth >= apart else 1
         for low in range(0, sizes[dim], step):
             part = _replace(sizes, dim, min(step, sizes[dim] - low))
             yield from cut(depth + 1, _replace(starts, dim, low), part)
 
     yield from cut(0, (0,) * len(shape), shape)
+
+
+def _depth_of_holes(shape: tuple[int, ...], stride: tuple[int, ...], order: Sequence[int], gap: int) -> int:
+    """How many of the dimensions, in ``order``, have to be cut into single steps for there to be no larger hole."""
+    depth, span = 0, 1
+    for at in range(len(order) - 1, -1, -1):
+        dim = order[at]
+        if shape[dim] > 1 and stride[dim] - span > gap:
+            depth = max(depth, at + 1)
+        span += (shape[dim] - 1) * stride[dim]
+    return depth
 
 
 def pieces(requests: Sequence[Request], limit: Limits) -> list[Piece]:
@@ -207,7 +195,7 @@ def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Pi
     start = end = -1
     cuts: list[Cut] = []
     for request in group:
-        if request.direct and request.nbytes >= min(_SMALL_BYTES, limit.block_bytes):
+        if request.direct and _run_bytes(request) >= min(_SMALL_BYTES, limit.block_bytes):
             yield from _direct_pieces(file, request, limit.direct_bytes)
             continue
         for cut, low, high in _cuts(request, limit.block_bytes):
@@ -224,10 +212,28 @@ def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Pi
         yield Block(file, start, end, tuple(cuts))
 
 
+def _run_bytes(request: Request) -> int:
+    """Bytes that lie one after the other in the file and in the destination."""
+    if request.src_stride is None and request.dst_stride is None:
+        return request.nbytes
+    src, dst = _strides(request)
+    return request.shape[-1] * request.itemsize if request.shape and src[-1] == dst[-1] == 1 else 0
+
+
+def _strides(request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    default = row_major(request.shape)
+    return request.src_stride or default, request.dst_stride or default
+
+
 def _direct_pieces(file: Path, request: Request, step: int) -> Iterator[Direct]:
-    for at in range(0, request.nbytes, step):
-        start = request.start + at
-        yield Direct(request.job, file, start, min(start + step, request.start + request.nbytes), at)
+    run, itemsize = _run_bytes(request), request.itemsize
+    src, dst = _strides(request)
+    outer = () if run == request.nbytes else request.shape[:-1]
+    for index in product(*map(range, outer)):
+        low = request.start + sum(i * stride for i, stride in zip(index, src)) * itemsize
+        into = sum(i * stride for i, stride in zip(index, dst)) * itemsize
+        for at in range(0, run, step):
+            yield Direct(request.job, file, low + at, min(low + at + step, low + run), into + at)
 
 
 def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:
@@ -246,7 +252,8 @@ def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:
     src = row_major(shape) if src is None else src
     dst = row_major(shape) if dst is None else dst
     itemsize = request.itemsize
-    for starts, sizes in boxes(shape, src, max(block_bytes // itemsize, 1)):
+    gap = _GAP_BYTES // itemsize if request.file else None
+    for starts, sizes in boxes(shape, src, max(block_bytes // itemsize, 1), gap):
         at = sum(a * b for a, b in zip(starts, src, strict=True)) * itemsize
         into = sum(a * b for a, b in zip(starts, dst, strict=True))
         low = request.start + at

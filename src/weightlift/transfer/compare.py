@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from weightlift import strides
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
 from weightlift.transfer.convert import outside_modes
-from weightlift.transfer.memory import Staging, StagingPool, bits
+from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
@@ -76,14 +77,15 @@ def _without_reading(a: TensorEntry, b: TensorEntry) -> bool | None:
         return False
     if a.numel == 0:
         return True
-    if (a.file, a.start, a.dtype, _stride(a)) == (b.file, b.start, b.dtype, _stride(b)):
-        # A tensor in memory has no place but its key.
-        return True if a.file is not None or a.key == b.key else None
+    # A tensor in memory has no place but its key.
+    a_place, b_place = a.file or a.key, b.file or b.key
+    if (a_place, a.start, a.dtype, _stride(a)) == (b_place, b.start, b.dtype, _stride(b)):
+        return True
     return None
 
 
 def _stride(entry: TensorEntry) -> tuple[int, ...]:
-    return chunks.row_major(entry.shape) if entry.stride is None else entry.stride
+    return strides.row_major(entry.shape) if entry.stride is None else entry.stride
 
 
 def _bytes(pair: Pair) -> int:
@@ -138,17 +140,17 @@ class _Reader:
         self, entry: TensorEntry, starts: tuple[int, ...], sizes: tuple[int, ...], block: Staging
     ) -> torch.Tensor:
         if entry.file is None:
-            part = self._tensors[entry.key].detach()
+            part = in_memory(entry, self._tensors)
             if len(starts) != part.dim():
                 part = part.reshape(-1)
             for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
                 part = part.narrow(dim, start, size)
             return part.cpu()
         stride = _stride(entry) if len(starts) == len(entry.shape) and entry.stride is not None else ()
-        stride = stride or chunks.row_major(entry.shape if len(starts) == len(entry.shape) else (entry.numel,))
+        stride = stride or strides.row_major(entry.shape if len(starts) == len(entry.shape) else (entry.numel,))
         itemsize = entry.dtype.itemsize
         low = entry.start + sum(a * b for a, b in zip(starts, stride, strict=True)) * itemsize
-        high = low + chunks.span_elements(sizes, stride) * itemsize
+        high = low + strides.span_elements(sizes, stride) * itemsize
         self._read(entry, entry.file, block.view[: high - low], low)
         return block.strided(entry.dtype, 0, sizes, stride)
 

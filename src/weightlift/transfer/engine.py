@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
+from weightlift import strides
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
-from weightlift.transfer.accelerator import Backend, backend_for
+from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.convert import outside_modes
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.jobs import Job, Task
-from weightlift.transfer.memory import FileMapping, alias, carrier, new_tensor
+from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, new_tensor
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
@@ -101,7 +102,8 @@ class _Run:
     def written(self) -> tuple[str, ...]:
         """The jobs whose ``into`` was at least partly written."""
         jobs = self._jobs
-        return tuple(jobs[i].fqn for i, flag in enumerate(self._touched) if flag and jobs[i].into is not None)
+        found = (jobs[i] for i, flag in enumerate(self._touched) if flag)
+        return tuple(dict.fromkeys(job.fqn for job in found if job.into is not None and not job.fresh))
 
     def execute(
         self,
@@ -146,7 +148,7 @@ class _Run:
                 rest.append(index)
             elif entry.file is None:
                 tensor = self._tensors[entry.key]
-                (shared if _is_at(tensor, job.device) else rest).append(index)
+                (shared if same_device(tensor.device, job.device) else rest).append(index)
             elif job.device.type == "cpu" and _mappable(entry):
                 mapped.setdefault(entry.file, []).append(index)
             else:
@@ -162,10 +164,12 @@ class _Run:
     def _shared_twice(self, shared: list[int]) -> set[int]:
         storages: dict[int, list[tuple[int, tuple[int, int]]]] = {}
         for index in shared:
-            tensor = self._tensors[self._jobs[index].entry.key]
+            entry = self._jobs[index].entry
+            tensor = self._tensors[entry.key]
             if tensor.layout is torch.strided:
-                start = tensor.data_ptr()
-                end = start + chunks.span_elements(tensor.size(), tensor.stride()) * tensor.element_size()
+                start = tensor.data_ptr() + entry.start
+                stride = strides.row_major(entry.shape) if entry.stride is None else entry.stride
+                end = start + strides.span_elements(entry.shape, stride) * entry.dtype.itemsize
                 storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((index, (start, end)))
         found: set[int] = set()
         for group in storages.values():
@@ -195,7 +199,7 @@ class _Run:
                 entry = self._jobs[index].entry
                 stride, nbytes = entry.stride, _nbytes(entry)
                 elements = (
-                    nbytes // entry.dtype.itemsize if stride is None else chunks.span_elements(entry.shape, stride)
+                    nbytes // entry.dtype.itemsize if stride is None else strides.span_elements(entry.shape, stride)
                 )
                 self._results[index] = mapping.tensor(entry.dtype, entry.shape, stride, entry.start, elements)
                 self._done_bytes += nbytes
@@ -206,7 +210,7 @@ class _Run:
     def _share(self, shared: list[int]) -> None:
         for index in shared:
             entry = self._jobs[index].entry
-            self._results[index] = self._tensors[entry.key].detach()
+            self._results[index] = in_memory(entry, self._tensors)
             self._done_bytes += _nbytes(entry)
 
     def _transfer(
@@ -262,7 +266,7 @@ class _Run:
         same = plain and entry.dtype == job.dtype
         dtype = carrier(entry.dtype) if same else entry.dtype
         written = alias(result, dtype if same else job.dtype) if plain else result.detach()
-        memory = alias(_strided(self._tensors[entry.key]), dtype) if entry.file is None else None
+        memory = alias(in_memory(entry, self._tensors), dtype) if entry.file is None else None
         return Target(written, dtype, memory, None if job.device.type == "cpu" else job.device, same)
 
     def _destination(self, job: Job) -> torch.Tensor:
@@ -286,13 +290,16 @@ def _request(index: int, job: Job, target: Target) -> chunks.Request:
     entry = job.entry
     memory, written = target.memory, target.tensor
     src = entry.stride if memory is None else memory.stride()
-    if src is not None and chunks.is_row_major(entry.shape, src):
-        src = None
     dst = None if written.is_contiguous() else written.stride()
-    direct = memory is None and target.same and target.device is None and src is None and dst is None
+    shape = entry.shape
+    if src is not None or dst is not None:
+        shape, src, dst = strides.joined(shape, src or strides.row_major(shape), dst or strides.row_major(shape))
+        src = None if strides.is_row_major(shape, src) else src
+        dst = None if strides.is_row_major(shape, dst) else dst
+    direct = memory is None and target.same and target.device is None
     place = "cpu" if target.device is None else str(target.device)
     return chunks.Request(
-        index, entry.file, entry.start, entry.dtype.itemsize, _nbytes(entry), entry.shape, src, dst, direct, place
+        index, entry.file, entry.start, entry.dtype.itemsize, _nbytes(entry), shape, src, dst, direct, place
     )
 
 
@@ -304,24 +311,12 @@ def _nbytes(entry: TensorEntry) -> int:
 def _mappable(entry: TensorEntry) -> bool:
     if entry.start % entry.dtype.itemsize:
         return False
-    return entry.stride is None or not chunks.has_overlap(entry.shape, entry.stride)
+    return entry.stride is None or not strides.has_overlap(entry.shape, entry.stride)
 
 
 def _ordinary(tensor: torch.Tensor) -> bool:
     """Strided, and its memory holds its values as they are (no lazy conjugate or negative)."""
     return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _is_at(tensor: torch.Tensor, device: torch.device) -> bool:
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
-
-
-def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as ordinary memory; rare kinds of tensors are made so first."""
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg()
 
 
 def _share_of(budget: int | None, devices: int) -> int | None:

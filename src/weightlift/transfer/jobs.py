@@ -14,8 +14,9 @@ from weightlift.checkpoint.entry import TensorEntry
 class Job:
     """One tensor to produce (``into`` is None) or to fill in place (``into``: same shape, any strides).
 
-    ``fqn`` is for messages. No two jobs of a run may have ``into`` tensors that overlap: every destination byte has
-    exactly one writer.
+    ``fqn`` is for messages; several jobs may have one, when each fills a region of the same tensor. ``fresh``: ``into``
+    is memory that nobody has seen yet, so that writing it is not reported. No two jobs of a run may have ``into``
+    tensors that overlap: every destination byte has exactly one writer.
     """
 
     fqn: str
@@ -23,6 +24,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     into: torch.Tensor | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

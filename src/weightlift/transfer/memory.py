@@ -10,10 +10,13 @@ import mmap
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
+
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.strides import row_major
 
 _LINUX = sys.platform == "linux"
 _HUGE_PAGE_BYTES = 2 << 20
@@ -123,6 +126,19 @@ def alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     storage = tensor.untyped_storage()
     flat = torch.empty(0, dtype=dtype, device=tensor.device)
     return flat.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def in_memory(entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The elements of a tensor in memory that ``entry`` describes, as ordinary strided memory and without autograd: the
+    tensor's own memory, but for rare kinds of tensors."""
+    tensor = tensors[entry.key].detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    stride = row_major(entry.shape) if entry.stride is None else entry.stride
+    start = tensor.storage_offset() + entry.start // entry.dtype.itemsize
+    if (entry.shape, stride, entry.start) != (tuple(tensor.shape), tensor.stride(), 0):
+        tensor = tensor.as_strided(entry.shape, stride, start)
+    return tensor.resolve_conj().resolve_neg()
 
 
 def memory_of(tensor: torch.Tensor, at: int, nbytes: int) -> memoryview:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transfer_helpers import FaultySource, load, same
 
+from weightlift.checkpoint.memory import entry_of
 from weightlift.errors import TransferError
 from weightlift.transfer.jobs import Job
 
@@ -109,9 +110,7 @@ def test_an_error_still_waits_for_the_device(saved):
 
 
 def test_from_memory(saved):
-    from weightlift.checkpoint.entry import TensorEntry
-
     tensor = torch.randn(50, 60).t()
-    entry = TensorEntry("a", (60, 50), torch.float32, None, 0, tensor.nbytes)
+    entry = entry_of("a", tensor)
     (value,) = load([Job("a", entry, torch.float32, DEVICE)], tensors={"a": tensor}, backend=FakeBackend)
     assert same(value, tensor)

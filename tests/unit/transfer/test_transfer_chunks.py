@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from weightlift import strides
 from weightlift.transfer import chunks
 from weightlift.transfer.chunks import Block, Direct, Limits, Request
 
@@ -24,7 +25,7 @@ def test_boxes_cover_every_element_once(seed):
     limit = rng.randint(1, 40)
     seen = Counter()
     for starts, sizes in chunks.boxes(shape, tuple(stride), limit):
-        assert chunks.span_elements(sizes, stride) <= limit
+        assert strides.span_elements(sizes, stride) <= limit
         indices = [()]
         for a, n in zip(starts, sizes, strict=True):
             indices = [(*index, a + i) for index in indices for i in range(n)]
@@ -113,6 +114,6 @@ def test_overlapping():
 
 
 def test_geometry():
-    assert chunks.is_row_major((3, 1, 4), (4, 99, 1)) and not chunks.is_row_major((3, 4), (1, 3))
-    assert chunks.has_overlap((3, 4), (0, 1)) and chunks.has_overlap((5, 3), (1, 1))
-    assert not chunks.has_overlap((3, 4), (1, 3)) and not chunks.has_overlap((1, 4), (0, 2))
+    assert strides.is_row_major((3, 1, 4), (4, 99, 1)) and not strides.is_row_major((3, 4), (1, 3))
+    assert strides.has_overlap((3, 4), (0, 1)) and strides.has_overlap((5, 3), (1, 1))
+    assert not strides.has_overlap((3, 4), (1, 3)) and not strides.has_overlap((1, 4), (0, 2))

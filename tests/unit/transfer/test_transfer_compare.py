@@ -7,6 +7,7 @@ import torch
 from transfer_helpers import FaultySource, Saved, random_bits, union_bytes
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.memory import entry_of
 from weightlift.errors import CheckpointChanged, LoadCancelled, TransferError
 from weightlift.transfer.compare import same_values
 
@@ -68,7 +69,7 @@ def test_strided_and_in_memory(pairs, budget):
     turned = TensorEntry("t", (1000, 300), torch.float32, base.file, base.start, base.end, (1, 1000))
     value = pairs.tensors["sq"].t()
     memory = {"t": value, "flat": value.contiguous(), "bad": value + 1}
-    inside = {k: TensorEntry(k, (1000, 300), torch.float32, None, 0, t.nbytes) for k, t in memory.items()}
+    inside = {k: entry_of(k, t) for k, t in memory.items()}
     cases = [(turned, inside["t"]), (turned, inside["flat"]), (turned, inside["bad"]), (inside["t"], inside["flat"]),
              (inside["t"], inside["t"]), (turned, turned), (inside["flat"], turned)]  # fmt: skip
     assert compare(pairs, *cases, tensors=memory, budget=budget) == [True, True, False, True, True, True, True]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transfer_helpers import CPU, DTYPES, Saved, bits, load, random_bits, same
 
+from weightlift import strides
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.transfer import chunks
+from weightlift.checkpoint.memory import entry_of
 from weightlift.transfer.jobs import Job
 
 
@@ -102,7 +103,7 @@ def test_strided_sources(saved, name, dtype, copy, budget):
     base = saved.entries["large.a"]
     want = saved.tensors["large.a"].as_strided(shape, stride, offset)
     start = base.start + offset * 4
-    end = start + chunks.span_elements(shape, stride) * 4
+    end = start + strides.span_elements(shape, stride) * 4
     entry = TensorEntry("v", shape, torch.float32, base.file, start, end, stride)
     for into in (None, torch.empty(shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))):
         job = Job("v", entry, dtype, CPU, into)
@@ -136,7 +137,7 @@ def test_tensors_in_memory(copy, workers):
     for dtype in (None, torch.bfloat16):
         jobs = []
         for key, tensor in given.items():
-            entry = TensorEntry(key, tuple(tensor.shape), tensor.dtype, None, 0, tensor.nbytes)
+            entry = entry_of(key, tensor)
             wanted = dtype if dtype and not tensor.is_complex() else tensor.dtype
             jobs.append(Job(key, entry, wanted, CPU))
         for job, value in zip(jobs, load(jobs, tensors=given, copy=copy, workers=workers), strict=True):

@@ -1,0 +1,55 @@
+"""Arithmetic of strided views, in elements: no tensors, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
+    return tuple(strides)
+
+
+def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements lie one after the other; strides of dimensions of size 1 say nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, stride, row_major(shape), strict=True))
+
+
+def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two elements may share memory (expanded and sliding-window views)."""
+    span = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step < span:
+                return True
+            span += (size - 1) * step
+    return False
+
+
+def span_elements(sizes: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a non-empty view, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
+
+
+def joined(
+    shape: Sequence[int], first: Sequence[int], second: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Two views of one shape, with their dimensions in the order of the first one's memory and as few as can be.
+
+    The pairs of elements stay the same. Nothing is done about a scalar or a view without elements.
+    """
+    if 0 in shape:
+        return tuple(shape), tuple(first), tuple(second)
+    found: list[list[int]] = []
+    for extent, a, b in sorted(zip(shape, first, second, strict=True), key=lambda dim: (-dim[1], -dim[2])):
+        if extent == 1:
+            continue
+        if found and found[-1][1] == a * extent and found[-1][2] == b * extent:
+            found[-1] = [found[-1][0] * extent, a, b]
+        else:
+            found.append([extent, a, b])
+    sizes, one, two = zip(*found, strict=True) if found else ((), (), ())
+    return tuple(sizes), tuple(one), tuple(two)

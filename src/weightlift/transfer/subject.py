@@ -1,0 +1,35 @@
+"""What a load works on: the module with its tapes, and where values come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weightlift.checkpoint.entry import ShardFile
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.tape import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The module that a plan was made for: its slots, and the tapes it was built with (None for a user's module)."""
+
+    inventory: Inventory
+    recorder: Recorder | None
+
+    def record_of(self, tensor: torch.Tensor) -> Record | None:
+        """The tape of a tensor, if it has one."""
+        return None if self.recorder is None else self.recorder.record_of(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Where values come from: files, tensors in memory, values of extra state."""
+
+    files: tuple[ShardFile, ...]
+    tensors: Mapping[str, torch.Tensor]
+    extras: Mapping[str, Any]
