@@ -29,8 +29,10 @@ from weightlift.plan.keys import offers_of
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer
 from weightlift.plan.report import LoadReport, as_json, report, table
+from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
 
 _log = logging.getLogger("weightlift")
@@ -62,11 +64,15 @@ class LoadPlan:
         self._take = take  # uses up the handle that the plan was made from
         self._trace = trace
         self._once = threading.Lock()
+        self._final: Decisions | None = None
 
     @property
     def report(self) -> LoadReport:
-        """The lists of loaded, tied, initialised, kept, missing, unexpected and mismatched names."""
-        return report(self.decisions)
+        """The lists of loaded, tied, initialised, kept, missing, unexpected and mismatched names.
+
+        Once the plan was executed also what its checks found (``left_out``, names that were untied).
+        """
+        return report(self._final or self.decisions)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -94,24 +100,36 @@ class LoadPlan:
                 f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
             )
         with self._once:
-            subject, deferred = self._subject, self._subject is not None and self._subject.recorder is not None
-            if deferred:
-                self._subject = None
-        if subject is None:
-            raise RuntimeError("this plan was executed already: its module has its values")
-        if self._take is not None:
-            self._take()
-        module = self._apply(subject)
-        _log_outcome(self.decisions)
+            if self._subject is None:
+                raise RuntimeError("this plan was executed already: its module has its values")
+        with outside_modes(), timed(self._trace, "check", "devices and tied names"):
+            # Both may refuse; until then nothing is used up, so that the plan can be executed again.
+            require_devices(self.decisions)
+            final = settled(self.decisions, self._source, self._options)
+        module = self._apply(final, self._used())
+        self._final = final
+        _log_outcome(final)
         return module
 
-    def _apply(self, subject: Subject) -> nn.Module:
+    def _used(self) -> Subject:
+        """The module, for this execution alone if it was built for the plan."""
+        with self._once:
+            subject = self._subject
+            if subject is None:
+                raise RuntimeError("this plan was executed already: its module has its values")
+            if not subject.existing:
+                self._subject = None
+        if self._take is not None:
+            self._take()
+        return subject
+
+    def _apply(self, final: Decisions, subject: Subject) -> nn.Module:
         """Apply; the trace is written also of a load that fails, which is when one looks at it."""
         trace = self._trace
         if trace is None or self._options.trace is None:
-            return apply(self.decisions, subject, self._source, self._options)
+            return apply(final, subject, self._source, self._options)
         try:
-            return apply(self.decisions, subject, self._source, self._options, trace)
+            return apply(final, subject, self._source, self._options, trace)
         finally:
             trace.sample()
             trace.write(self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
@@ -326,7 +344,7 @@ def _subject(
     module: nn.Module | Callable[[], nn.Module], checkpoint: Checkpoint, options: LoadOptions
 ) -> Subject:
     if isinstance(module, nn.Module):
-        return Subject(Inventory.of(module), None)
+        return Subject(Inventory.of(module), None, existing=True)
     if not callable(module):
         raise TypeError(f"expected a torch.nn.Module or a callable that builds one, found {type(module).__name__}")
     load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
@@ -350,7 +368,7 @@ def _plan(
         # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
         spec = subject.inventory.spec(lambda tensor: subject.record_of(tensor) is None)
         supply, early = _supply(subject.inventory, checkpoint, options)
-        decisions = match(spec, supply, options)
+        decisions = match(spec, supply, options, existing=subject.existing)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)
     return LoadPlan(decisions, subject, source, options, take, trace)
 
@@ -398,9 +416,10 @@ def _owned(subject: Subject) -> list[Any]:
 
 
 def _log_outcome(decisions: Decisions) -> None:
+    """One record a load: INFO, or a warning that names what did not match. Of ties `settled` has told."""
     summary = report(decisions)
-    noteworthy = summary.missing_keys or summary.unexpected_keys or summary.mismatched_keys
+    warning = summary.warning()
     _log.log(
-        logging.WARNING if noteworthy else logging.INFO,
-        "%s into %s: %s", decisions.source, decisions.module, summary,
+        logging.WARNING if warning else logging.INFO,
+        "%s into %s: %s", decisions.source, decisions.module, warning or summary.headline(),
     )  # fmt: skip

@@ -7,9 +7,9 @@ import io
 import os
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from weightlift import dtypes
+from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, short_read
 from weightlift.errors import CheckpointChanged, Problem
@@ -46,7 +46,7 @@ def read_tensor(file: ShardFile, entry: TensorEntry) -> torch.Tensor:
     on what the operating system refuses. Thread-safe: each call has its own descriptor.
     """
     size = entry.end - entry.start
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
+    with outside_modes():
         with opened(file.path) as (stream, status):
             require_unchanged(file, status)
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]

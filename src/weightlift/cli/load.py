@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = time.perf_counter()
     report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
     for note in notes.texts:
-        if not note.endswith(str(report)):
+        if not (report.warning() and note.endswith(report.warning())):
             print(f"weightlift load: {note}", file=sys.stderr)
     out = console()
     out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)

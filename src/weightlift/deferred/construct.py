@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from weightlift.ambient import no_dispatch_modes, outside_modes
@@ -62,7 +63,8 @@ def construct(build: Callable[[], nn.Module], load: CurrentLoad) -> tuple[nn.Mod
     Values that live outside the module's parameters and buffers (tables in lists or caches) are computed before this
     returns. Raises what ``build`` raises, and TypeError when it does not return a module.
     """
-    with _announced(load):
+    # A module that is built under inference mode could not be used outside of it; a load's result can.
+    with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:
             return _checked(build()), None
         recorder = Recorder(seed=load.seed)

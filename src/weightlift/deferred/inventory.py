@@ -20,6 +20,7 @@ Kind = Literal["parameter", "buffer"]
 class TensorSpec:
     """One name of a module's state. Names with the same ``tensor`` share one tensor object (a tie); names with the
     same ``storage`` but another ``tensor`` are views of the same memory. ``offset`` and ``stride`` count elements.
+    Names with the same ``slot`` are one attribute of one module, which is known under several names.
     ``in_place``: the memory has to stay, because something outside these names uses it too, or because it is the
     user's; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
     """
@@ -37,6 +38,7 @@ class TensorSpec:
     persistent: bool
     lazy: bool = False
     in_place: bool = False
+    slot: int = -1
 
     @property
     def numel(self) -> int:
@@ -104,28 +106,30 @@ class Inventory:
         numbers: dict[int, int] = {}
         storages: dict[int, int] = {}
         holders: dict[int, set[int]] = {}
+        places: dict[tuple[int, str], int] = {}
         rows = []
         for slot in self.slots:
             address, offset, stride, storage_bytes = storage_of(slot.tensor)
             number = numbers.setdefault(id(slot.tensor), len(numbers))
             holders.setdefault(address, set()).add(number)
-            rows.append((slot, number, address, offset, stride, storage_bytes))
+            place = places.setdefault((id(slot.owner), slot.attribute), len(places))
+            rows.append((slot, number, place, address, offset, stride, storage_bytes))
         return ModuleSpec(
             name=type(self.module).__qualname__,
             tensors=tuple(
-                _spec(row, storages.setdefault(row[2], len(storages)), stays, len(holders[row[2]])) for row in rows
+                _spec(row, storages.setdefault(row[3], len(storages)), stays, len(holders[row[3]])) for row in rows
             ),
             extra_state=tuple(f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)),
         )
 
 
 def _spec(
-    row: tuple[Slot, int, int, int, tuple[int, ...], int],
+    row: tuple[Slot, int, int, int, int, tuple[int, ...], int],
     storage: int,
     stays: Callable[[torch.Tensor], bool],
     holders: int,
 ) -> TensorSpec:
-    slot, number, _, offset, stride, storage_bytes = row
+    slot, number, place, _, offset, stride, storage_bytes = row
     tensor = slot.tensor
     lazy = is_lazy(tensor)
     shape = () if lazy else tuple(tensor.shape)
@@ -143,7 +147,8 @@ def _spec(
         persistent=slot.persistent,
         lazy=lazy,
         in_place=not tensor.is_meta
-        and (stays(tensor) or holders > 1 or not _is_row_major(shape, stride) or _users(tensor) > holders),
+        and (stays(tensor) or holders > 1 or not _is_row_major(shape, stride) or users_of(tensor) > holders),
+        slot=place,
     )
 
 
@@ -156,7 +161,7 @@ def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _users(tensor: torch.Tensor) -> int:
+def users_of(tensor: torch.Tensor) -> int:
     """How many tensors hold the storage of ``tensor``, ours and anybody's."""
     try:
         storage = tensor.untyped_storage()

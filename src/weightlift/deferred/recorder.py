@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
+from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.shapes import Result, infer, is_short_range
@@ -300,7 +301,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             variant = seeded_variant(func)
             if variant is not None:
                 func, kwargs = variant, {**kwargs, "generator": generator_for(self.seed, self._next_read_label())}
-        return self._run(func, args, kwargs, tensors)
+        result = self._run(func, args, kwargs, tensors)
+        if call.random:
+            self._note(func, sum(tensor.nbytes for tensor in tensors_in(result) if tensor.layout is torch.strided))
+        return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         for tensor in tensors:
@@ -312,14 +316,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name in written:
                 target = kwargs.get(name) if isinstance(name, str) else args[name]
                 for tensor in tensors_in(target):
-                    self._settle_readers(tensor)
+                    self._settle_readers(tensor, func)
         return func(*args, **kwargs)
 
-    def _settle_readers(self, tensor: torch.Tensor) -> None:
+    def _settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
         """Run what has to read this memory before it is changed at once."""
         record = self.record_of(tensor)
         if record is not None and (readers := live_readers(record)):
-            self._execute(needed([target for node in readers for target in node.writes]))
+            self._execute(needed([target for node in readers for target in node.writes]), why)
 
     def _next_read_label(self) -> str:
         self._sampled_reads += 1
@@ -337,12 +341,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""
         if not records:
             return
-        name = str(getattr(why, "__qualname__", None) or getattr(why, "__name__", None) or why)
-        self.forced[name] = self.forced.get(name, 0) + sum(record.nbytes for record in records)
-        _log.debug("constructor forced %d bytes by %s", self.forced[name], name)
-        self._execute(needed(records))
+        self._execute(needed(records), why)
 
-    def _execute(self, nodes: list[Node]) -> None:
+    def _note(self, why: Any, nbytes: int) -> None:
+        if nbytes:
+            name = call_site(why)
+            self.forced[name] = self.forced.get(name, 0) + nbytes
+            _log.debug("constructor forced %d bytes by %s", nbytes, name)
+
+    def _execute(self, nodes: list[Node], why: Any) -> None:
+        # All that runs, not only what was asked for: a sum of a product of a sample makes three tensors.
+        self._note(why, sum(record.nbytes for record in {record for node in nodes for record in node.writes}))
         with outside_modes():
             for node in nodes:
                 if node.random and node.seed_label is None:

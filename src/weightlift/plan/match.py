@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from weightlift.checkpoint.entry import ShardFile
 from weightlift.deferred.inventory import ModuleSpec, TensorSpec
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
 from weightlift.plan.nearest import nearest_names
+from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row
 
@@ -32,16 +35,23 @@ class Supply:
     early_keys: tuple[str, ...] = ()
 
 
-def match(spec: ModuleSpec, supply: Supply, options: LoadOptions) -> Decisions:
-    """Decide what happens to every tensor of ``spec``. What speaks against the plan is in its problems, not raised."""
+def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: bool = False) -> Decisions:
+    """Decide what happens to every tensor of ``spec``. What speaks against the plan is in its problems, not raised.
+
+    ``existing``: the module is a user's, so that what nothing provides keeps the value it has.
+    """
     rows: dict[str, Row] = {}
     checks: list[Check] = []
     problems = list(supply.problems)
     target = 0
     for group in _storage_groups(spec.tensors):
+        ties = _tie_groups(group)
         covering = _covering(group, supply.offers)
-        for names in _tie_groups(group):
-            _decide(names, target, supply, options, covering, rows, checks, problems)
+        dtype, device = _shared_setting(ties, covering, supply.offers, options)
+        over = overlays(ties, _fitting(ties, supply.offers), problems)
+        for number, names in enumerate(ties):
+            one = _Group(tuple(names), target, covering, over.get(number), dtype, device, existing)
+            _decide(one, supply, options, rows, checks, problems)
             target += 1
     ordered = tuple(rows[item.fqn] for item in spec.tensors)
     persistent = {item.fqn for item in spec.tensors if item.persistent}
@@ -51,9 +61,10 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions) -> Decisions:
     )
     missing_extra = tuple(name for name in spec.extra_state if name not in supply.extra_state)
     if options.strict:
-        problems += _missing_problems(ordered, supply, unexpected)
+        problems += _missing_problems(ordered, unexpected)
         problems += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        problems += _unexpected_problems(unexpected, supply, ordered)
+        problems += _unexpected_problems(unexpected, supply)
+    problems += _meta_problems(spec, ordered, options)
     return Decisions(
         module=spec.name,
         source=supply.source,
@@ -66,6 +77,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions) -> Decisions:
         missing_extra_state=missing_extra,
         early_keys=supply.early_keys,
         extra_state=tuple(name for name in spec.extra_state if name in supply.extra_state),
+        existing=existing,
     )
 
 
@@ -102,40 +114,81 @@ def _fits(item: TensorSpec, offer: Offer) -> bool:
     return item.lazy or offer.entry.shape == item.shape or (item.shape == () and offer.entry.shape == (1,))
 
 
+def _fitting(ties: Sequence[Sequence[TensorSpec]], offers: Mapping[str, Offer]) -> dict[int, tuple[TensorSpec, Offer]]:
+    """For each group of tied names the first that is offered and fits."""
+    found: dict[int, tuple[TensorSpec, Offer]] = {}
+    for number, names in enumerate(ties):
+        for item in names:
+            offer = offers.get(item.fqn) if item.persistent else None
+            if offer is not None and _fits(item, offer):
+                found[number] = item, offer
+                break
+    return found
+
+
+def _shared_setting(
+    ties: Sequence[Sequence[TensorSpec]],
+    covering: TensorSpec | None,
+    offers: Mapping[str, Offer],
+    options: LoadOptions,
+) -> tuple[torch.dtype | None, str | None]:
+    """The one dtype and device of tensors that overlap in memory; None where each is asked for itself."""
+    first = ties[0][0]
+    if not share_memory([names[0] for names in ties]) or any(names[0].dtype != first.dtype for names in ties):
+        return None, None
+    offered = [offer for _, offer in _fitting(ties, offers).values()]
+    source = offers[covering.fqn] if covering is not None else offered[0] if offered else None
+    fqns = [item.fqn for names in ties for item in names]
+    dtype = dtype_of(fqns, first.dtype, source.entry.dtype if source else None, options.dtype)
+    return dtype, device_of(first.fqn, first.device, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Names with one value, and what their storage says about it: a name that provides for the whole storage, the
+    offer of a tensor that they are a view of (``over``), one dtype and device for all that overlap."""
+
+    names: tuple[TensorSpec, ...]
+    target: int
+    covering: TensorSpec | None
+    over: tuple[TensorSpec, Offer] | None
+    dtype: torch.dtype | None
+    device: str | None
+    existing: bool
+
+
 def _decide(
-    names: list[TensorSpec],
-    target: int,
+    group: _Group,
     supply: Supply,
     options: LoadOptions,
-    covering: TensorSpec | None,
     rows: dict[str, Row],
     checks: list[Check],
     problems: list[Problem],
 ) -> None:
     """Decide one value and write a row for each of its names."""
+    names = group.names
     wanted = [item for item in names if item.persistent]
     offered = [(item, supply.offers[item.fqn]) for item in wanted if item.fqn in supply.offers]
     fitting = [(item, offer) for item, offer in offered if _fits(item, offer)]
     misfits = {item.fqn: offer for item, offer in offered if not _fits(item, offer)}
     if not options.ignore_mismatched:
         problems += [_mismatch(item, misfits[item.fqn]) for item in wanted if item.fqn in misfits]
+    if group.over is not None:
+        over, part = group.over
+        checks += [Check(over.fqn, part, item.fqn, offer, can_untie=False) for item, offer in fitting]
+        fitting = []
     owner = fitting[0] if fitting else None
+    if owner is not None:
+        checks += [
+            Check(owner[0].fqn, owner[1], item.fqn, offer, can_untie=item.slot != owner[0].slot)
+            for item, offer in fitting[1:]
+        ]
     source_dtype = owner[1].entry.dtype if owner else None
-    dtype = dtype_of([item.fqn for item in names], names[0].dtype, source_dtype, options.dtype)
-    device = device_of(names[0].fqn, names[0].device, options)
-    checks += [Check(owner[0].fqn, owner[1], item.fqn, offer) for item, offer in fitting[1:] if owner]
+    dtype = group.dtype or dtype_of([item.fqn for item in names], names[0].dtype, source_dtype, options.dtype)
+    device = group.device or device_of(names[0].fqn, names[0].device, options)
+    provider = owner[0] if owner else group.over[0] if group.over else group.covering
     for item in names:
-        action, offer, tied_to = Action.INITIALISED, None, None
-        if owner is not None and item.fqn == owner[0].fqn:
-            action, offer = Action.LOADED, owner[1]
-        elif item.fqn in misfits:
-            action, offer = Action.MISMATCHED, misfits[item.fqn]
-        elif owner is not None:
-            action, offer, tied_to = Action.TIED, None, owner[0].fqn
-        elif covering is not None:
-            action, tied_to = Action.TIED, covering.fqn
-        elif not item.persistent:
-            action = Action.KEPT
+        action, offer, tied_to = _action(item, group, owner, provider, misfits)
         rows[item.fqn] = Row(
             fqn=item.fqn,
             action=action,
@@ -144,13 +197,34 @@ def _decide(
             own_dtype=item.dtype,
             dtype=dtype,
             device=device,
-            target=target,
+            target=group.target,
             in_place=item.in_place,
             offer=offer,
             tied_to=tied_to,
             excused=item.fqn in supply.excused,
             parts=offer.parts if offer is not None and action is Action.LOADED else (),
+            missing=item.persistent and action in (Action.INITIALISED, Action.KEPT),
         )
+
+
+def _action(
+    item: TensorSpec,
+    group: _Group,
+    owner: tuple[TensorSpec, Offer] | None,
+    provider: TensorSpec | None,
+    misfits: Mapping[str, Offer],
+) -> tuple[Action, Offer | None, str | None]:
+    """(what happens to one name, the offer that this concerns, the name that provides its value)."""
+    if owner is not None and item.fqn == owner[0].fqn:
+        return Action.LOADED, owner[1], None
+    if item.fqn in misfits:
+        return Action.MISMATCHED, misfits[item.fqn], None
+    if provider is not None:
+        return Action.TIED, None, provider.fqn
+    if item.persistent and misfits:
+        # Its value is that of the mismatched name; the checkpoint has it, only not in this shape.
+        return Action.TIED, None, next(iter(misfits))
+    return (Action.KEPT if group.existing or not item.persistent else Action.INITIALISED), None, None
 
 
 def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
@@ -168,10 +242,10 @@ def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
     )
 
 
-def _missing_problems(rows: Sequence[Row], supply: Supply, unexpected: Sequence[str]) -> list[Problem]:
+def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
     problems = []
     for row in rows:
-        if row.action is Action.INITIALISED and not row.excused:
+        if row.missing and not row.excused:
             near = nearest_names(row.fqn, unexpected)
             problems.append(
                 Problem(
@@ -185,7 +259,22 @@ def _missing_problems(rows: Sequence[Row], supply: Supply, unexpected: Sequence[
     return problems
 
 
-def _unexpected_problems(unexpected: Sequence[str], supply: Supply, rows: Sequence[Row]) -> list[Problem]:
+def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:
+    """What was built on ``meta`` and gets no value. A name that strict finds missing is not told twice."""
+    provided = {row.target for row in rows if row.entries or row.tied_to is not None}
+    told = {row.fqn for row in rows if row.missing and not row.excused} if options.strict else set()
+    return [
+        Problem(
+            f"the {row.kind} was built without a value, on meta, and nothing provides one",
+            fqn=row.fqn,
+            hint="build it outside torch.device('meta'), or add it to the checkpoint",
+        )
+        for item, row in zip(spec.tensors, rows, strict=True)
+        if item.device == "meta" and not item.lazy and row.target not in provided and row.fqn not in told
+    ]
+
+
+def _unexpected_problems(unexpected: Sequence[str], supply: Supply) -> list[Problem]:
     if not unexpected:
         return []
     by_key = {offer.key: offer for offer in supply.offers.values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -66,7 +66,8 @@ class Row:
     the name that provides the value of a tied one. ``in_place``: the existing memory is filled, because other tensors
     share it; otherwise the tensor object gets new memory. ``target`` numbers the groups of names with one value.
     A loaded one has an ``offer``, or ``parts`` that fill it without overlap and without a hole; with both, ``parts``
-    are what is read.
+    are what is read. ``missing``: it is persistent and nothing provides it; ``excused``: a state-dict hook says that
+    this is meant. ``untied``: it gets a tensor object of its own, as its tie turned out not to hold.
     """
 
     fqn: str
@@ -82,6 +83,8 @@ class Row:
     tied_to: str | None = None
     excused: bool = False
     parts: tuple[Part, ...] = ()
+    missing: bool = False
+    untied: bool = False
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -108,17 +111,26 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Two tied names that are both in the checkpoint: only their bytes tell whether they can stay tied."""
+    """Two names of the same memory that are both in the checkpoint: only their bytes tell whether they can stay so.
+
+    ``offer`` is that of ``fqn``, or its part that ``other_fqn`` is a view of. ``can_untie``: they can be given tensors
+    of their own; names of one module, and views, cannot.
+    """
 
     fqn: str
     offer: Offer
     other_fqn: str
     other: Offer
+    can_untie: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Everything that was decided, frozen. `weightlift.LoadPlan` adds the module it was decided for."""
+    """Everything that was decided, frozen. `weightlift.LoadPlan` adds the module it was decided for.
+
+    ``existing``: the module was there before. ``left_out`` is known only once a plan was executed: names whose value in
+    the checkpoint is not used, each with the name of the same memory whose value is.
+    """
 
     module: str
     source: str
@@ -130,4 +142,6 @@ class Decisions:
     strict: bool
     missing_extra_state: tuple[str, ...] = ()
     early_keys: tuple[str, ...] = ()
-    extra_state: tuple[str, ...] = field(default=())
+    extra_state: tuple[str, ...] = ()
+    existing: bool = False
+    left_out: tuple[tuple[str, str], ...] = ()

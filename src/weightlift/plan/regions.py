@@ -112,6 +112,27 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return _like(view, Region(wanted, tuple(stride), found.offset))
 
 
+def within(entry: TensorEntry, region: Region) -> TensorEntry | None:
+    """The elements of ``entry`` that ``region`` takes of it, counted as if it were row-major; None where that is no
+    strided view of what the entry itself is."""
+    if entry.stride is None:
+        return _like(entry, region)
+    contiguous = replace(entry, shape=region.shape, stride=None)
+    try:
+        item, owners = _separated(part(contiguous, region), entry.shape)
+    except ValueError:
+        return None
+    placed = _placed(item, owners, entry.shape, (0,) * len(entry.shape), _region(entry))
+    return reshape(_like(entry, Region(placed.shape, placed.stride, placed.offset)), region.shape)
+
+
+def overlap(regions: Sequence[Region]) -> bool:
+    """Whether two of the regions, or two elements of one, share a place; as exact as `fault_of`."""
+    filled = [region for region in regions if 0 not in region.shape]
+    total = max((found.offset + span_elements(found.shape, found.stride) for found in filled), default=0)
+    return _overlap([_joined(found) for found in filled], total)
+
+
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -238,10 +259,7 @@ def _blocks(view: Region) -> list[tuple[int, int]]:
 def _joined(view: Region) -> Region:
     """The same elements in the order of memory, with as few dimensions as can be."""
     order = sorted(range(len(view.shape)), key=lambda dim: -view.stride[dim])
-    sorted_view = Region(
-        tuple(view.shape[dim] for dim in order), tuple(view.stride[dim] for dim in order), view.offset
-    )
-    blocks = _blocks(sorted_view)
+    blocks = _blocks(Region(tuple(view.shape[dim] for dim in order), tuple(view.stride[dim] for dim in order)))
     return Region(tuple(size for size, _ in blocks), tuple(step for _, step in blocks), view.offset)
 
 

@@ -18,7 +18,9 @@ class LoadReport:
     """The outcome of matching, by name. ``mismatched_keys`` holds (fqn, shape in the checkpoint, shape in the module).
 
     ``missing_keys`` are names of the module that nothing provides, as torch counts them but without tied names that
-    another name provides; they are the ``initialised`` ones that a state-dict hook did not excuse.
+    another name provides, and without those that a state-dict hook excused. They are ``initialised``, or in an
+    ``existing`` module ``kept``. ``left_out`` holds (fqn, fqn of the same memory whose value was taken instead), once a
+    plan was executed without ``strict``.
     """
 
     loaded: tuple[str, ...]
@@ -30,20 +32,37 @@ class LoadReport:
     mismatched_keys: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     loaded_bytes: int
     read_bytes: int
+    left_out: tuple[tuple[str, str], ...] = ()
+    existing: bool = False
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.loaded)} loaded ({human_bytes(self.loaded_bytes)}, {human_bytes(self.read_bytes)} in the"
-            f" checkpoint), {len(self.tied)} tied, {len(self.initialised)} initialised, {len(self.kept)} kept,"
-            f" {len(self.mismatched_keys)} mismatched, {len(self.unexpected_keys)} unexpected"
-        ]
-        lines += _listing("missing in the checkpoint, initialised", self.missing_keys)
+        left_out = [f"{fqn} (that of {kept})" for fqn, kept in self.left_out]
+        lines = [self.headline(), *self.notes(), *_listing("left out, as the same memory has another value", left_out)]
+        return "\n".join(lines)
+
+    def headline(self) -> str:
+        """How many of each, and bytes, in one line."""
+        size = human_bytes(self.loaded_bytes)
+        if self.read_bytes != self.loaded_bytes:
+            size += f", {human_bytes(self.read_bytes)} in the checkpoint"
+        return (
+            f"{len(self.loaded)} loaded ({size}), {len(self.tied)} tied, {len(self.initialised)} initialised,"
+            f" {len(self.kept)} kept, {len(self.mismatched_keys)} mismatched, {len(self.unexpected_keys)} unexpected"
+        )
+
+    def warning(self) -> str:
+        """What did not match, in one line; empty when all did."""
+        return "; ".join(line.strip() for line in self.notes())
+
+    def notes(self) -> list[str]:
+        """A line for each kind of what did not match; empty when all did."""
+        done = "kept as it was" if self.existing else "initialised"
+        lines = _listing(f"missing in the checkpoint, {done}", self.missing_keys)
         lines += _listing("in the checkpoint, not in the module", self.unexpected_keys)
-        lines += _listing(
-            "of another shape, initialised",
+        return lines + _listing(
+            f"of another shape, {done}",
             [f"{fqn} {list(found)} ≠ {list(wanted)}" for fqn, found, wanted in self.mismatched_keys],
         )
-        return "\n".join(lines)
 
 
 def _listing(title: str, names: Sequence[str]) -> list[str]:
@@ -68,13 +87,15 @@ def report(decisions: Decisions) -> LoadReport:
         tied=names(Action.TIED),
         initialised=names(Action.INITIALISED),
         kept=names(Action.KEPT),
-        missing_keys=tuple(row.fqn for row in by_action[Action.INITIALISED] if not row.excused),
+        missing_keys=tuple(row.fqn for row in decisions.rows if row.missing and not row.excused),
         unexpected_keys=decisions.unexpected_keys,
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape) for row in by_action[Action.MISMATCHED] if row.offer
         ),
         loaded_bytes=sum(row.nbytes for row in loaded),
         read_bytes=sum(entry.nbytes for row in loaded for entry in row.entries),
+        left_out=decisions.left_out,
+        existing=decisions.existing,
     )
 
 
@@ -84,7 +105,7 @@ def table(decisions: Decisions) -> str:
     rows = []
     for names, members in _folded_rows(decisions.rows):
         count = f"×{len(members)}" if len(members) > 1 else ""
-        rows.append((members[0].action.value, names, count, *_cells(members[0])))
+        rows.append((members[0].action.value, names, count, *_cells(members)))
     rows += [("unexpected", name, f"×{count}" if count > 1 else "", "", "", "") for name, count in
              folded(decisions.unexpected_keys)]  # fmt: skip
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
@@ -93,16 +114,19 @@ def table(decisions: Decisions) -> str:
         lines.append("  ".join([*cells, row[5]]).rstrip())
     if decisions.checks:
         lines += ["", "checked before anything is assigned:"]
-        lines += [f"  {check.fqn} and {check.other_fqn} are tied: equal bytes?" for check in decisions.checks]
+        lines += [f"  {check.fqn} and {check.other_fqn} share a value: equal bytes?" for check in decisions.checks]
     if decisions.early_keys:
         lines += ["", f"read early for state-dict hooks: {', '.join(decisions.early_keys)}"]
     if decisions.problems:
-        lines += ["", f"refused, {len(decisions.problems)} problems:"]
+        number = len(decisions.problems)
+        lines += ["", f"refused, {number} problem{'s' * (number != 1)}:"]
         lines += [f"  - {problem}" for problem in decisions.problems]
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, str, str]:
+def _cells(members: Sequence[Row]) -> tuple[str, str, str]:
+    """Shape, dtype and source of rows that share a line."""
+    row = members[0]
     shape = "×".join(map(str, row.shape)) if row.shape else "scalar"
     dtype = short_dtype(row.dtype)
     source = ""
@@ -110,7 +134,7 @@ def _cells(row: Row) -> tuple[str, str, str]:
         dtypes = "/".join(dict.fromkeys(short_dtype(entry.dtype) for entry in row.entries))
         if row.cast:
             dtype = f"{dtypes}→{dtype}"
-        source = _source(row)
+        source = _source(row) if len(members) == 1 else _sources(members)
     elif row.tied_to is not None:
         source = f"= {row.tied_to}"
     elif row.action is Action.MISMATCHED and row.offer is not None:
@@ -127,6 +151,17 @@ def _source(row: Row) -> str:
     first = row.parts[0]
     place = f"{_place(first.entry)} as {first.key}"
     return place if len(row.parts) == 1 else f"{len(row.parts)} parts: {place}, …"
+
+
+def _sources(members: Sequence[Row]) -> str:
+    entries = [entry for row in members for entry in row.entries]
+    files = list(dict.fromkeys(entry.file.name for entry in entries if entry.file is not None))
+    where = "memory" if not files else files[0] if len(files) == 1 else f"{len(files)} files"
+    keys = [part.key for row in members for part in row.parts] or [row.offer.key for row in members if row.offer]
+    renamed = keys != [row.fqn for row in members]
+    named = " as " + ", ".join(name for name, _ in folded(keys)) if renamed else ""
+    kind = "parts" if members[0].parts else "ranges"
+    return f"{where}{named}" if not files else f"{len(entries)} {kind} of {where}{named}"
 
 
 def _place(entry: TensorEntry) -> str:
@@ -197,6 +232,8 @@ def as_json(decisions: Decisions) -> dict[str, Any]:
             {"fqn": fqn, "found": list(found), "expected": list(wanted)}
             for fqn, found, wanted in summary.mismatched_keys
         ],
+        "missing_extra_state": list(decisions.missing_extra_state),
+        "early_keys": list(decisions.early_keys),
         "checks": [{"fqn": check.fqn, "other": check.other_fqn} for check in decisions.checks],
         "problems": [str(problem) for problem in decisions.problems],
         "loaded_bytes": summary.loaded_bytes,

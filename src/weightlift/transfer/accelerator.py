@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from weightlift.errors import PlanError, Problem
+from weightlift.plan.records import Decisions
+
 
 class Backend(Protocol):
     """What the engine needs of one device. `pinned`, `stream` and `record` are called from several threads."""
@@ -115,3 +118,25 @@ def same_device(device: torch.device, wanted: torch.device) -> bool:
         return device.type == wanted.type
     index = torch.get_device_module(wanted).current_device() if wanted.index is None else wanted.index
     return (device.index or 0) == index
+
+
+def require_devices(decisions: Decisions) -> None:
+    """Raise PlanError, before anything is written, when a device that the plan names can't be used."""
+    problems = []
+    for device in dict.fromkeys(row.device for row in decisions.rows):
+        if device != "cpu":
+            try:
+                torch.empty(1, device=device)
+            except Exception as error:
+                first = next(row for row in decisions.rows if row.device == device)
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                problems.append(
+                    Problem(
+                        f"the device {device} can't be used",
+                        fqn=first.fqn,
+                        found=text,
+                        hint="name a device that is there, in device or device_map",
+                    )
+                )
+    if problems:
+        raise PlanError(f"{decisions.module} can't be placed; nothing was changed", problems)

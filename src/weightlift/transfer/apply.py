@@ -15,7 +15,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of
+from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of, users_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record, needed, replays
 from weightlift.errors import Problem, TransferError
@@ -23,23 +23,19 @@ from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.plan.regions import fault_of
 from weightlift.strides import is_row_major
-from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.engine import run
+from weightlift.transfer.homes import Home, fits, homes, new_memory
 from weightlift.transfer.jobs import Job, Task
-from weightlift.transfer.memory import new_tensor
 from weightlift.transfer.subject import Bytes, Subject
-from weightlift.transfer.ties import settled
-from weightlift.transfer.trace import Trace, timed
+from weightlift.transfer.trace import Trace
 
 
 def apply(
     decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions, trace: Trace | None = None
 ) -> nn.Module:
-    """Carry a plan out. Raises PlanError (nothing changed), TransferError, LoadCancelled."""
+    """Carry out decisions that `weightlift.transfer.ties` has settled. Raises TransferError, LoadCancelled."""
     with outside_modes():
-        with timed(trace, "check", "tied names"):
-            rows = settled(decisions, source, options)
-        return _Application(decisions, rows, subject, source, options, trace).run()
+        return _Application(decisions, subject, source, options, trace).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,6 @@ class _Application:
     def __init__(
         self,
         decisions: Decisions,
-        rows: tuple[Row, ...],
         subject: Subject,
         source: Bytes,
         options: LoadOptions,
@@ -69,14 +64,12 @@ class _Application:
         self._options = options
         self._trace = trace
         slots = {slot.fqn: slot for slot in subject.inventory.slots}
+        members = [(row, slots[row.fqn]) for row in decisions.rows]
         self._groups: dict[int, list[tuple[Row, Slot]]] = {}
-        for row in rows:
-            self._groups.setdefault(row.target, []).append((row, slots[row.fqn]))
-        users: dict[int, set[int]] = {}
-        for slot in subject.inventory.slots:
-            users.setdefault(storage_of(slot.tensor)[0], set()).add(id(slot.tensor))
-        self._shared = {storage for storage, tensors in users.items() if len(tensors) > 1}
-        self._untied = {row.fqn for row, old in zip(rows, decisions.rows, strict=True) if row is not old}
+        for row, slot in members:
+            self._groups.setdefault(row.target, []).append((row, slot))
+        self._watched = _watched(slots.values())
+        self._homes = homes(members)
 
     def run(self) -> nn.Module:
         loaded, rest = self._split()
@@ -84,6 +77,7 @@ class _Application:
         jobs = [job for order in orders for job in order.jobs]
         supplied = self._supplied(loaded)
         tasks = self._initialisers(rest, supplied)
+        self._move_in(loaded)
         values = run(
             jobs,
             tasks,
@@ -103,11 +97,10 @@ class _Application:
         for (row, slot), order in zip(loaded, orders, strict=True):
             value, *_ = [next(made) for _ in order.jobs]
             value = value if order.into is None else order.into
-            if row.in_place and not order.in_place and self._fits(row, slot.tensor):
-                slot.tensor.detach().copy_(value)  # its strides could not be filled part by part
-                self._assign(row, None)
-            else:
-                self._assign(row, None if order.in_place else value)
+            place = None if order.in_place else self._place(row, slot)
+            if place is not None:
+                place.copy_(value)  # its strides can't be filled part by part
+            self._assign(row, None if order.in_place or place is not None else value)
         for row, slot in rest:
             self._own(row, slot)
         self._finish_modules()
@@ -132,47 +125,54 @@ class _Application:
     def _order(self, row: Row, slot: Slot) -> _Order:
         """The jobs that give a row its value: one, or one for each of its parts."""
         entry = _one_entry(row)
-        into, in_place = self._memory_of(row, slot, whole=entry is not None), True
-        if into is None and entry is None:
-            into, in_place = _new(row), False
-        device = torch.device(row.device) if into is None else into.device
+        device = torch.device(row.device)
+        into = self._place(row, slot)
+        if into is not None and entry is None and not into.is_contiguous():
+            into = None
+        in_place = into is not None
+        fresh = not in_place or self._home(row, slot.tensor) is not None
         if entry is not None:
-            dtype = row.dtype if into is None else into.dtype
-            return _Order((Job(row.fqn, entry, dtype, device, into=into),), into, in_place=into is not None)
-        assert into is not None
+            return _Order((Job(row.fqn, entry, row.dtype, device, into=into, fresh=fresh),), into, in_place=in_place)
         fault = fault_of(row.parts, row.shape)
         assert fault is None, f"the parts of {row.fqn}: {fault}"
+        into = new_memory(row.shape, row.dtype, device) if into is None else into
         jobs = []
         for part in row.parts:
             region = into.as_strided(part.shape, part.stride, into.storage_offset() + part.offset)
-            jobs.append(Job(row.fqn, part.entry, into.dtype, device, into=region, fresh=not in_place))
+            jobs.append(Job(row.fqn, part.entry, row.dtype, device, into=region, fresh=fresh))
         return _Order(tuple(jobs), into, in_place=in_place)
 
-    def _memory_of(self, row: Row, slot: Slot, *, whole: bool) -> torch.Tensor | None:
-        """The memory to fill in place; None where the tensor gets new memory."""
+    def _home(self, row: Row, tensor: torch.Tensor) -> Home | None:
+        return None if row.untied or is_lazy(tensor) else self._homes.get(storage_of(tensor)[0])
+
+    def _place(self, row: Row, slot: Slot) -> torch.Tensor | None:
+        """The memory that a value belongs into; None where the tensor gets new memory."""
         tensor = slot.tensor
-        if not row.in_place or is_lazy(tensor) or not (whole or tensor.is_contiguous()):
-            return None
-        if not self._fits(row, tensor) and storage_of(tensor)[0] not in self._shared:
+        home = self._home(row, tensor)
+        if home is not None:
+            return home.view(tensor)
+        if not row.in_place or not fits(row, tensor):
             return None
         record = self._subject.record_of(tensor)
         if record is not None:
             record.memory()
         return tensor.detach()
 
-    def _fits(self, row: Row, tensor: torch.Tensor) -> bool:
-        """Whether a tensor can hold its row's value as it is."""
-        return (
-            not is_lazy(tensor)
-            and tensor.dtype == row.dtype
-            and same_device(tensor.device, torch.device(row.device))
-        )
+    def _move_in(self, loaded: Iterable[tuple[Row, Slot]]) -> None:
+        """Take over what is not read anyway. Initialisers of storages that are read in part have run by now."""
+        read = {row.fqn: slot.tensor.numel() for row, slot in loaded}
+        for home in self._homes.values():
+            if not any(read.get(row.fqn) == home.flat.numel() for row, _ in home.members):
+                record = self._subject.record_of(home.members[0][1].tensor)
+                if record is not None:
+                    record.memory()
+                home.take_over()
 
     def _supplied(self, loaded: Iterable[tuple[Row, Slot]]) -> set[Record]:
         """Tapes that need not run: what is read covers their whole storage, or replaces it."""
         supplied = set()
         for row, slot in loaded:
-            if row.fqn in self._untied or is_lazy(slot.tensor):
+            if row.untied or is_lazy(slot.tensor):
                 continue
             record = self._subject.record_of(slot.tensor)
             if record is not None and slot.tensor.nbytes == record.nbytes:
@@ -232,18 +232,28 @@ class _Application:
                     slot.put(done[id(tensor)])
                 continue
             new = self._moved(row, tensor) if value is None else value
-            done[id(tensor)] = tensor if new is None else _adopt(slot, new, fresh=slot.fqn in self._untied)
+            done[id(tensor)] = tensor if new is None else self._put(row, slot, new)
 
     def _moved(self, row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
         """A tensor's value with the dtype and on the device of the plan; None when it has them already."""
-        device = torch.device(row.device)
-        if tensor.dtype == row.dtype and same_device(tensor.device, device):
+        home = self._home(row, tensor)
+        if home is not None:
+            return home.view(tensor)
+        if fits(row, tensor):
             return None
-        return tensor.detach().to(device=device, dtype=row.dtype)
+        return tensor.detach().to(device=torch.device(row.device), dtype=row.dtype)
+
+    def _put(self, row: Row, slot: Slot, value: torch.Tensor) -> torch.Tensor:
+        record = None if row.untied or is_lazy(slot.tensor) else self._subject.record_of(slot.tensor)
+        if record is not None and storage_of(slot.tensor)[0] in self._watched:
+            # Somebody outside the module holds a view of the old memory: it must not be left without its values.
+            record.memory()
+            slot.tensor.detach().copy_(value)
+        return _adopt(slot, value, fresh=row.untied)
 
     def _own(self, row: Row, slot: Slot) -> None:
         """A target that nothing was read for: its own value, cast and moved."""
-        if is_lazy(slot.tensor) or slot.tensor.is_meta:
+        if is_lazy(slot.tensor) or (slot.tensor.is_meta and self._home(row, slot.tensor) is None):
             return
         self._assign(row, None)
 
@@ -254,7 +264,7 @@ class _Application:
         for prefix, module in modules:
             if (name := f"{prefix}_extra_state") in wanted:
                 module.set_extra_state(self._source.extras[name])
-        missing = [row.fqn for row in self._decisions.rows if row.action is Action.INITIALISED and not row.excused]
+        missing = [row.fqn for row in self._decisions.rows if row.missing and not row.excused]
         for _, module in reversed(modules):
             for hook in module._load_state_dict_post_hooks.values():
                 keys = torch.nn.modules.module._IncompatibleKeys(missing, list(self._decisions.unexpected_keys))
@@ -291,11 +301,15 @@ def _one_entry(row: Row) -> TensorEntry | None:
     return replace(entry, shape=row.shape, stride=None)  # also a one-element vector for a scalar
 
 
-def _new(row: Row) -> torch.Tensor:
-    device = torch.device(row.device)
-    if device.type == "cpu":
-        return new_tensor(row.shape, row.dtype)
-    return torch.empty(row.shape, dtype=row.dtype, device=device)
+def _watched(slots: Iterable[Slot]) -> set[int]:
+    """Storages of the module that somebody else's tensors lie on as well."""
+    holders: dict[int, dict[int, torch.Tensor]] = {}
+    for slot in slots:
+        if not is_lazy(slot.tensor):
+            holders.setdefault(storage_of(slot.tensor)[0], {})[id(slot.tensor)] = slot.tensor
+    return {
+        address for address, tensors in holders.items() if users_of(next(iter(tensors.values()))) > len(tensors)
+    }
 
 
 def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from weightlift import strides
+from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
-from weightlift.transfer.convert import outside_modes
 from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter

@@ -1,28 +1,14 @@
-"""Copies on the CPU, in the calling thread, and the context that keeps ambient torch modes out of them."""
+"""Copies on the CPU, in the calling thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 # Below 32,768 elements ATen does not split a copy over its own (OpenMP) threads. The workers are the parallelism: a
 # team of threads for each of them would only get in the way, and setting the number of threads would be global state.
 _SERIAL_ELEMENTS = 511 * 64
-
-
-@contextmanager
-def outside_modes() -> Iterator[None]:
-    """Plain tensors in plain torch for this thread: no dispatch or function modes, no inference mode, no autograd."""
-    with (
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        yield
 
 
 def copy_serially(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from weightlift import strides
+from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
-from weightlift.transfer.convert import outside_modes
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, new_tensor

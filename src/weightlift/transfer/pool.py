@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from weightlift.ambient import outside_modes
 from weightlift.errors import LoadCancelled
-from weightlift.transfer.convert import outside_modes
 from weightlift.transfer.progress import Reporter
 from weightlift.transfer.trace import Trace
 

@@ -16,10 +16,14 @@ from weightlift.deferred.tape import Record
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The module that a plan was made for: its slots, and the tapes it was built with (None for a user's module)."""
+    """The module that a plan was made for: its slots, and the tapes it was built with (None: it was built ordinarily).
+
+    ``existing``: it is a user's, and was there before.
+    """
 
     inventory: Inventory
     recorder: Recorder | None
+    existing: bool = False
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The tape of a tensor, if it has one."""

@@ -245,7 +245,6 @@ def test_state_dict_hooks_are_no_constructor():
 
 @pytest.mark.parametrize("existing", [True, False])
 def test_loading_under_inference_mode(existing):
-    # BUG: ordinary values are put (.data) into Parameters that were born as inference tensors.
     with torch.inference_mode():
         module = wl.load(Watching() if existing else Watching, STATE)
         assert torch.is_inference_mode_enabled()
@@ -296,3 +295,36 @@ def test_under_a_device_context_of_the_caller():
         module = wl.load(nn.Linear(3, 3, device="cpu"), {"weight": STATE["lin.weight"], "bias": STATE["lin.bias"]})
         made = wl.load(Watching, STATE)
     assert torch.equal(module.weight, STATE["lin.weight"]) and torch.equal(made.lin.weight, STATE["lin.weight"])
+
+
+# -- forced -----------------------------------------------------------------------------------------------------------
+
+
+def test_forced_names_the_line_and_counts_all_that_ran():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(100, 100) * 0.5)
+            self.largest = self.weight.abs().max().item()
+
+    forced = wl.defer(Looks).forced
+    (site,) = forced
+    assert site.startswith("item() at test_api_deferred.py:") and "__init__" in site
+    # The sample, its half, the absolute values, the largest.
+    assert forced[site] == 3 * 40_000 + 4
+
+
+def test_nothing_is_forced_by_an_ordinary_module():
+    assert wl.defer(lambda: nn.TransformerEncoderLayer(16, 2)).forced == {}
+
+
+def test_forced_counts_what_a_seed_makes_run_at_once():
+    class Seeding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(42)
+                self.weight = nn.Parameter(torch.empty(50, 50).normal_())
+
+    forced = wl.defer(Seeding).forced
+    assert list(forced.values()) == [10_000] and "normal_ at test_api_deferred.py:" in next(iter(forced))

@@ -187,7 +187,6 @@ def test_meta_without_a_value_is_known_to_the_plan():
     state = fresh_state()
     del state["2.bias"]
     module = on_meta()
-    # BUG: it is only found after the module was changed.
     assert any(problem.fqn == "2.bias" for problem in wl.plan(module, state, strict=False).problems)
     with pytest.raises(wl.WeightliftError):
         wl.load(module, state, strict=False)

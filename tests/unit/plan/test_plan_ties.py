@@ -185,14 +185,12 @@ def test_parameters_on_one_storage_with_different_bytes(load, caplog):
 
 
 def test_parameters_on_one_storage_stay_so_with_a_dtype(load):
-    # BUG: each tensor is cast by itself, so that the tie is lost.
     got = load(Twin, {"emb.weight": value()}, dtype=torch.bfloat16)
     assert torch.equal(got.emb.weight, value().bfloat16()) and torch.equal(got.head.weight, value().bfloat16())
     assert same_storage(got.emb.weight, got.head.weight)
 
 
 def test_missing_parameters_on_one_storage_stay_so_with_a_dtype():
-    # BUG: each tensor is cast by itself, so that the tie is lost.
     got = wl.load(Twin, {}, strict=False, dtype=torch.bfloat16)
     assert got.emb.weight.dtype == got.head.weight.dtype == torch.bfloat16
     assert same_storage(got.emb.weight, got.head.weight)
@@ -221,7 +219,6 @@ def test_a_view_with_the_bytes_of_its_weight(load):
 
 
 def test_a_view_with_other_bytes_than_its_weight_is_a_conflict(load):
-    # BUG: two jobs write the same bytes, and who comes last wins.
     state = {"weight": value(), "rows": value(1, 2, 4)}
     with pytest.raises(wl.PlanError, match="rows"):
         load(Viewed, state)
@@ -233,7 +230,6 @@ def test_a_view_of_a_cast_weight_has_its_values(load):
 
 
 def test_a_view_of_a_cast_weight_stays_a_view(load):
-    # BUG: see above; the weight and its view get memory of their own each.
     got = load(Viewed, {"weight": value()}, dtype=torch.bfloat16, strict=False)
     assert same_storage(got.weight, got.rows)
 
@@ -281,11 +277,97 @@ def test_a_shared_module_with_different_bytes(load, caplog):
         except wl.PlanError as error:  # also right: one module cannot hold two values
             assert "a.weight" in str(error) and "b.weight" in str(error)
             return
-    # BUG: it says that they are untied, which one module cannot be: a's value is dropped without a word.
     kept = "a" if torch.equal(got.a.weight, value(0, 3, 3)) else "b"
     said = [r.getMessage() for r in caplog.records if "a.weight" in r.getMessage() and "b.weight" in r.getMessage()]
     assert len(said) == 1 and kept in "ab"
     assert "untied" not in said[0]
+
+
+def test_what_a_shared_module_leaves_out_is_reported():
+    state = {"a.weight": value(0, 3, 3), "b.weight": value(1, 3, 3), "a.bias": value(2, 3)}
+    plan = wl.plan(Shared, state, strict=False)
+    got = plan.execute()
+    assert torch.equal(got.b.weight, value(0, 3, 3))
+    assert plan.report.left_out == (("b.weight", "a.weight"),) and "left out" in str(plan.report)
+
+
+def test_two_of_three_agree_against_the_first(load):
+    got = load(three, {"emb.weight": value(0), "head.weight": value(1), "other.weight": value(1)}, strict=False)
+    assert got.head.weight is got.other.weight is not got.emb.weight
+    assert torch.equal(got.emb.weight, value(0)) and torch.equal(got.other.weight, value(1))
+
+
+def test_three_values_for_three_names(load):
+    got = load(three, {"emb.weight": value(0), "head.weight": value(1), "other.weight": value(2)}, strict=False)
+    for number, name in enumerate(["emb", "head", "other"]):
+        assert torch.equal(got.get_submodule(name).weight, value(number))
+
+
+def test_a_tie_whose_only_name_is_mismatched(load):
+    state = {"emb.weight": torch.zeros(2, 2)}
+    got = load(Tied, state, ignore_mismatched=True)
+    assert got.emb.weight is got.head.weight and got.emb.weight.shape == (6, 4)
+    plan = wl.plan(Tied, state)
+    assert [problem.fqn for problem in plan.problems] == ["emb.weight"]
+
+
+def test_a_view_keeps_the_value_of_its_weight_without_strict(load, caplog):
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        got = load(Viewed, {"weight": value(), "rows": value(1, 2, 4)}, strict=False)
+    assert torch.equal(got.weight, value()) and torch.equal(got.rows, value()[2:4])
+    assert same_storage(got.weight, got.rows) and "untied" not in caplog.text
+    assert [r for r in caplog.records if "rows" in r.getMessage()]
+
+
+def test_pieces_that_overlap_are_compared(load):
+    a, b = value(0, 2, 3), value(1, 4)
+    with pytest.raises(wl.PlanError, match="t: "):
+        load(Flat, {"a": a, "b": b, "t": a.t() + 1})
+
+
+def test_pieces_of_one_storage_with_a_dtype(load):
+    a, b = value(0, 2, 3), value(1, 4)
+    got = load(Flat, {"a": a, "b": b, "t": a.t().contiguous()}, dtype=torch.bfloat16)
+    assert torch.equal(got.a, a.bfloat16()) and torch.equal(got.b, b.bfloat16())
+    assert torch.equal(got.t, a.t().bfloat16()) and same_storage(got.a, got.b) and same_storage(got.a, got.t)
+
+
+class Halves(nn.Module):
+    """Two parameters whose elements alternate in one buffer: their ranges meet, their elements do not."""
+
+    def __init__(self):
+        super().__init__()
+        flat = torch.zeros(4, 6)
+        self.even, self.odd = nn.Parameter(flat[:, ::2]), nn.Parameter(flat[:, 1::2])
+
+
+def test_interleaved_parameters(load):
+    even, odd = value(0, 4, 3), value(1, 4, 3)
+    for dtype in (torch.float32, torch.float16):
+        got = load(Halves, {"even": even, "odd": odd}, dtype=dtype)
+        assert torch.equal(got.even, even.to(dtype)) and torch.equal(got.odd, odd.to(dtype))
+        assert same_storage(got.even, got.odd)
+
+
+def test_a_view_outside_of_the_module_has_values_after_a_cast():
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+            self.outside = [self.weight.detach()[2:]]
+
+    got = wl.load(Watched, {"weight": value()}, dtype=torch.bfloat16)
+    assert torch.equal(got.weight, value().bfloat16())
+    assert torch.equal(got.outside[0], value().bfloat16()[2:].float())
+
+
+def test_views_of_a_module_on_meta():
+    with torch.device("meta"):
+        twin, viewed = Twin(), Viewed()
+    got = wl.load(twin, {"head.weight": value()})
+    assert same_storage(got.emb.weight, got.head.weight) and torch.equal(got.emb.weight, value())
+    got = wl.load(viewed, {"weight": value()}, strict=False)
+    assert same_storage(got.weight, got.rows) and torch.equal(got.rows, value()[2:4])
 
 
 def test_ties_of_a_module_on_meta():

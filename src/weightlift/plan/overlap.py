@@ -1,0 +1,86 @@
+"""Different tensors of a module that lie in the same memory: views of a weight, pieces of one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from weightlift.deferred.inventory import TensorSpec
+from weightlift.errors import Problem
+from weightlift.plan.records import Offer
+from weightlift.plan.regions import Region, overlap, within
+from weightlift.strides import is_row_major, span_elements
+
+Fitting = Mapping[int, tuple[TensorSpec, Offer]]
+
+
+def share_memory(tensors: Sequence[TensorSpec]) -> bool:
+    """Whether the byte ranges of any two of them, of one storage, meet."""
+    reached = -1
+    for start, end in sorted(_range(item) for item in tensors):
+        if start < reached:
+            return True
+        reached = max(reached, end)
+    return False
+
+
+def overlays(
+    ties: Sequence[Sequence[TensorSpec]], fitting: Fitting, problems: list[Problem]
+) -> dict[int, tuple[TensorSpec, Offer]]:
+    """For each group of a storage whose bytes a larger, offered one provides too: that one, and its part of the offer.
+
+    ``fitting`` is the offer of each group that has one. Only one of two tensors may be written; the other is compared
+    with it. Where that can't be done a problem is added.
+    """
+    if len(fitting) < 2:
+        return {}
+    found: dict[int, tuple[TensorSpec, Offer]] = {}
+    written: list[tuple[TensorSpec, Offer]] = []
+    for number in sorted(fitting, key=lambda number: -ties[number][0].nbytes):
+        item, offer = fitting[number]
+        under = [pair for pair in written if _overlap(pair[0], item)]
+        if not under:
+            written.append((item, offer))
+            continue
+        part = _part_of(*under[0], item) if len(under) == 1 else None
+        if part is None:
+            problems.append(_both(item, offer, under[0][0]))
+        found[number] = under[0][0], part or under[0][1]
+    return found
+
+
+def _range(item: TensorSpec) -> tuple[int, int]:
+    size = item.dtype.itemsize
+    if item.lazy or item.numel == 0:
+        return 0, 0
+    return item.offset * size, (item.offset + span_elements(item.shape, item.stride)) * size
+
+
+def _overlap(a: TensorSpec, b: TensorSpec) -> bool:
+    (start, end), (other_start, other_end) = _range(a), _range(b)
+    if start >= other_end or other_start >= end:
+        return False
+    if a.dtype != b.dtype:
+        return True
+    return overlap([Region(item.shape, item.stride, item.offset) for item in (a, b)])
+
+
+def _part_of(whole: TensorSpec, offer: Offer, item: TensorSpec) -> Offer | None:
+    """What ``offer``, the value of ``whole``, says about ``item``; None where it does not say all of it."""
+    if whole.dtype != item.dtype or offer.parts or not is_row_major(whole.shape, whole.stride):
+        return None
+    region = Region(item.shape, item.stride, item.offset - whole.offset)
+    if region.offset < 0 or region.offset + span_elements(region.shape, region.stride) > whole.numel:
+        return None
+    entry = within(replace(offer.entry, shape=whole.shape) if not whole.shape else offer.entry, region)
+    return None if entry is None else replace(offer, entry=entry)
+
+
+def _both(item: TensorSpec, offer: Offer, other: TensorSpec) -> Problem:
+    return Problem(
+        f"it shares memory with {other.fqn} in the module, and the checkpoint has both",
+        key=offer.key,
+        fqn=item.fqn,
+        file=offer.entry.file,
+        hint="drop one of the two keys: key_mapping=lambda key: None for it",
+    )

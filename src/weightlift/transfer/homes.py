@@ -1,0 +1,73 @@
+"""Storages that several tensors of a module share, and that a plan casts or moves: done once for the storage.
+
+Were each tensor cast by itself, a weight and its view, or two parameters on one storage, would part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from weightlift.deferred.inventory import Slot, is_lazy, storage_of
+from weightlift.plan.records import Row
+from weightlift.strides import span_elements
+from weightlift.transfer.accelerator import same_device
+from weightlift.transfer.memory import new_tensor
+
+Member = tuple[Row, Slot]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """New memory for the elements from ``start`` on of a storage; ``members`` are the rows that move in."""
+
+    flat: torch.Tensor
+    start: int
+    members: tuple[Member, ...]
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What becomes of ``tensor``: the same view, of the new memory."""
+        return self.flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset() - self.start)
+
+    def take_over(self) -> None:
+        """Convert what the storage holds, once."""
+        tensor = self.members[0][1].tensor.detach()
+        if not tensor.is_meta:
+            self.flat.copy_(tensor.as_strided(self.flat.size(), (1,), self.start))
+
+
+def fits(row: Row, tensor: torch.Tensor) -> bool:
+    """Whether a tensor can hold its row's value as it is."""
+    if is_lazy(tensor) or tensor.dtype != row.dtype:
+        return False
+    return same_device(tensor.device, torch.device(row.device))
+
+
+def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised and contiguous."""
+    return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
+def homes(members: Iterable[Member]) -> dict[int, Home]:
+    """A new home, by address, for every storage that more than one tensor shares and whose tensors do not fit.
+
+    Tensors that the plan gives different dtypes or devices part, as they must.
+    """
+    storages: dict[int, list[Member]] = {}
+    for row, slot in members:
+        if not row.untied and not is_lazy(slot.tensor):
+            storages.setdefault(storage_of(slot.tensor)[0], []).append((row, slot))
+    found = {}
+    for address, group in storages.items():
+        row, slot = group[0]
+        setting = {(row.dtype, row.device, slot.tensor.dtype) for row, slot in group}
+        if len({id(slot.tensor) for _, slot in group}) < 2 or len(setting) > 1 or fits(row, slot.tensor):
+            continue
+        tensors = [slot.tensor for _, slot in group if slot.tensor.numel()]
+        start = min((int(tensor.storage_offset()) for tensor in tensors), default=0)
+        ends = (int(tensor.storage_offset()) + span_elements(tensor.size(), tensor.stride()) for tensor in tensors)
+        size = max(ends, default=start) - start
+        found[address] = Home(new_memory((size,), row.dtype, torch.device(row.device)), start, tuple(group))
+    return found
