@@ -17,18 +17,15 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.checkpoint.memory import entry_of
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.rewrite import rewrite
 from weightlift.deferred.tape import needed, replays
 from weightlift.errors import PlanError, Problem
 from weightlift.options import DeviceOption, DtypeOption, KeyMapping, LoadOptions, ProgressOption
-from weightlift.plan.keys import offers_of
-from weightlift.plan.match import Supply, match
-from weightlift.plan.records import Decisions, Offer
+from weightlift.plan.records import Decisions
 from weightlift.plan.report import LoadReport, as_json, report, table
+from weightlift.supply import decide
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
@@ -364,50 +361,9 @@ def _plan(
     take: Callable[[], Subject] | None = None,
     trace: Trace | None = None,
 ) -> LoadPlan:
-    with timed(trace, "plan", "headers against names"), outside_modes():
-        # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
-        spec = subject.inventory.spec(lambda tensor: subject.record_of(tensor) is None)
-        supply, early = _supply(subject.inventory, checkpoint, options)
-        decisions = match(spec, supply, options, existing=subject.existing)
-    source = Bytes(checkpoint.files, {**checkpoint.tensors, **early}, checkpoint.extras)
-    return LoadPlan(decisions, subject, source, options, take, trace)
-
-
-def _supply(
-    inventory: Inventory, checkpoint: Checkpoint, options: LoadOptions
-) -> tuple[Supply, dict[str, torch.Tensor]]:
-    """What the checkpoint offers under the module's names, and the values that state-dict hooks computed."""
-    offers, problems = offers_of(checkpoint, options.key_mapping)
-    extras = checkpoint.extras
-    done = rewrite(
-        inventory,
-        {name: (offer.entry.shape, offer.entry.dtype) for name, offer in offers.items()},
-        extras,
-        checkpoint.state_dict_metadata,
-        lambda name: checkpoint.read(offers[name].key),
-        options.seed,
-    )
-    if done is None:
-        return Supply(checkpoint.source, offers, checkpoint.files, tuple(problems), extra_state=frozenset(extras)), {}
-    early: dict[str, torch.Tensor] = {}
-    final = {
-        name: Offer(name, offers[before].key, offers[before].entry) for name, before in done.names.items()
-    }
-    for name, (value, owner) in done.values.items():
-        key = f"{name} (computed by a state-dict hook)"
-        early[key] = value
-        final[name] = Offer(name, name, entry_of(key, value), computed_by=owner or "the module")
-    problems += [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
-    supply = Supply(
-        source=checkpoint.source,
-        offers=final,
-        files=checkpoint.files,
-        problems=tuple(problems),
-        excused=frozenset(done.excused),
-        extra_state=frozenset(done.extras),
-        early_keys=tuple(dict.fromkeys(offers[name].key for name in done.early)),
-    )
-    return supply, early
+    with timed(trace, "plan", "headers against names"):
+        supplied = decide(subject, checkpoint, options)
+    return LoadPlan(supplied.decisions, supplied.subject, supplied.source, options, take, trace)
 
 
 def _owned(subject: Subject) -> list[Any]:

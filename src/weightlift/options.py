@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,8 +71,10 @@ class LoadOptions:
         _check_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
-        if workers is not None and (not isinstance(workers, int) or workers < 1):
-            raise ValueError(f"workers must be a whole number of at least 1, found {workers!r}")
+        if workers is not None and not isinstance(workers, int):
+            raise TypeError(f"workers must be a whole number, found {workers!r}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, found {workers!r}")
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be a bool or a callable of bytes done and in all, found {progress!r}")
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
@@ -120,6 +123,10 @@ def _check_key_mapping(key_mapping: KeyMapping | None) -> None:
         for pattern, replacement in key_mapping.items():
             if not isinstance(pattern, str) or not isinstance(replacement, str):
                 raise TypeError(f"key_mapping maps patterns to strings, found {pattern!r}: {replacement!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"key_mapping: {pattern!r} is not a regular expression: {error}") from None
     elif key_mapping is not None and not callable(key_mapping):
         raise TypeError(f"key_mapping must be a mapping or a callable, found {key_mapping!r}")
 

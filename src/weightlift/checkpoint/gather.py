@@ -88,6 +88,9 @@ def _merge(gathered: Gathered, index: Index | None) -> None:
                 gathered.problems.append(_twice(entry.key, first.file, path))
         for key, value in contents.extras.items():
             gathered.extras.setdefault(key, value)
+        for key in contents.extras:
+            if key in entries and entries[key].file != path:
+                gathered.problems.append(_twice(key, entries[key].file, path))
     if owner is None:
         return
     read = {contents.file.path: contents for contents in gathered.contents}
@@ -101,6 +104,9 @@ def _merge(gathered: Gathered, index: Index | None) -> None:
     gathered.unlisted = [entry for key, entry in entries.items() if key not in owner]
     for entry in gathered.unlisted:
         del entries[entry.key]
+    # Values that are no tensors are left out likewise, but extra state: writers of indexes list tensors.
+    for key in [key for key in gathered.extras if key not in owner and not key.endswith("_extra_state")]:
+        del gathered.extras[key]
 
 
 def _twice(key: str, first: Path | None, second: Path) -> Problem:

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -49,6 +51,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seq = 0
         self._sampled_reads = 0
         self._seeding = SeedWatch()
+        self._in_use = threading.RLock()
         # The buffer of a dead storage takes its record along, before the address can be used again.
         records = self.records
         self._on_death: Callable[[Any], object] = lambda record: records.pop(record.key, None)
@@ -65,6 +68,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
         _pop_mode(None)
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Go on recording after the construction, in this thread; another that wants to waits."""
+        with self._in_use:
+            self._seeding = SeedWatch()
+            with self:
+                yield
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -223,19 +234,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
-        if call.overwrites and len(writes) == 1 and self._is_dead_before(targets[0], writes[0], args, kwargs):
+        if call.overwrites and len(writes) == 1 and self._is_dead_before(call, targets[0], writes[0], args, kwargs):
             del reads[writes[0]]
         if call.random:
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
         return _result(func, targets)
 
-    def _is_dead_before(self, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
+    def _is_dead_before(self, call: Call, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
         """True when the call defines every byte of the storage without reading any of them."""
         if not TensorRef(record, target).covers():
             return False
-        sources = [tensor for tensor in tensors_in((args[1:], kwargs)) if tensor is not target]
-        return all(self.record_of(source) is not record for source in sources)
+        # By position: a tensor may also be copied onto itself.
+        read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
+        return all(self.record_of(source) is not record for source in tensors_in(read))
 
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))

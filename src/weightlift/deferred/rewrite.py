@@ -1,228 +1,375 @@
-"""What a module's own state-dict hooks make of a checkpoint, without reading it.
+"""What ``load_state_dict`` would make of a module and a checkpoint, found out without reading the one or touching the
+other.
 
-``load_state_dict`` lets a module rename, split and upgrade what it is given: pre-hooks, an overridden
-``_load_from_state_dict``, ``_version``. Here such a module meets stand-ins: every key is a deferred tensor whose one
-recorded call reads it from the checkpoint, and its own tensors are deferred copies. A value that comes out under
-another name is a renaming and costs nothing; one that was computed is computed, for real, then and there.
+``load_state_dict`` lets a module rename, split and upgrade what it is given, fit itself to it, and forgive or complain:
+pre-hooks, an overridden ``_load_from_state_dict``, ``_version``. Here the walk of ``load_state_dict`` is gone through
+with stand-ins for the checkpoint's values and doubles for the modules that have such code and for all that these refer
+to. A value that comes out under another name is a renaming and costs nothing; one that was computed, or looked at, is
+read then and there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from weightlift.ambient import no_dispatch_modes
+from weightlift.deferred.doubles import Doubles
 from weightlift.deferred.functions import FunctionRecorder
-from weightlift.deferred.inventory import Inventory, is_lazy
+from weightlift.deferred.inventory import Inventory, Kind, Slot, has_extra_state, is_lazy
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.tape import Node, Record, TensorRef
+from weightlift.deferred.rewritten import Refit, Rewritten, State
+from weightlift.deferred.stand_ins import OWN, Offered, StandIns
+from weightlift.deferred.tape import Record
 
-_aten = torch.ops.aten
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+_IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
 
 
-@dataclass(slots=True)
-class Rewritten:
-    """What the hooks did. ``names``: final name → name before the hooks. ``values``: final name → (value computed by a
-    hook, the module's prefix). ``excused``: names that the module does not miss. ``early``: names whose values a hook
-    looked at. ``errors``: what the hooks complained of. ``extras``: final extra-state values.
-    """
-
-    names: dict[str, str] = field(default_factory=dict)
-    values: dict[str, tuple[torch.Tensor, str]] = field(default_factory=dict)
-    excused: set[str] = field(default_factory=set)
-    early: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    extras: dict[str, Any] = field(default_factory=dict)
+def is_overridden(module: nn.Module) -> bool:
+    """True when a module has a ``_load_from_state_dict`` of its own."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own or "_load_from_state_dict" in module.__dict__
 
 
 def has_state_hooks(module: nn.Module) -> bool:
     """True when ``load_state_dict`` would run code of this module's own on the state dict."""
-    return (
-        type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-        or "_load_from_state_dict" in module.__dict__
-        or bool(module._load_state_dict_pre_hooks)
-    )
+    return is_overridden(module) or bool(module._load_state_dict_pre_hooks)
 
 
-def rewrite(
-    inventory: Inventory,
-    offered: Shapes,
-    extras: Mapping[str, Any],
-    metadata: Mapping[str, Any] | None,
-    read: Callable[[str], torch.Tensor],
-    seed: int,
-) -> Rewritten | None:
-    """Run the state-dict hooks of ``inventory.module`` on stand-ins for ``offered`` (name → shape, dtype).
+def has_post_hooks(module: nn.Module) -> bool:
+    """True when ``load_state_dict`` would run code of this module's own after it."""
+    return bool(module._load_state_dict_post_hooks)
 
-    ``read`` fetches the value of an offered name, ``metadata`` is the ``_metadata`` of a pickled state dict. Returns
-    None when no module has hooks, which is the common case and costs one look at each module.
+
+def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed: int) -> Rewritten | None:
+    """Run the state-dict hooks of ``inventory.module`` on stand-ins and doubles; what a hook raises comes through.
+
+    ``recorder`` is the one that the module was built under, if any: what hooks look at gets its values then. Returns
+    None when no module has hooks, which is the common case and costs one look at each module. Must not be called with
+    torch functions disabled.
     """
-    special = [prefix for prefix, module in inventory.modules if has_state_hooks(module)]
+    special = [module for _, module in inventory.modules if has_state_hooks(module)]
     if not special:
         return None
-    with no_dispatch_modes(), torch.no_grad():
-        return _Rehearsal(inventory, metadata, read, seed, special).run(offered, extras)
+    with _Rehearsal(inventory, state, recorder, seed, special) as rehearsal:
+        return rehearsal.outcome()
+
+
+def forgiven(inventory: Inventory, state: State, recorder: Recorder | None, seed: int) -> tuple[list[str], list[str]]:
+    """The names that are missing and unexpected once the post hooks, too, have been asked; on doubles again."""
+    special = [module for _, module in inventory.modules if has_state_hooks(module) or has_post_hooks(module)]
+    with _Rehearsal(inventory, state, recorder, seed, special, post=True) as rehearsal:
+        return rehearsal.missing, rehearsal.unexpected
 
 
 class _Rehearsal:
-    """One run of the hooks on stand-ins."""
+    """One walk of ``load_state_dict`` on stand-ins."""
 
     def __init__(
         self,
         inventory: Inventory,
-        metadata: Mapping[str, Any] | None,
-        read: Callable[[str], torch.Tensor],
+        state: State,
+        recorder: Recorder | None,
         seed: int,
-        special: list[str],
+        special: list[nn.Module],
+        *,
+        post: bool = False,
     ) -> None:
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
         self._inventory = inventory
-        self._metadata = metadata
-        self._read = read
+        self._given = state
+        self._built_under = recorder
+        self._recorder = Recorder(seed=seed) if recorder is None else recorder
+        self._post = post
         self._special = special
-        self._recorder = Recorder(seed=seed)
-        self._functions = FunctionRecorder(self._recorder)
-        self._sources: dict[Record, str] = {}  # record of a stand-in → offered name
-        self._result = Rewritten()
-        self._reads: dict[Record, Node | None] = {}
-        self._written: dict[str, str | torch.Tensor | None] = {}
+        self._metadata = {name: dict(item) for name, item in (state.metadata or {}).items()}
+        self._functions = FunctionRecorder(self._recorder)  # for the module's code alone: ours does without
+        self._stand_ins = StandIns(self._recorder, state.read, self._settle_own)
+        self._doubles = Doubles(self._stand_ins, self._note_extra_state)
+        self._loads: dict[str, Offered | tuple[torch.Tensor, str]] = {}
+        self._origins: dict[str, str | None] = {}  # unexpected name → offered name
+        self._visited: tuple[nn.Module, str] | None = None
+        self._result = Rewritten(inventory)
+        self._filled: set[object] = set()  # memory that was loaded under some name
+        self._born: set[Record] = set()
 
-    def run(self, offered: Shapes, extras: Mapping[str, Any]) -> Rewritten:
-        state: OrderedDict[str, Any] = OrderedDict(extras)
-        stand_ins = {name: self._stand_in(name, *shape) for name, shape in offered.items()}
-        state.update(stand_ins)
-        self._visit(self._inventory.module, "", state)
+    # -- the scope ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> _Rehearsal:
+        try:
+            with _scope(self._recorder):
+                self._walk()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _walk(self) -> None:
+        self._label()
+        self._born = set(self._recorder.records.values())
+        for module in self._special:
+            self._doubles.of(module)
+        state: OrderedDict[str, Any] = OrderedDict(self._given.extras)
+        for name, (shape, dtype) in self._given.tensors.items():
+            state[name] = self._stand_ins.offered(name, shape, dtype)
+        if self._given.metadata is not None:
+            state._metadata = self._metadata  # type: ignore[attr-defined]
+        self._visit(self._doubles.find(self._inventory.module), "", state)
+
+    def __exit__(self, *_: object) -> None:
+        self._doubles.dissolve()
+        self._stand_ins.dissolve()
+        self._loads.clear()
+
+    def _label(self) -> None:
+        """What a hook looks at has the value that it would have had anyway."""
+        if self._built_under is not None:
+            self._built_under.label_samples(dict.fromkeys(_records(self._inventory.slots, self._built_under)))
+
+    def _settle_own(self, tensor: torch.Tensor) -> None:
+        self._recorder.force_tensors([tensor], "a state-dict hook")
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def _visit(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
+        """As in ``nn.Module.load_state_dict``: a module first, then its children, each on its part of the state."""
+        if is_overridden(module):
+            self._call_override(module, prefix, state)
+        else:
+            arguments = self._arguments(prefix, state)
+            for hook in list(module._load_state_dict_pre_hooks.values()):
+                with self._functions:
+                    hook(*arguments)
+            self._load(module, prefix, state)
+        parts = _partition(state, prefix, module)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._visit(self._doubles.find(child), f"{prefix}{name}.", parts.get(name, {}))
+        if self._post:
+            for hook in list(module._load_state_dict_post_hooks.values()):
+                with self._functions:
+                    hook(module, _IncompatibleKeys(self.missing, self.unexpected))
+
+    def _arguments(self, prefix: str, state: dict[str, Any]) -> tuple[Any, ...]:
+        metadata = self._metadata.get(prefix[:-1], {})
+        return state, prefix, metadata, True, self.missing, self.unexpected, self._result.errors
+
+    def _load(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
+        """What ``nn.Module._load_from_state_dict`` does after its hooks."""
+        slots = _slots(module)
+        for name, _, tensor, persistent in slots:
+            if not persistent:
+                continue
+            key = prefix + name
+            if key not in state:
+                self.missing.append(key)
+            elif isinstance(state[key], torch.Tensor):
+                self._load_one(module, key, tensor, state[key], prefix)
+            else:
+                self._result.not_tensors[key] = state[key]
+        extra = prefix + "_extra_state"
+        if has_extra_state(module):
+            if extra in state:
+                self._result.extras[extra] = state[extra]
+            else:
+                self.missing.append(extra)
+        elif extra in state:
+            self._note_unexpected(extra, state)
+        names = {name for name, _, _, persistent in slots if persistent}
+        for key in list(state):
+            first, *rest = key[len(prefix) :].split(".", 1)
+            if key != extra and first not in (module._modules if rest else names):
+                self._note_unexpected(key, state)
+
+    def _load_one(self, module: nn.Module, key: str, tensor: torch.Tensor, value: torch.Tensor, prefix: str) -> None:
+        lazy = is_lazy(tensor)
+        if not lazy and self._stand_ins.same_place(value, tensor) and not self._doubles.written(tensor):
+            return  # it is given what it has
+        self._loads[key] = self._settled(value, prefix)
+        if lazy or not self._doubles.stands_in(module):
+            return
+        if value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,)):
+            tensor.copy_(value.reshape(tensor.shape))
+            self._filled.add(self._memory(tensor))
+
+    def _call_override(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
+        """Call a module's own ``_load_from_state_dict`` on its double, and see what has been written."""
+        before = {name: self._stand_ins.mark(tensor) for name, _, tensor, _ in _slots(module)}
+        known, count = len(self._result.errors), len(self.unexpected)
+        self._visited = module, prefix
+        with self._functions:
+            module._load_from_state_dict(*self._arguments(prefix, state))
+        self._visited = None
+        for name in self.unexpected[count:]:
+            self._note_origin(name, state)
+        complaints = self._result.errors[known:]
+        for name, _, tensor, _ in _slots(module):
+            fqn, offered = prefix + name, state.get(prefix + name)
+            if is_lazy(tensor):
+                continue
+            if name not in before or self._stand_ins.mark(tensor) != before[name]:
+                self._take(fqn, tensor, prefix)
+            elif isinstance(offered, torch.Tensor) and f"size mismatch for {fqn}:" in " ".join(complaints):
+                self._loads[fqn] = self._settled(offered, prefix)  # the plan reports it, or forgives
+        for text in complaints:
+            if any(text.startswith(f"size mismatch for {fqn}:") for fqn in self._loads):
+                self._result.errors.remove(text)
+
+    def _note_unexpected(self, name: str, state: dict[str, Any]) -> None:
+        self.unexpected.append(name)
+        self._note_origin(name, state)
+
+    def _note_origin(self, name: str, state: dict[str, Any]) -> None:
+        value = state.get(name)
+        origin = self._stand_ins.origin(value) if isinstance(value, torch.Tensor) else None
+        known = name in self._given.extras or name in self._given.tensors
+        self._origins[name] = origin.name if isinstance(origin, Offered) else name if known else None
+
+    def _note_extra_state(self, double: nn.Module, state: Any) -> None:
+        if self._visited is not None and self._visited[0] is double:
+            self._result.extras[f"{self._visited[1]}_extra_state"] = state
+
+    # -- what tensors were given --------------------------------------------------------------------------------------
+
+    def _take(self, fqn: str, tensor: torch.Tensor, prefix: str) -> None:
+        """Note what a tensor of a double holds now."""
+        origin = self._stand_ins.origin(tensor)
+        if origin is OWN and self._doubles.stands_in(tensor):
+            return
+        self._loads[fqn] = self._settled(tensor, prefix)
+        self._filled.add(self._memory(tensor))
+
+    def _memory(self, tensor: torch.Tensor) -> object:
+        return self._recorder.record_of(tensor) or id(tensor)
+
+    def _settled(self, value: torch.Tensor, prefix: str) -> Offered | tuple[torch.Tensor, str]:
+        """An offered value under whatever name, or one that was computed, as it is at this moment."""
+        origin = self._stand_ins.origin(value)
+        if isinstance(origin, Offered):
+            return origin
+        return self._stand_ins.value(value, f"state-dict hook of {prefix[:-1] or 'the module'}"), prefix[:-1]
+
+    def _plain(self, value: Any) -> Any:
+        """Extra state as the module gets it: an `Offered` in the place of a value that nobody looked at."""
+        if isinstance(value, torch.Tensor):
+            settled = self._settled(value, "")
+            return settled if isinstance(settled, Offered) else settled[0]
+        if type(value) in (dict, OrderedDict):
+            return type(value)((name, self._plain(item)) for name, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._plain(item) for item in value)
+        return value
+
+    # -- the outcome --------------------------------------------------------------------------------------------------
+
+    def outcome(self) -> Rewritten:
+        """Everything that was found, free of stand-ins."""
         result = self._result
-        for name, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                result.extras[name] = value
-            elif stand_ins.get(name) is value and name not in self._written:
-                result.names[name] = name
-            elif name not in self._written:
-                self._settle(name, value, "")
-        for name, written in self._written.items():
-            if written is not None:
-                self._settle(name, written, name.rpartition(".")[0])
+        with _scope(self._recorder):
+            slots, modules = self._slots_after()
+            result.extras = {name: self._plain(value) for name, value in result.extras.items()}
+            result.changes = self._doubles.changes()
+        result.inventory = Inventory(self._inventory.module, tuple(modules), tuple(slots))
+        for name, load in self._loads.items():
+            if isinstance(load, Offered):
+                result.names[name] = load
+            else:
+                result.values[name] = load
+        result.missing = self.missing
+        given = {*self._given.tensors, *self._given.extras}
+        result.unexpected = [
+            (name, self._origins.get(name, name if name in given else None)) for name in self.unexpected
+        ]
+        wanted = [slot.fqn for slot in slots if slot.persistent]
+        wanted += [f"{prefix}_extra_state" for prefix, module in modules if has_extra_state(module)]
+        result.excused = set(wanted) - set(self._loads) - set(result.extras) - set(self.missing)
+        result.early = self._stand_ins.early
+        self.__exit__()
+        self._give_values_to_what_is_left()
         return result
 
-    def _stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        with self._recorder:
-            tensor = torch.empty(shape, dtype=dtype)
-        record = self._recorder.record_of(tensor)
-        if record is None:  # nothing to put off in an empty tensor
-            return tensor
-        self._sources[record] = name
-        # Its one recorded call; a hook that looks at the values makes it run.
-        self._recorder.record_source(tensor, lambda target: self._fetch(name, target))
-        self._reads[record] = record.last
-        return tensor
+    def _slots_after(self) -> tuple[list[Slot], list[tuple[str, nn.Module]]]:
+        slots: list[Slot] = []
+        modules: list[tuple[str, nn.Module]] = []
+        known = {id(module) for _, module in self._inventory.modules}
+        for prefix, module in _walk(self._inventory.module, "", self._doubles.find):
+            original = self._doubles.original(module)
+            modules.append((prefix, original))
+            for name, kind, tensor, persistent in _slots(module):
+                fqn = prefix + name
+                if module is not original or id(module) not in known:
+                    persistent = self._look_at(fqn, tensor, prefix) or persistent
+                slots.append(Slot(fqn, kind, original, name, self._doubles.original(tensor), persistent))
+        return slots, modules
 
-    def _fetch(self, name: str, target: torch.Tensor) -> None:
-        self._result.early.append(name)
-        target.copy_(self._read(name))
+    def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str) -> bool:
+        """Note a slot of a double that is another than it was. True if it gets a value that was written into it."""
+        stands_in = self._doubles.stands_in(tensor)
+        if is_lazy(tensor) or (stands_in and not self._doubles.written(tensor)):
+            return False
+        if fqn not in self._loads and self._memory(tensor) not in self._filled:
+            self._take(fqn, tensor, prefix)
+        original = self._doubles.original(tensor)
+        if not stands_in or not (is_lazy(original) or _alike(tensor, original)):
+            self._result.refits[fqn] = Refit(tuple(tensor.shape), tensor.dtype, id(original))
+        return fqn in self._loads
 
-    def _visit(self, module: nn.Module, prefix: str, state: OrderedDict[str, Any]) -> None:
-        """The order of ``nn.Module.load_state_dict``: a module first, then its children on their part of the state."""
-        if has_state_hooks(module) and not any(
-            tensor is not None and is_lazy(tensor) for tensor in module._parameters.values()
-        ):
-            self._rehearse(module, prefix, state)
-        for name, child in module._modules.items():
-            child_prefix = f"{prefix}{name}."
-            if child is None or not any(item.startswith(child_prefix) for item in self._special):
-                continue
-            part = OrderedDict((key, value) for key, value in state.items() if key.startswith(child_prefix))
-            before = set(part)
-            self._visit(child, child_prefix, part)
-            for key in before - set(part):
-                del state[key]
-            state.update(part)
+    def _give_values_to_what_is_left(self) -> None:
+        """Tensors of the rehearsal that somebody kept a hold of must not stay without their values."""
+        if self._left():
+            gc.collect()
+            self._recorder.force(self._left(), "tensors kept by a state-dict hook")
 
-    def _rehearse(self, module: nn.Module, prefix: str, state: OrderedDict[str, Any]) -> None:
-        metadata = {} if self._metadata is None else dict(self._metadata.get(prefix[:-1], {}))
-        missing: list[str] = []
-        unexpected: list[str] = []
-        errors: list[str] = []
-        arguments = (state, prefix, metadata, True, missing, unexpected, errors)
-        overridden = (
-            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-            or "_load_from_state_dict" in module.__dict__
-        )
-        with self._functions, self._recorder:
-            if not overridden:
-                for hook in list(module._load_state_dict_pre_hooks.values()):
-                    hook(*arguments)
-            else:
-                self._load_into_double(module, prefix, arguments, missing)
-        self._result.errors += [text for text in errors if not text.startswith(("size mismatch", "While copying"))]
-
-    def _load_into_double(self, module: nn.Module, prefix: str, arguments: tuple[Any, ...], missing: list[str]) -> None:
-        """Call the module's own ``_load_from_state_dict`` on a double that has stand-ins for parameters and buffers."""
-        double = module.__class__.__new__(module.__class__)
-        double.__dict__ = {
-            **module.__dict__,
-            "_parameters": {name: _own_stand_in(tensor) for name, tensor in module._parameters.items()},
-            "_buffers": {name: _own_stand_in(tensor) for name, tensor in module._buffers.items()},
-        }
-        double._load_from_state_dict(*arguments)
-        state = arguments[0]
-        slots = {**double._parameters, **double._buffers}
-        for name, tensor in slots.items():
-            fqn = prefix + name
-            if tensor is None or is_lazy(tensor) or name in module._non_persistent_buffers_set:
-                continue
-            written = self._last_written(tensor)
-            offered = state.get(fqn)
-            if written is not None:
-                self._written[fqn] = written
-            elif isinstance(offered, torch.Tensor) and offered.shape != tensor.shape:
-                pass  # the plan reports the mismatch
-            elif fqn not in missing:
-                self._result.excused.add(fqn)
-                self._written[fqn] = None
-
-    def _last_written(self, tensor: torch.Tensor) -> str | torch.Tensor | None:
-        """What a tensor of the double was given: an offered name, a computed value, or nothing."""
-        record = self._recorder.record_of(tensor)
-        if record is None or record.last is None:
-            return None
-        node = record.last
-        if node.func is _aten.copy_.default and len(node.args) > 1:
-            source = node.args[1]
-            if isinstance(source, TensorRef):
-                if source.record is record:
-                    return None  # copied onto itself: it keeps what it has
-                if self._is_offered(source):
-                    return self._sources[source.record]
-            elif isinstance(source, torch.Tensor):
-                return source
-        return tensor
-
-    def _settle(self, name: str, value: str | torch.Tensor, owner: str) -> None:
-        """Decide whether a value is one of the offered ones under another name, or was computed."""
-        if isinstance(value, str):
-            self._result.names[name] = value
-            return
-        record = self._recorder.record_of(value)
-        if record is not None:
-            if self._is_offered(TensorRef(record, value)):
-                self._result.names[name] = self._sources[record]
-                return
-            self._recorder.force_tensors([value], f"state-dict hook of {owner or 'the module'}")
-        self._result.values[name] = (value.detach().clone(), owner)
-
-    def _is_offered(self, ref: TensorRef) -> bool:
-        """True for an offered value as the checkpoint has it: the whole tensor, and nothing done to it."""
-        return ref.record in self._sources and ref.record.last is self._reads[ref.record] and ref.is_whole()
+    def _left(self) -> list[Any]:
+        known = self._born.union(_records(self._result.inventory.slots, self._recorder))
+        return [record for record in list(self._recorder.records.values()) if record.pending and record not in known]
 
 
-def _own_stand_in(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None or is_lazy(tensor) or tensor.layout is not torch.strided:
-        return tensor
-    double = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(double, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else double
+@contextlib.contextmanager
+def _scope(recorder: Recorder) -> Iterator[None]:
+    """The modes of a rehearsal: what hooks do is recorded, and seen neither by the caller's modes nor by autograd."""
+    with no_dispatch_modes(), torch.inference_mode(False), torch.no_grad(), recorder.resumed():
+        yield
+
+
+def _records(slots: Iterable[Slot], recorder: Recorder) -> list[Record]:
+    found = (recorder.record_of(slot.tensor) for slot in slots if not is_lazy(slot.tensor))
+    return [record for record in found if record is not None]
+
+
+def _slots(module: nn.Module) -> list[tuple[str, Kind, torch.Tensor, bool]]:
+    """Name, kind, tensor and persistence of a module's own slots, in ``state_dict`` order."""
+    transient = module._non_persistent_buffers_set
+    found: list[tuple[str, Kind, torch.Tensor, bool]] = []
+    found += [(name, "parameter", item, True) for name, item in module._parameters.items() if item is not None]
+    buffers = ((name, item) for name, item in module._buffers.items() if item is not None)
+    return found + [(name, "buffer", item, name not in transient) for name, item in buffers]
+
+
+def _walk(module: nn.Module, prefix: str, find: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    found = find(module)
+    yield prefix, found
+    for name, child in found._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{prefix}{name}.", find)
+
+
+def _partition(state: dict[str, Any], prefix: str, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The part of the state that each child gets."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        first, *rest = key[len(prefix) :].split(".", 1)
+        if rest and first in module._modules and key.startswith(prefix):
+            parts.setdefault(first, {})[key] = value
+    return parts
+
+
+def _alike(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    return tensor.shape == original.shape and tensor.dtype == original.dtype

@@ -14,7 +14,7 @@ import torch
 
 from weightlift.ambient import no_dispatch_modes
 
-_HERE = os.path.join("weightlift", "deferred", "construct.py")
+_HERE = tuple(os.path.join("weightlift", "deferred", name) for name in ("construct.py", "rewrite.py"))
 
 
 class SeedWatch:
@@ -34,7 +34,7 @@ class SeedWatch:
         tracker = self._tracker
         if tracker is not None and tracker.manual_seed_all_cb is not self._token:
             self._token = tracker.manual_seed_all_cb
-            if any(_HERE in line for line in self._token[1]):
+            if any(here in line for line in self._token[1] for here in _HERE):
                 self._begin()
             else:
                 self._foreign = True  # another thread's; the seed that it leaves behind is the new normal

@@ -35,6 +35,39 @@ def offers_of(
     return offers, problems
 
 
+def extras_of(
+    keys: Iterable[str], offers: Mapping[str, Offer], key_mapping: KeyMapping | None
+) -> tuple[dict[str, str], list[Problem]]:
+    """Name → key of the values that are no tensors, under the rules that tensors are named by."""
+    found: dict[str, str] = {}
+    problems = []
+    for key, name in renamed(keys, key_mapping):
+        first = offers[name].key if name in offers else found.get(name)
+        if first is not None:
+            what = f"key_mapping gives two keys the name {name}"
+            problems.append(Problem(what, key=key, found=f"{first} has it already"))
+        else:
+            found[name] = key
+    return found, problems
+
+
+def metadata_of(
+    metadata: Mapping[str, Mapping[str, object]] | None, pairs: Iterable[tuple[str, str]]
+) -> Mapping[str, Mapping[str, object]] | None:
+    """``_metadata`` of a state dict under the module names that follow from ``pairs`` (key, name)."""
+    if metadata is None:
+        return None
+    prefixes: dict[str, str] = {}
+    for key, name in pairs:
+        old, new = key, name
+        while old.rpartition(".")[2] == new.rpartition(".")[2] and (old or new):
+            old, new = old.rpartition(".")[0], new.rpartition(".")[0]
+            if old in prefixes:
+                break
+            prefixes[old] = new
+    return {prefixes.get(prefix, prefix): item for prefix, item in metadata.items()}
+
+
 def renamed(keys: Iterable[str], key_mapping: KeyMapping | None) -> list[tuple[str, str]]:
     """(key, name) of each key: every regular expression is applied in turn, a callable is asked once."""
     if key_mapping is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +15,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.nearest import nearest_names
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
-from weightlift.plan.records import Action, Check, Decisions, Offer, Row
+from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,9 @@ class Supply:
     """What is there to load: the offers by name, and what the state-dict hooks of the module said about them.
 
     ``excused`` names are not missing although nothing offers them; ``extra_state`` are the extra-state names that the
-    checkpoint holds; ``early_keys`` the keys that a hook had to see.
+    checkpoint holds, ``others`` the names (→ key) of other values that are no tensors; ``early_keys`` the keys that a
+    hook had to see. Where hooks ran, ``unexpected`` is what torch finds unexpected, and ``hook_missing`` what it finds
+    missing beside the names that have nothing; None and (): that is read off the names.
     """
 
     source: str
@@ -33,6 +35,9 @@ class Supply:
     excused: Collection[str] = frozenset()
     extra_state: Collection[str] = frozenset()
     early_keys: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
+    unexpected: tuple[Unexpected, ...] | None = None
+    hook_missing: tuple[str, ...] = ()
 
 
 def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: bool = False) -> Decisions:
@@ -55,21 +60,24 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
             target += 1
     ordered = tuple(rows[item.fqn] for item in spec.tensors)
     persistent = {item.fqn for item in spec.tensors if item.persistent}
-    extra = set(spec.extra_state)
-    unexpected = tuple(
-        offer.key for name, offer in supply.offers.items() if name not in persistent and name not in extra
+    unexpected = supply.unexpected
+    if unexpected is None:
+        unexpected = _unexpected(supply, persistent | set(spec.extra_state))
+    unexpected_keys = tuple(item.key for item in unexpected)
+    missing_extra = tuple(
+        name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
     )
-    missing_extra = tuple(name for name in spec.extra_state if name not in supply.extra_state)
     if options.strict:
-        problems += _missing_problems(ordered, unexpected)
+        problems += _missing_problems(ordered, unexpected_keys)
+        problems += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         problems += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        problems += _unexpected_problems(unexpected, supply)
+        problems += [_unexpected_problem(item) for item in unexpected]
     problems += _meta_problems(spec, ordered, options)
     return Decisions(
         module=spec.name,
         source=supply.source,
         rows=ordered,
-        unexpected_keys=unexpected,
+        unexpected_keys=unexpected_keys,
         checks=tuple(checks),
         problems=tuple(problems),
         files=supply.files,
@@ -78,7 +86,20 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         early_keys=supply.early_keys,
         extra_state=tuple(name for name in spec.extra_state if name in supply.extra_state),
         existing=existing,
+        hook_missing=supply.hook_missing,
+        announced_missing=(*_missing(ordered), *missing_extra, *supply.hook_missing),
+        announced_unexpected=tuple(item.name for item in unexpected),
     )
+
+
+def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ...]:
+    found = [Unexpected(offer.key, name, offer.entry) for name, offer in supply.offers.items() if name not in wanted]
+    found += [Unexpected(key, name) for name, key in supply.others.items() if name not in wanted]
+    return tuple(found)
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    return [row.fqn for row in rows if row.missing and not row.excused]
 
 
 def _storage_groups(tensors: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
@@ -274,22 +295,15 @@ def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) 
     ]
 
 
-def _unexpected_problems(unexpected: Sequence[str], supply: Supply) -> list[Problem]:
-    if not unexpected:
-        return []
-    by_key = {offer.key: offer for offer in supply.offers.values()}
-    problems = []
-    for key in unexpected:
-        entry = by_key[key].entry
-        problems.append(
-            Problem(
-                "no tensor of the module has this name",
-                key=key,
-                file=entry.file,
-                start=entry.start if entry.file else None,
-                end=entry.end if entry.file else None,
-                found=f"a tensor of shape {list(entry.shape)}",
-                hint="map names with key_mapping, or pass strict=False to leave it out",
-            )
-        )
-    return problems
+def _unexpected_problem(item: Unexpected) -> Problem:
+    entry = item.entry
+    file = None if entry is None else entry.file
+    return Problem(
+        "no tensor of the module has this name" if entry is not None else "the module has no place for this",
+        key=item.key,
+        file=file,
+        start=entry.start if entry is not None and file else None,
+        end=entry.end if entry is not None and file else None,
+        found=f"a tensor of shape {list(entry.shape)}" if entry is not None else None,
+        hint="map names with key_mapping, or pass strict=False to leave it out",
+    )

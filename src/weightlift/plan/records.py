@@ -125,11 +125,24 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Unexpected:
+    """Something that the module has no place for: ``key`` as the file has it, ``name`` after key mapping; ``entry`` is
+    None for what is no tensor, and for a name that a state-dict hook made up.
+    """
+
+    key: str
+    name: str
+    entry: TensorEntry | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Decisions:
     """Everything that was decided, frozen. `weightlift.LoadPlan` adds the module it was decided for.
 
     ``existing``: the module was there before. ``left_out`` is known only once a plan was executed: names whose value in
     the checkpoint is not used, each with the name of the same memory whose value is.
+    ``hook_missing`` are names that a state-dict hook reports as missing, beside those of rows. The ``announced`` names
+    are what post hooks are told.
     """
 
     module: str
@@ -145,3 +158,6 @@ class Decisions:
     extra_state: tuple[str, ...] = ()
     existing: bool = False
     left_out: tuple[tuple[str, str], ...] = ()
+    hook_missing: tuple[str, ...] = ()
+    announced_missing: tuple[str, ...] = ()
+    announced_unexpected: tuple[str, ...] = ()

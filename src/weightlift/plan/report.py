@@ -87,7 +87,9 @@ def report(decisions: Decisions) -> LoadReport:
         tied=names(Action.TIED),
         initialised=names(Action.INITIALISED),
         kept=names(Action.KEPT),
-        missing_keys=tuple(row.fqn for row in decisions.rows if row.missing and not row.excused),
+        missing_keys=(
+            *(row.fqn for row in decisions.rows if row.missing and not row.excused), *decisions.hook_missing
+        ),
         unexpected_keys=decisions.unexpected_keys,
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape) for row in by_action[Action.MISMATCHED] if row.offer

@@ -24,6 +24,7 @@ from weightlift.plan.records import Action, Decisions, Row
 from weightlift.plan.regions import fault_of
 from weightlift.strides import is_row_major
 from weightlift.transfer.engine import run
+from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, fits, homes, new_memory
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.subject import Bytes, Subject
@@ -35,7 +36,13 @@ def apply(
 ) -> nn.Module:
     """Carry out decisions that `weightlift.transfer.ties` has settled. Raises TransferError, LoadCancelled."""
     with outside_modes():
-        return _Application(decisions, subject, source, options, trace).run()
+        extras = {name: source.extras[name] for name in decisions.extra_state}
+        application = _Application(decisions, subject, source, options, trace)
+        application.run()
+    module = subject.inventory.module
+    finish(module, decisions, extras)
+    application.audit()
+    return module
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,8 @@ class _Application:
         self._watched = _watched(slots.values())
         self._homes = homes(members)
 
-    def run(self) -> nn.Module:
+    def run(self) -> None:
+        """Read, initialise, assign."""
         loaded, rest = self._split()
         orders = [self._order(row, slot) for row, slot in loaded]
         jobs = [job for order in orders for job in order.jobs]
@@ -93,6 +101,8 @@ class _Application:
         began = 0.0 if self._trace is None else self._trace.now()
         for record in supplied:
             record.last = None  # the values are there; what the constructor would have done is history
+        for change in self._source.changes:
+            change.apply()
         made = iter(values)
         for (row, slot), order in zip(loaded, orders, strict=True):
             value, *_ = [next(made) for _ in order.jobs]
@@ -103,11 +113,8 @@ class _Application:
             self._assign(row, None if order.in_place or place is not None else value)
         for row, slot in rest:
             self._own(row, slot)
-        self._finish_modules()
-        self._audit()
         if self._trace is not None:
             self._trace.add("assign", "the module", began)
-        return self._subject.inventory.module
 
     def _split(self) -> tuple[list[tuple[Row, Slot]], list[tuple[Row, Slot]]]:
         """The rows that are read (one a target), and for every other target one row."""
@@ -257,20 +264,7 @@ class _Application:
             return
         self._assign(row, None)
 
-    def _finish_modules(self) -> None:
-        """Extra state and the hooks that ``load_state_dict`` runs at the end."""
-        wanted = set(self._decisions.extra_state)
-        modules = self._subject.inventory.modules
-        for prefix, module in modules:
-            if (name := f"{prefix}_extra_state") in wanted:
-                module.set_extra_state(self._source.extras[name])
-        missing = [row.fqn for row in self._decisions.rows if row.missing and not row.excused]
-        for _, module in reversed(modules):
-            for hook in module._load_state_dict_post_hooks.values():
-                keys = torch.nn.modules.module._IncompatibleKeys(missing, list(self._decisions.unexpected_keys))
-                hook(module, keys)
-
-    def _audit(self) -> None:
+    def audit(self) -> None:
         """Law 4: no tensor leaves on ``meta`` or without its values."""
         problems = []
         for slot in Inventory.of(self._subject.inventory.module).slots:

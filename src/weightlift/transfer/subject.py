@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from weightlift.checkpoint.entry import ShardFile
+from weightlift.deferred.doubles import Change
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
@@ -32,8 +33,11 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Where values come from: files, tensors in memory, values of extra state."""
+    """Where values come from: files, tensors in memory, values of extra state by name; and the ``changes`` that the
+    module's state-dict hooks make to it.
+    """
 
     files: tuple[ShardFile, ...]
     tensors: Mapping[str, torch.Tensor]
     extras: Mapping[str, Any]
+    changes: tuple[Change, ...] = ()

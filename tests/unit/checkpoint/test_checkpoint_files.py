@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -344,3 +345,15 @@ def test_many_tensors_open_fast(tmp_path: Path) -> None:
     began = time.perf_counter()
     assert len(open_checkpoint(tmp_path)) == 20_000
     assert time.perf_counter() - began < 5
+
+
+def test_other_values_across_files(tmp_path):
+    """An index leaves out what it does not name, extra state aside; a key is a tensor in all files or in none."""
+    torch.save({"a": torch.ones(2), "epoch": 3, "m._extra_state": {"n": 1}}, tmp_path / "1.bin")
+    torch.save({"b": torch.ones(2)}, tmp_path / "2.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.bin", "b": "2.bin"}}))
+    assert dict(open_checkpoint(index).extras) == {"m._extra_state": {"n": 1}}
+    torch.save({"b": torch.ones(2), "a": "no tensor"}, tmp_path / "2.bin")
+    with pytest.raises(CheckpointError, match="two shard files hold the key"):
+        open_checkpoint(index)

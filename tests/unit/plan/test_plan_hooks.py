@@ -221,8 +221,8 @@ def test_a_pre_hook_that_fills_in_the_modules_own_value(tmp_path):
             state.setdefault(prefix + "a", module.a.detach())
             state.setdefault(prefix + "b", module.b.detach() * 2)
 
-    # BUG: the hook is not run under the recorder of the construction, and sees zeros.
-    agree(tmp_path, Filling, OrderedDict())
+    # A .pt file without a tensor is refused.
+    agree(tmp_path, Filling, OrderedDict(), kinds=["safetensors"])
 
 
 def test_an_override_that_fills_in_the_modules_own_value(tmp_path):
@@ -237,8 +237,7 @@ def test_an_override_that_fills_in_the_modules_own_value(tmp_path):
             state.setdefault(prefix + "b", self.b.detach() * 2)
             super()._load_from_state_dict(state, prefix, *args)
 
-    # BUG: the double's own tensors have no values.
-    agree(tmp_path, Filling, OrderedDict())
+    agree(tmp_path, Filling, OrderedDict(), kinds=["safetensors"])
 
 
 def test_a_pre_hook_that_fits_the_module_to_the_checkpoint(tmp_path):

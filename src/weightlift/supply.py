@@ -1,0 +1,239 @@
+"""What a checkpoint supplies to a module: its values under the module's names, after key mapping and state-dict hooks.
+
+The one place where headers, tapes and names meet before anything is decided; `weightlift.plan.match` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.memory import entry_of
+from weightlift.deferred.doubles import Change
+from weightlift.deferred.inventory import Inventory, ModuleSpec, TensorSpec
+from weightlift.deferred.rewrite import forgiven, has_post_hooks, rewrite
+from weightlift.deferred.rewritten import Refit, Rewritten, State
+from weightlift.deferred.stand_ins import Offered
+from weightlift.errors import Problem
+from weightlift.options import LoadOptions
+from weightlift.plan.keys import extras_of, metadata_of, offers_of, renamed
+from weightlift.plan.match import Supply, match
+from weightlift.plan.records import Decisions, Offer, Unexpected
+from weightlift.transfer.subject import Bytes, Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """A module and a checkpoint brought together: what was decided, for which slots, and where the values are."""
+
+    decisions: Decisions
+    subject: Subject
+    source: Bytes
+
+
+class Extras(Mapping[str, Any]):
+    """Values of extra state by name, each made when it is asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Any:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Supplied:
+    """Decide what a load does. Reads what state-dict hooks look at, nothing else; what they raise comes through."""
+    matching = _Matching(subject, checkpoint, options)
+    decisions = matching.decisions()
+    if options.strict and decisions.problems and any(has_post_hooks(module) for _, module in subject.inventory.modules):
+        decisions = matching.forgiven(decisions)
+    source = Bytes(checkpoint.files, {**checkpoint.tensors, **matching.early}, matching.extras, matching.changes)
+    return Supplied(decisions, replace(subject, inventory=matching.inventory), source)
+
+
+class _Matching:
+    """One matching of a subject's names with a checkpoint's."""
+
+    def __init__(self, subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        self._subject, self._checkpoint, self._options = subject, checkpoint, options
+        mapping = options.key_mapping
+        self._offers, self._problems = offers_of(checkpoint, mapping)
+        self._others, clashes = extras_of(checkpoint.extras, self._offers, mapping)
+        self._problems += clashes
+        metadata = checkpoint.state_dict_metadata
+        if mapping is not None and metadata is not None:
+            metadata = metadata_of(metadata, renamed(checkpoint, mapping))
+        self._state = State(
+            tensors={name: (offer.entry.shape, offer.entry.dtype) for name, offer in self._offers.items()},
+            read=lambda name: checkpoint.read(self._offers[name].key),
+            extras=Extras({name: self._other(key) for name, key in self._others.items()}),
+            metadata=metadata,
+        )
+        self.inventory: Inventory = subject.inventory
+        self.early: dict[str, torch.Tensor] = {}
+        self.extras: Mapping[str, Any] = {}
+        self.changes: tuple[Change, ...] = ()
+        done = rewrite(subject.inventory, self._state, subject.recorder, options.seed)
+        with outside_modes():
+            # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
+            plain = (subject.inventory if done is None else done.inventory).spec(
+                lambda tensor: subject.record_of(tensor) is None
+            )
+            self._spec = plain if done is None else _refitted(plain, done.refits)
+        self._supply = self._as_it_is() if done is None else self._after_hooks(done)
+
+    def decisions(self) -> Decisions:
+        return match(self._spec, self._supply, self._options, existing=self._subject.existing)
+
+    def forgiven(self, refused: Decisions) -> Decisions:
+        """What post hooks make of a plan that missing or unexpected names speak against: they may take names off."""
+        if not refused.announced_missing and not refused.announced_unexpected:
+            return refused
+        missing, unexpected = forgiven(self._subject.inventory, self._state, self._subject.recorder, self._options.seed)
+        supply, still = self._supply, set(missing)
+        listed = supply.unexpected
+        if listed is None:
+            found = (Unexpected(offer.key, name, offer.entry) for name, offer in self._offers.items())
+            others = (Unexpected(key, name) for name, key in self._others.items())
+            listed = (*found, *others)
+        self._supply = replace(
+            supply,
+            excused={*supply.excused, *(name for name in refused.announced_missing if name not in still)},
+            hook_missing=tuple(name for name in supply.hook_missing if name in still),
+            unexpected=tuple(item for item in listed if item.name in set(unexpected)),
+        )
+        return replace(
+            self.decisions(),
+            announced_missing=refused.announced_missing,
+            announced_unexpected=refused.announced_unexpected,
+        )
+
+    # -- without hooks ------------------------------------------------------------------------------------------------
+
+    def _as_it_is(self) -> Supply:
+        held = {item.fqn for item in self._spec.tensors if item.persistent}
+        wrong = {name: key for name, key in self._others.items() if name in held}
+        makers = {}
+        for name in self._spec.extra_state:
+            if name in self._offers:
+                makers[name] = self._tensor(self._offers[name].key)
+            elif name in self._others:
+                makers[name] = self._other(self._others[name])
+        self.extras = Extras(makers)
+        return Supply(
+            source=self._checkpoint.source,
+            offers=self._offers,
+            files=self._checkpoint.files,
+            problems=(*self._problems, *(_no_tensor(name, key) for name, key in wrong.items())),
+            excused=frozenset(wrong),
+            extra_state=frozenset(makers),
+            others=self._others,
+        )
+
+    def _other(self, key: str) -> Callable[[], Any]:
+        return lambda: self._checkpoint.extras[key]
+
+    def _tensor(self, key: str) -> Callable[[], Any]:
+        given = self._checkpoint.tensors
+        return lambda: given[key] if key in given else self._checkpoint.read(key)
+
+    # -- with hooks ---------------------------------------------------------------------------------------------------
+
+    def _after_hooks(self, done: Rewritten) -> Supply:
+        self.inventory, self.changes = done.inventory, done.changes
+        final = {name: self._offer(name, offered) for name, offered in done.names.items()}
+        for name, (value, owner) in done.values.items():
+            key = f"{name} (computed by a state-dict hook)"
+            self.early[key] = value
+            final[name] = Offer(name, name, entry_of(key, value), computed_by=owner or "the module")
+        self.extras = Extras({name: self._extra(value) for name, value in done.extras.items()})
+        known = {item.fqn for item in self._spec.tensors} | set(self._spec.extra_state)
+        problems = [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
+        problems += [_no_tensor(name, self._others.get(name, name)) for name in done.not_tensors]
+        return Supply(
+            source=self._checkpoint.source,
+            offers=final,
+            files=self._checkpoint.files,
+            problems=(*self._problems, *problems),
+            excused=frozenset(done.excused),
+            extra_state=frozenset(done.extras),
+            early_keys=tuple(dict.fromkeys(self._offers[name].key for name in done.early)),
+            unexpected=tuple(self._unexpected(done.unexpected)),
+            hook_missing=tuple(name for name in done.missing if name in final or name not in known),
+        )
+
+    def _offer(self, name: str, offered: Offered) -> Offer:
+        before = self._offers[offered.name]
+        entry = before.entry
+        if entry.shape != offered.shape:
+            entry = replace(entry, shape=offered.shape)
+        return Offer(name, before.key, entry)
+
+    def _extra(self, value: Any) -> Callable[[], Any]:
+        """A maker of extra state in which nothing is left to be read."""
+        return lambda: self._filled(value)
+
+    def _filled(self, value: Any) -> Any:
+        if isinstance(value, Offered):
+            return self._tensor(self._offers[value.name].key)().reshape(value.shape)
+        if type(value) is dict:
+            return {name: self._filled(item) for name, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._filled(item) for item in value)
+        return value
+
+    def _unexpected(self, names: Iterable[tuple[str, str | None]]) -> Iterator[Unexpected]:
+        for name, before in names:
+            if before in self._offers:
+                offer = self._offers[before]
+                yield Unexpected(offer.key, name, offer.entry)
+            else:
+                yield Unexpected(self._others.get(before or name, name), name)
+
+
+def _no_tensor(fqn: str, key: str) -> Problem:
+    return Problem("the checkpoint's value is no tensor", fqn=fqn, key=key, expected="a tensor")
+
+
+def _refitted(spec: ModuleSpec, refits: Mapping[str, Refit]) -> ModuleSpec:
+    """The spec with what the module's code made anew: tensors that are to get memory of their own."""
+    if not refits:
+        return spec
+    first = 1 + max(item.storage for item in spec.tensors)
+    groups = {group: first + number for number, group in enumerate(dict.fromkeys(it.group for it in refits.values()))}
+    return replace(
+        spec,
+        tensors=tuple(
+            _refit(item, refits[item.fqn], groups[refits[item.fqn].group]) if item.fqn in refits else item
+            for item in spec.tensors
+        ),
+    )
+
+
+def _refit(item: TensorSpec, refit: Refit, storage: int) -> TensorSpec:
+    stride, step = [], 1
+    for extent in reversed(refit.shape):
+        stride.append(step)
+        step *= extent
+    return replace(
+        item,
+        shape=refit.shape,
+        dtype=refit.dtype,
+        storage=storage,
+        offset=0,
+        stride=tuple(reversed(stride)),
+        storage_bytes=step * refit.dtype.itemsize,
+        lazy=False,
+        in_place=False,
+    )

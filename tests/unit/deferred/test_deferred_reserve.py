@@ -1,0 +1,97 @@
+"""Reserved memory: zero-filled, costs nothing before it is touched, shares mappings, and can be sealed."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from weightlift.deferred import reserve
+from weightlift.deferred.reserve import Block, Reservations, unseal
+
+
+def test_a_reservation_is_zeros_and_writable():
+    buffer, _, _ = Reservations().reserve(1000)
+    assert bytes(buffer) == bytes(1000) and len(buffer) == 1000
+    buffer[999] = 7
+    assert buffer[999] == 7
+
+
+def test_small_reservations_share_a_block_and_do_not_overlap():
+    reservations = Reservations()
+    made = [reservations.reserve(nbytes) for nbytes in (1, 63, 64, 65, 4097) for _ in range(50)]
+    assert len({id(block) for _, block, _ in made}) == 1
+    spans = sorted((offset, offset + len(buffer)) for buffer, _, offset in made)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(start % 64 == 0 for start, _ in spans)
+
+
+def test_a_large_reservation_has_its_own_block():
+    reservations = Reservations()
+    _, first, _ = reservations.reserve(1 << 20)
+    _, second, offset = reservations.reserve(1 << 20)
+    assert first is not second and offset == 0
+
+
+def test_beyond_the_limit_of_mappings_arenas_serve(monkeypatch):
+    monkeypatch.setattr(reserve, "_MAX_OWN_MAPPINGS", 1)
+    reservations = Reservations()
+    blocks = [reservations.reserve(1 << 20)[1] for _ in range(5)]
+    assert len({id(block) for block in blocks}) == 2
+
+
+def test_an_arena_that_is_refused_is_made_smaller(monkeypatch):
+    asked = []
+
+    class Refusing(Block):
+        def __init__(self, size_bytes):
+            asked.append(size_bytes)
+            if size_bytes > 1 << 20:
+                raise MemoryError
+            super().__init__(size_bytes)
+
+    monkeypatch.setattr(reserve, "Block", Refusing)
+    buffer, _, _ = Reservations().reserve(100)
+    assert len(buffer) == 100 and asked == [16 << 20, 4096]
+
+
+def test_threads_get_disjoint_memory():
+    reservations, made = Reservations(), []
+
+    def work():
+        made.extend(reservations.reserve(100) for _ in range(300))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({(id(block), offset) for _, block, offset in made}) == 1200
+
+
+_SEALED = """
+import torch
+from weightlift.deferred.reserve import Reservations, unseal
+buffer, block, offset = Reservations().reserve(5000)
+other, _, _ = Reservations().reserve(5000)
+assert block.sealed
+unseal(block, offset, 5000)
+torch.frombuffer(buffer, dtype=torch.uint8)[4999] = 1
+print("opened", flush=True)
+torch.frombuffer(other, dtype=torch.uint8)[0].item()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sealing is for Linux")
+def test_sealed_memory_faults_until_it_is_opened():
+    done = subprocess.run(
+        [sys.executable, "-c", _SEALED], env={**os.environ, "WEIGHTLIFT_GUARD_RESERVATIONS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "opened\n" and done.returncode == -11, done.stderr
+
+
+def test_unsealing_what_is_open_does_nothing():
+    unseal(Block(4096), 0, 4096)

@@ -1,0 +1,286 @@
+"""State-dict hooks that reach further than their own arguments; the values, as in test_plan_hooks, are torch's own."""
+
+import copy
+import functools
+from collections import OrderedDict
+
+import pytest
+import torch
+from test_plan_hooks import Extra, everything, noted, state_of
+from torch import nn
+
+import weightlift as wl
+
+
+def both_ways(build, state, **options):
+    """Load into a new module and into an existing one; planning first changes nothing."""
+    want = build()
+    want.load_state_dict(copy.copy(state), **options)
+    existing = build()
+    before = everything(existing)
+    wl.plan(existing, state, **options)
+    assert everything(existing) == before
+    results = [wl.load(build, state, **options), wl.load(existing, state, **options)]
+    for got in results:
+        assert everything(got) == everything(want)
+    return want, results
+
+
+@pytest.mark.parametrize("how", ["closure", "default", "partial", "keyword"])
+def test_a_hook_that_holds_its_module(how):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3))
+            self.seen = []
+
+            def hook(state, prefix, *args, module=None, other=self):
+                module = module or self
+                module.seen.append(prefix)
+                module.a.data.add_(5)
+                state[prefix + "a"] = module.a.detach() + state[prefix + "a"]
+
+            def plain(module, state, prefix, *args):
+                hook(state, prefix, module=module)
+
+            hooks = {"closure": hook, "default": lambda s, p, *args, me=self: hook(s, p, module=me),
+                     "partial": functools.partial(plain, self),
+                     "keyword": functools.partial(hook, module=self)}  # fmt: skip
+            self._register_load_state_dict_pre_hook(hooks[how])
+
+    want, results = both_ways(Holding, {"a": torch.ones(3)})
+    assert [got.seen for got in results] == [want.seen] * 2 == [[""]] * 2
+
+
+def test_a_hook_that_takes_itself_off():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3))
+            self.handle = self._register_load_state_dict_pre_hook(self.hook)
+
+        def hook(self, state, prefix, *args):
+            self.handle.remove()
+            state[prefix + "a"] = state.pop(prefix + "old")
+
+    module = Once()
+    wl.plan(module, {"old": torch.ones(3)})
+    assert len(module._load_state_dict_pre_hooks) == 1
+    hooks = module._load_state_dict_pre_hooks
+    wl.load(module, {"old": torch.ones(3)})
+    assert module._load_state_dict_pre_hooks is hooks and not hooks
+    both_ways(Once, {"old": torch.ones(3)})
+
+
+def test_an_override_that_adds_modules():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(2, 2)])
+            self.widths = {"0": 2}
+
+        def _load_from_state_dict(self, state, prefix, *args):
+            while f"{prefix}layers.{len(self.layers)}.weight" in state:
+                self.widths[str(len(self.layers))] = 2
+                self.layers.append(nn.Linear(2, 2))
+            super()._load_from_state_dict(state, prefix, *args)
+
+    state = state_of(nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}))
+    want, results = both_ways(Growing, state)
+    assert all(got.widths == want.widths and len(got.layers) == 3 for got in results)
+    bf16 = wl.load(Growing, state, dtype=torch.bfloat16)
+    assert {p.dtype for p in bf16.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "list", "new"])
+def test_an_override_that_writes_what_is_no_state(kind):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(2))
+            self.register_buffer("count", torch.zeros(2), persistent=False)
+            self.tensor = torch.zeros(2)
+            self.list = [torch.zeros(2)]
+            self.new = None
+
+        def _load_from_state_dict(self, state, prefix, *args):
+            value = state.pop(prefix + "count") * 2
+            if kind == "new":
+                self.new = value
+            else:
+                {"buffer": self.count, "tensor": self.tensor, "list": self.list[0]}[kind].copy_(value)
+            super()._load_from_state_dict(state, prefix, *args)
+
+    want, results = both_ways(Counting, {"a": torch.ones(2), "count": torch.ones(2)})
+    for got in results:
+        for mine, theirs in ((got.tensor, want.tensor), (got.list[0], want.list[0]), (got.new, want.new)):
+            assert mine is theirs is None or torch.equal(mine, theirs)
+
+
+def test_values_that_a_hook_keeps():
+    """What a hook puts away outside the module has its value, not a stand-in's zeros."""
+    kept = []
+
+    class Keeping(nn.Linear):
+        def _load_from_state_dict(self, state, prefix, *args):
+            kept.append(state.pop(prefix + "scale"))
+            super()._load_from_state_dict(state, prefix, *args)
+
+    wl.load(lambda: Keeping(2, 2), {"weight": torch.ones(2, 2), "bias": torch.ones(2), "scale": torch.full((3,), 4.0)})
+    assert torch.equal(kept[0], torch.full((3,), 4.0))
+
+
+def test_a_look_at_a_weight_does_not_change_what_it_is_initialised_with():
+    class Looking(nn.Module):
+        def __init__(self, look):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.look = look
+            self.register_load_state_dict_pre_hook(self.hook)
+
+        @staticmethod
+        def hook(module, state, prefix, *args):
+            if module.look:
+                assert float(module.b.weight.sum()) != 0
+
+    state = {"a.bias": torch.ones(3)}
+    got = [wl.load(lambda look=look: Looking(look), state, strict=False, seed=3) for look in (True, False)]
+    assert everything(got[0]) == everything(got[1])
+
+
+def test_a_handle_can_be_planned_again_and_loaded():
+    deferred = wl.defer(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    state = state_of(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    for _ in range(2):
+        assert not deferred.plan(state).problems
+    got = deferred.load(state).state_dict()
+    assert all(torch.equal(got[name], value) for name, value in state.items())
+
+
+def test_ties_between_modules_with_hooks():
+    def build():
+        module = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+        module[1].weight = module[0].weight
+        module[1].bias = nn.Parameter(module[0].bias.data)
+        return module
+
+    state = state_of(build())
+    state["0.weight"] = state["1.weight"] = torch.rand(3)
+    want, _ = both_ways(build, state)
+    for name in ("1.weight", "0.weight"):
+        some = OrderedDict((key, value) for key, value in state.items() if key != name)
+        for got in (wl.load(build, some), wl.load(build(), some)):
+            assert everything(got) == everything(want) and got[0].weight is got[1].weight
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_post_hook_that_does_not_forgive_enough(existing):
+    calls = []
+
+    class Forgiving(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_load_state_dict_post_hook(self.forgive)
+
+        def forgive(self, module, keys):
+            assert module is self
+            calls.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+            if "bias" in keys.missing_keys:
+                keys.missing_keys.remove("bias")
+
+    module = Forgiving()
+    before = everything(module)
+    subject = module if existing else Forgiving
+    with pytest.raises(wl.PlanError, match="more"):
+        wl.load(subject, {"weight": torch.ones(2, 2), "more": torch.ones(1)})
+    assert everything(module) == before
+    del calls[:]
+    wl.load(subject, {"weight": torch.ones(2, 2)})
+    assert calls[-1] == (["bias"], [])
+
+
+def test_children_set_to_none():
+    """torch looks for the first part of a key among the modules, and leaves one that is None alone."""
+
+    def build():
+        module = nn.Sequential(nn.BatchNorm1d(2))
+        module.register_module("gone", None)
+        return module
+
+    both_ways(build, OrderedDict(state_of(build()), **{"gone.weight": torch.ones(2)}))
+
+
+def test_a_failing_set_extra_state_says_where():
+    class Failing(Extra):
+        def set_extra_state(self, state):
+            raise KeyError("note")
+
+    def build():
+        return nn.Sequential(nn.Linear(2, 2), Failing())
+
+    with pytest.raises(wl.TransferError, match=r"1.*set_extra_state of .*Failing raised KeyError") as caught:
+        wl.load(build, noted(build, "x").state_dict())
+    assert isinstance(caught.value.__cause__, KeyError) and caught.value.problems[0].fqn == "1"
+
+
+def test_extra_state_that_an_override_makes():
+    class Upgrading(Extra):
+        def _load_from_state_dict(self, state, prefix, *args):
+            state[prefix + "_extra_state"] = {"note": state.pop(prefix + "old_note")}
+            super()._load_from_state_dict(state, prefix, *args)
+
+    state = OrderedDict(Extra().lin.state_dict(prefix="lin."), old_note=torch.tensor([3, 4]))
+    module = Upgrading()
+    wl.plan(module, state)
+    assert module.note is None
+    for got in (wl.load(Upgrading, state), wl.load(module, state)):
+        assert torch.equal(got.note, torch.tensor([3, 4]))
+
+
+def test_versions_follow_key_mapping(tmp_path):
+    state = OrderedDict((f"model.{name}", value) for name, value in nn.BatchNorm1d(3).state_dict().items())
+    del state["model.num_batches_tracked"]
+    state._metadata = {"": {}, "model": {"version": 2}}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(wl.PlanError, match="num_batches_tracked"):
+        wl.load(lambda: nn.BatchNorm1d(3), tmp_path / "a.pt", key_mapping={r"^model\.": ""})
+
+
+def test_a_value_that_is_no_tensor_in_a_tensors_place():
+    for build in (lambda: nn.Linear(2, 2), lambda: nn.BatchNorm1d(2)):
+        state = OrderedDict(build().state_dict(), weight="a string")
+        with pytest.raises(wl.PlanError, match=r"weight.*(is no tensor|expected torch\.Tensor)"):
+            wl.load(build, state, strict=False)
+
+
+def test_a_hook_under_a_mode_of_the_callers():
+    seen = []
+
+    class Watching(nn.Linear):
+        def _load_from_state_dict(self, state, prefix, *args):
+            seen.append((torch.is_inference_mode_enabled(), float(state[prefix + "weight"].sum())))
+            super()._load_from_state_dict(state, prefix, *args)
+
+    with torch.inference_mode():
+        wl.load(lambda: Watching(2, 2), {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    assert seen == [(False, 4.0)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_hook_under_a_device_of_the_callers(device):
+    state = state_of(Doubling())
+    want = Doubling()
+    want.load_state_dict(state)
+    with torch.device(device):
+        got = wl.load(want, state)
+    assert everything(got) == everything(want) and not got.a.is_meta
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(3, 2))
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        state[prefix + "a"] = state[prefix + "a"].t().contiguous().t() * 2
+        super()._load_from_state_dict(state, prefix, *args)
