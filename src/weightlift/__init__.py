@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from weightlift.api import Deferred, LoadPlan, defer, load, plan
     from weightlift.checkpoint import Checkpoint, open_checkpoint
     from weightlift.checkpoint.entry import ShardFile, TensorEntry
+    from weightlift.checkpoint.save import save
     from weightlift.deferred.construct import CurrentLoad, current_load
     from weightlift.errors import (
         CheckpointChanged,
+        CheckpointCorrupt,
         CheckpointError,
         CheckpointNotFound,
         DeferError,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointChanged",
+    "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointNotFound",
     "CurrentLoad",
@@ -52,11 +55,13 @@ __all__ = [
     "load",
     "open_checkpoint",
     "plan",
+    "save",
 ]
 
 _HOMES = {
     "Checkpoint": "weightlift.checkpoint",
     "CheckpointChanged": "weightlift.errors",
+    "CheckpointCorrupt": "weightlift.errors",
     "CheckpointError": "weightlift.errors",
     "CheckpointNotFound": "weightlift.errors",
     "CurrentLoad": "weightlift.deferred.construct",
@@ -76,6 +81,7 @@ _HOMES = {
     "load": "weightlift.api",
     "open_checkpoint": "weightlift.checkpoint",
     "plan": "weightlift.api",
+    "save": "weightlift.checkpoint.save",
 }
 
 

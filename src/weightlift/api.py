@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
@@ -235,6 +237,7 @@ def plan(
     cancel: threading.Event | None = None,
     defer: bool = True,
     trace: str | os.PathLike[str] | None = None,
+    verify: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -259,6 +262,7 @@ def plan(
         cancel=cancel,
         defer=defer,
         trace=trace,
+        verify=verify,
     )
     record = _trace(options)
     with timed(record, "open", "headers"):
@@ -286,6 +290,7 @@ def load(
     cancel: threading.Event | None = None,
     defer: bool = True,
     trace: str | os.PathLike[str] | None = None,
+    verify: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -316,10 +321,13 @@ def load(
         cancel: an event that stops the load.
         defer: False calls the constructor ordinarily.
         trace: a file for a timeline of the load: a page (``.html``), else Chrome trace events as JSON.
+        verify: also hash every file, while it is read, and compare with what is written down: blob names of the hub's
+            cache, or ``SHA256SUMS`` beside the files. False does not look for damaged content.
         revision, token, local_files_only: for a hub id, as ``huggingface_hub`` takes them.
 
     Raises:
-        CheckpointError: the checkpoint breaks its format.
+        CheckpointError: the checkpoint breaks its format; or ``verify`` and no hash is known for a file.
+        CheckpointCorrupt: ``verify`` found other content than the hash says.
         PlanError: module and checkpoint do not fit; every problem in one error, nothing was read or changed.
         TransferError: a read failed; for an existing module it names what had been written.
         LoadCancelled: ``cancel`` was set.
@@ -331,7 +339,7 @@ def load(
         module, ckpt,
         dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
         key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,
-        progress=progress, cancel=cancel, defer=defer, trace=trace, revision=revision, token=token,
+        progress=progress, cancel=cancel, defer=defer, trace=trace, verify=verify, revision=revision, token=token,
         local_files_only=local_files_only,
     )  # fmt: skip
     return made.execute()  # type: ignore[return-value]
@@ -363,7 +371,9 @@ def _plan(
 ) -> LoadPlan:
     with timed(trace, "plan", "headers against names"):
         supplied = decide(subject, checkpoint, options)
-    return LoadPlan(supplied.decisions, supplied.subject, supplied.source, options, take, trace)
+    digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
+    source = replace(supplied.source, digests=digests)
+    return LoadPlan(supplied.decisions, supplied.subject, source, options, take, trace)
 
 
 def _owned(subject: Subject) -> list[Any]:

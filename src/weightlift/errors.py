@@ -3,7 +3,8 @@
     WeightliftError
     ├── CheckpointError        (ValueError)         what is on disk breaks a rule of its format
     │   ├── CheckpointNotFound (FileNotFoundError)  nothing to load at that place
-    │   └── CheckpointChanged                       a file is not the one that was planned with
+    │   ├── CheckpointChanged                       a file is not the one that was planned with
+    │   └── CheckpointCorrupt                       a file's content is not what its hash says (``verify=True``)
     ├── DeferError             (RuntimeError)       a constructor did what deferred construction can't follow
     ├── PlanError              (RuntimeError)       the module and the checkpoint do not fit; nothing was changed
     ├── TransferError          (RuntimeError)       reading or copying failed
@@ -85,6 +86,10 @@ class CheckpointNotFound(CheckpointError, FileNotFoundError):
 
 class CheckpointChanged(CheckpointError):
     """A file was replaced, cut or written since the checkpoint was opened."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """``verify=True`` found that the content of a file is not what its hash says."""
 
 
 class DeferError(WeightliftError, RuntimeError):

@@ -47,6 +47,7 @@ class LoadOptions:
     cancel: threading.Event | None = None
     defer: bool = True
     trace: Path | None = None
+    verify: bool = False
 
     @classmethod
     def create(
@@ -66,6 +67,7 @@ class LoadOptions:
         cancel: threading.Event | None = None,
         defer: bool = True,
         trace: str | os.PathLike[str] | None = None,
+        verify: bool = False,
     ) -> LoadOptions:
         """Check what a user gave and fill in the defaults. Raises ValueError or TypeError for what can't be meant."""
         _check_dtype(dtype)
@@ -97,6 +99,7 @@ class LoadOptions:
             cancel=cancel,
             defer=bool(defer),
             trace=None if trace is None else Path(trace),
+            verify=bool(verify),
         )
 
 

@@ -1,4 +1,4 @@
-"""What is on disk: headers in, frozen records out. See `open_checkpoint`, `Checkpoint`, `TensorEntry`, `verify`."""
+"""What is on disk: headers in, frozen records out. See `open_checkpoint`, `Checkpoint`, `save`, `verify`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.entry import Format, ShardContents, ShardFile, TensorEntry
 from weightlift.checkpoint.open import open_checkpoint
 from weightlift.checkpoint.reader import require_unchanged
+from weightlift.checkpoint.save import save
 from weightlift.checkpoint.verify import verify
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "TensorEntry",
     "open_checkpoint",
     "require_unchanged",
+    "save",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +22,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
     file in the order of its header.
     """
 
-    __slots__ = ("_by_path", "_entries", "_extras", "_files", "_metadata", "_source", "_tensors", "_total", "_versions")
+    __slots__ = (
+        "_by_path", "_entries", "_extras", "_files", "_index", "_metadata", "_source", "_tensors", "_total",
+        "_versions",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -32,10 +36,12 @@ class Checkpoint(Mapping[str, TensorEntry]):
         extras: Mapping[str, object] = _NONE,
         tensors: Mapping[str, torch.Tensor] = _NONE,
         state_dict_metadata: Mapping[str, Mapping[str, object]] | None = None,
+        index: Path | None = None,
     ) -> None:
         self._source = source
         self._entries = MappingProxyType(dict(entries))
         self._files = files
+        self._index = index
         self._by_path = {file.path: file for file in files}
         self._tensors = MappingProxyType(dict(tensors))
         self._extras: Mapping[str, object] = (
@@ -57,6 +63,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def files(self) -> tuple[ShardFile, ...]:
         """The files it is made of, those of an index sorted by name; none for a mapping."""
         return self._files
+
+    @property
+    def index(self) -> Path | None:
+        """The index that named the files, if one did."""
+        return self._index
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -84,10 +84,11 @@ def read_exactly(stream: io.FileIO, path: Path, start: int, count: int) -> bytes
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def short_read(path: Path, start: int, end: int, got: int) -> CheckpointError:
+def short_read(path: Path, start: int, end: int, got: int, key: str | None = None) -> CheckpointError:
     """The error for a file that ended within the range ``start:end`` after ``got`` bytes."""
     problem = Problem(
         "the file ends too early",
+        key=key,
         file=path,
         start=start,
         end=end,

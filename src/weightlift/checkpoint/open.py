@@ -11,6 +11,7 @@ import torch
 from weightlift.checkpoint import hub
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint.integrity import require_content
 from weightlift.checkpoint.locate import choose_in
 from weightlift.checkpoint.memory import SOURCE, read_mapping
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
@@ -22,17 +23,22 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    verify: bool = False,
 ) -> Checkpoint:
-    """Read the headers of a checkpoint; no tensor byte, and nothing stays open.
+    """Read the headers of a checkpoint; no tensor byte (unless ``verify``), and nothing stays open.
 
     ``source`` is a file (``.safetensors``, or what torch.save wrote), an ``*.index.json``, a folder, a mapping of
     tensors, a `Checkpoint` (returned as it is), or a hub id ``organisation/name`` when no such path exists; only for
-    that do ``revision``, ``token`` and ``local_files_only`` matter.
+    that do ``revision``, ``token`` and ``local_files_only`` matter. ``verify`` reads every byte, here and now, and
+    compares with the hashes that are written down (docs/checkpoints.md); tensors in memory have none, and need none.
 
-    Raises `CheckpointNotFound` when there is nothing at that place, `CheckpointError` with every problem otherwise.
+    Raises `CheckpointNotFound` when there is nothing at that place, `CheckpointCorrupt` when the content is not what
+    its hash says or no hash is known, `CheckpointError` with every problem otherwise.
     Thread-safe.
     """
     if isinstance(source, Checkpoint):
+        if verify:
+            require_content(source.files, source.index)
         return source
     if isinstance(source, Mapping):
         entries, tensors, values, versions = read_mapping(source)
@@ -45,13 +51,17 @@ def open_checkpoint(
     if gathered.problems:
         kind = CheckpointNotFound if gathered.missing else CheckpointError
         raise kind(f"cannot open the checkpoint {name}", gathered.problems)
-    return Checkpoint(
+    opened = Checkpoint(
         name,
         gathered.entries,
         files=tuple(contents.file for contents in gathered.contents),
         extras=gathered.extras,
         state_dict_metadata=gathered.state_dict_metadata,
+        index=paths[0] if is_index else None,
     )
+    if verify:
+        require_content(opened.files, opened.index)
+    return opened
 
 
 def resolve(

@@ -12,7 +12,7 @@ from weightlift import dtypes
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, short_read
-from weightlift.errors import CheckpointChanged, Problem
+from weightlift.errors import CheckpointChanged, CheckpointError, Problem
 from weightlift.strides import row_major
 
 
@@ -65,9 +65,14 @@ def _fill(storage: torch.UntypedStorage, stream: io.FileIO, file: ShardFile, ent
     stream.seek(entry.start)
     done = 0
     while done < size:
-        count = stream.readinto(view[done:])
+        try:
+            count = stream.readinto(view[done:])
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            problem = Problem(what, key=entry.key, file=file.path, start=entry.start, end=entry.end)
+            raise CheckpointError("cannot read the checkpoint", [problem]) from error
         if not count:
-            raise short_read(file.path, entry.start, entry.end, done)
+            raise short_read(file.path, entry.start, entry.end, done, entry.key)
         done += count
 
 

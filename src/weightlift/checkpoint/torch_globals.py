@@ -128,9 +128,16 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metad
         raise BrokenPickleError("a tensor without a storage, an offset or a dtype")
     if dtype in _QUANTISED:
         return Opaque("a quantised tensor")
-    if isinstance(metadata, dict) and any(metadata.values()):
+    if metadata and not isinstance(metadata, dict):
+        raise BrokenPickleError("a tensor's metadata that are not a mapping")
+    if metadata and any(metadata.values()):
         return Opaque("a conjugated or negated view")
     return TensorRef(storage, dtype, offset, _integers(size), _integers(stride))
+
+
+def _require_bool(value: Any) -> None:
+    if type(value) is not bool:
+        raise BrokenPickleError("a requires_grad that is not a boolean")
 
 
 def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef | Opaque:
@@ -138,14 +145,16 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tens
 
 
 def _rebuild_v2(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, metadata: Any = None
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, _hooks: Any, metadata: Any = None
 ) -> Any:
+    _require_bool(grad)
     return _tensor(storage, offset, size, stride, getattr(storage, "dtype", None), metadata)
 
 
 def _rebuild_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
 ) -> Any:
+    _require_bool(grad)
     return _tensor(storage, offset, size, stride, dtype, metadata)
 
 

@@ -54,7 +54,9 @@ def read_torch_legacy(path: Path) -> ShardContents:
         try:
             _require(path, "the magic number", unpickle(PickleReader(), bounded, path), _MAGIC)
             _require(path, "the protocol version", unpickle(PickleReader(), bounded, path), _PROTOCOL)
-            unpickle(PickleReader(), bounded, path)  # byte order and sizes of the writer: no longer used by torch
+            system = unpickle(PickleReader(), bounded, path)  # byte order and sizes of the writer: no longer used
+            if not isinstance(system, dict):
+                raise CheckpointError(SUMMARY, [Problem("its notes on the writer are not a mapping", file=path)])
             root = unpickle(reader, bounded, path)
             keys = unpickle(PickleReader(), bounded, path)
             position = bounded.tell()

@@ -154,7 +154,9 @@ class PickleReader:
             if type(pid) is tuple and pid and pid[0] == "module":
                 raise ForbiddenGlobalError("a module with its source code")
             raise BrokenPickleError("a persistent id that is not a storage")
-        _, kind, key, _, numel, *view = pid
+        _, kind, key, location, numel, *view = pid
+        if type(location) is not str:
+            raise BrokenPickleError("a storage whose device is not text")
         if not isinstance(kind, StorageType) or type(key) not in (str, int) or type(numel) is not int or numel < 0:
             raise BrokenPickleError("a storage that is not described")
         storage = self.storages.setdefault(str(key), StorageRef(str(key), kind.dtype, numel))

@@ -20,7 +20,15 @@ from weightlift.checkpoint.torch_state import SUMMARY, StateDict, unpickle, vers
 from weightlift.errors import CheckpointError, Problem
 
 _LOCAL = struct.Struct("<4s5H3I2H")  # signature, version, flags, method, time, date, crc, sizes, name and extra lengths
-_ENCRYPTED = 1
+_FLAGS = 0x0808  # sizes follow the record; its name is UTF-8: what torch writes, and plain zips have neither
+_VERSIONS = range(1, 11)
+_ENTRY = struct.Struct("<28s3H12s")  # … lengths of name, extra and comment …
+_END = struct.Struct("<4s4H2IH")  # signature, disk, directory's disk, records on it, records, size, offset, comment
+_END64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disks, records on it, records, size, offset
+_LOCATOR64 = struct.Struct("<4sIQI")  # signature, disk, offset, disks
+_MAX_TAIL_BYTES = _END.size + 0xFFFF
+_TEXTS = ("byteorder", ".data/serialization_id")
+_NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")
 
 
 def read_torch_zip(path: Path) -> ShardContents:
@@ -67,13 +75,22 @@ class _Archive:
     def __init__(self, path: Path, stream: io.FileIO, size: int) -> None:
         self.path = path
         self.stream = stream
-        with zipfile.ZipFile(stream) as directory:
-            infos = directory.infolist()
-            self.limit = directory.start_dir
+        # zipfile takes a short read, which a raw stream may give, for the end of the file.
+        buffered = io.BufferedReader(stream)
+        try:
+            with zipfile.ZipFile(buffered) as directory:
+                infos = directory.infolist()
+                self.limit = directory.start_dir
+            self._check_end(size, len(infos))
+        finally:
+            buffered.detach()
         self.records: dict[str, zipfile.ZipInfo] = {}
+        self._ranges: dict[str, tuple[int, int] | Problem] = {}
         root = infos[0].filename.partition("/")[0] + "/" if infos else ""
         for info in infos:
             name = info.filename.removeprefix(root)
+            if name == info.filename or info.volume != 0:
+                _fail(path, f"the zip is damaged: the record {info.filename!r} is not in the folder {root!r}")
             if name in self.records:
                 _fail(path, f"the zip has the record {name!r} twice")
             self.records[name] = info
@@ -92,12 +109,78 @@ class _Archive:
                 hint="load it with torch.jit.load and save its state_dict()",
             )
 
+        self._check_records()
+
+    def _check_end(self, size: int, count: int) -> None:
+        """The end record, of which zipfile believes only parts: one disk, all records, nothing before or behind."""
+        begin = max(0, size - _MAX_TAIL_BYTES)
+        tail = read_exactly(self.stream, self.path, begin, size - begin)
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or at + _END.size > len(tail):
+            _fail(self.path, "the zip is damaged: it has no end record")
+        _, disk, first_disk, here, records, length, offset, comment = _END.unpack_from(tail, at)
+        end = directory_end = begin + at
+        wide = self._wide_end(end)
+        if wide is not None:
+            directory_end, here, records, length, offset = wide
+        right = (
+            disk == first_disk == 0 and here == records == count
+            and offset == self.limit and offset + length == directory_end and end + _END.size + comment == size
+        )  # fmt: skip
+        if not right:
+            _fail(self.path, "the zip is damaged: its end record does not describe this file")
+        directory = read_exactly(self.stream, self.path, self.limit, length)
+        at = 0
+        while at + _ENTRY.size <= length:  # zipfile overlooks a name, extra or comment that ends behind the directory
+            at += _ENTRY.size + sum(_ENTRY.unpack_from(directory, at)[1:4])
+        if at != length:
+            _fail(self.path, "the zip is damaged: its directory is not of its length")
+
+    def _wide_end(self, end: int) -> tuple[int, int, int, int, int] | None:
+        """Where the zip64 end record lies, and what it says of the directory; None when there is none."""
+        if end < _LOCATOR64.size + _END64.size:
+            return None
+        locator = read_exactly(self.stream, self.path, end - _LOCATOR64.size, _LOCATOR64.size)
+        signature, disk, at, disks = _LOCATOR64.unpack(locator)
+        if signature != b"PK\6\7":
+            return None
+        if disk != 0 or disks > 1 or at + _END64.size + _LOCATOR64.size != end:
+            _fail(self.path, "the zip is damaged: its zip64 end record is not where it should be")
+        record = _END64.unpack(read_exactly(self.stream, self.path, at, _END64.size))
+        if record[0] != b"PK\6\6" or record[4] or record[5]:
+            _fail(self.path, "the zip is damaged: its zip64 end record is wrong")
+        return (at, *record[6:])
+
+    def _check_records(self) -> None:
+        """Every record: whole, and the small ones what torch wants them to be."""
+        problems = []
+        for name in self.records:
+            where = self.range(name)
+            if isinstance(where, Problem):
+                problems.append(where)
+            elif name in _TEXTS and not _is_text(self.read(name)):
+                problems.append(self._damaged(name, "it is not text"))
+            elif name in _NUMBERS and not self.read(name).strip().isdigit():
+                problems.append(self._damaged(name, "it is not a number"))
+        version = "version" if "version" in self.records else ".data/version"
+        if version not in self.records:
+            problems.append(Problem("the record 'version' is missing", file=self.path, hint="is the file damaged?"))
+        elif not problems and int(self.read(version)) not in _VERSIONS:
+            problems.append(self._damaged(version, "it is not a version that torch writes"))
+        if problems:
+            raise CheckpointError(SUMMARY, problems)
+
     def range(self, name: str) -> tuple[int, int] | Problem:
-        """Where the bytes of a record lie in the file."""
+        """Where the bytes of a record lie in the file; looked up once."""
+        if name not in self._ranges:
+            self._ranges[name] = self._range(name)
+        return self._ranges[name]
+
+    def _range(self, name: str) -> tuple[int, int] | Problem:
         info = self.records.get(name)
         if info is None:
             return Problem(f"the record {name!r} is missing", file=self.path, hint="is the file damaged?")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ~_FLAGS:
             return Problem(
                 f"the record {name!r} is compressed or encrypted",
                 file=self.path,
@@ -112,7 +195,7 @@ class _Archive:
         )
         start = begin + _LOCAL.size + name_length + extra_length
         end = start + info.file_size
-        if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or flags & _ENCRYPTED:
+        if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or flags & ~_FLAGS:
             return self._damaged(name, "its header does not agree with the directory")
         if info.compress_size != info.file_size or end > self.limit:
             return self._damaged(name, f"its bytes, {start}:{end}, are not in the file")
@@ -152,3 +235,11 @@ class _Archive:
                 found=f"{where[1] - where[0]} bytes",
             )
         return where
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

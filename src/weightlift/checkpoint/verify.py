@@ -1,19 +1,21 @@
-"""Every rule of the formats, and the index against the shard files."""
+"""Every rule of the formats, and the index against the shard files; on request the content as well."""
 
 from __future__ import annotations
 
 import os
 
 from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint.integrity import check_files
 from weightlift.checkpoint.open import resolve
 from weightlift.errors import CheckpointError, Problem
 
 
-def verify(path: str | os.PathLike[str]) -> tuple[Problem, ...]:
+def verify(path: str | os.PathLike[str], *, content: bool = False) -> tuple[Problem, ...]:
     """All that is wrong with a checkpoint; empty if nothing is. Raises nothing for what it finds.
 
-    Stricter than opening in one thing: keys in the shard files that the index does not list are problems. Tensor
-    bytes are not read, as no format here has a checksum of them that all its writers fill in.
+    Stricter than opening in one thing: keys in the shard files that the index does not list are problems. With
+    ``content`` every byte is read and hashed, and a file for which no hash is written down is a problem; otherwise
+    tensor bytes are not looked at, as no format here has a checksum of them that all its writers fill in.
     """
     try:
         paths, is_index, _ = resolve(path, revision=None, token=None, local_files_only=True)
@@ -30,4 +32,6 @@ def verify(path: str | os.PathLike[str]) -> tuple[Problem, ...]:
         )
         for entry in gathered.unlisted
     )
-    return (*gathered.problems, *unlisted)
+    files = [*paths[: int(is_index)], *(item.file.path for item in gathered.contents)]
+    hashed = check_files(files) if content else ()
+    return (*gathered.problems, *unlisted, *hashed)

@@ -11,6 +11,9 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("path", metavar="PATH", help="a file, an index, a folder, or the id of a cached hub repository")
+    parser.add_argument(
+        "--hash", action="store_true", help="read every byte as well, and compare with the hashes that are written down"
+    )
     parser.add_argument("--json", action="store_true", help="print the problems as JSON")
 
 
@@ -21,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.cli.output import console
     from weightlift.plan.report import human_bytes
 
-    problems = verify(arguments.path)
+    problems = verify(arguments.path, content=arguments.hash)
     if arguments.json:
         listed = [
             {name: value if value is None or isinstance(value, int) else str(value) for name, value in pairs}
@@ -34,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         found = wl.open_checkpoint(arguments.path, local_files_only=True)
         files = f"{len(found.files)} file{'s' * (len(found.files) != 1)}"
-        console().print(f"valid: {len(found)} tensors, {human_bytes(found.total_bytes)} in {files}", style="green")
+        hashed = ", content as hashed" if arguments.hash else ""
+        size = human_bytes(found.total_bytes)
+        console().print(f"valid: {len(found)} tensors, {size} in {files}{hashed}", style="green")
     if not problems:
         return 0
     count = len(problems)

@@ -4,6 +4,12 @@ A constructor that calls ``torch.manual_seed(42)`` means the values which that s
 runs at once, until it puts the state back (``fork_rng``). No mode sees the call. It leaves traces: while CUDA is not
 initialised torch queues every seeding together with the stack it came from, so that ours can be told from another
 thread's; and ``torch.initial_seed()`` changes.
+
+The state of the generator is never read: ``torch.get_rng_state`` wraps its result while it holds the generator's lock,
+and that allocation may run the garbage collector, whose finalisers let the interpreter lock go. A thread that asks for
+the lock meanwhile holds the interpreter while it waits, and both wait for ever. ``torch.initial_seed()`` takes no lock.
+What that costs: a constructor that forks the generator, seeds it with the very seed that the process has, and samples
+again after the fork, samples at once there too.
 """
 
 from __future__ import annotations
@@ -12,19 +18,16 @@ import os
 
 import torch
 
-from weightlift.ambient import no_dispatch_modes
-
 _HERE = tuple(os.path.join("weightlift", "deferred", name) for name in ("construct.py", "rewrite.py"))
 
 
 class SeedWatch:
-    """Remembers the state that the process's generator had when the scope began. Reads it, never writes."""
+    """Remembers the seed that the process's generator had when the scope began. Reads it, never writes."""
 
     def __init__(self) -> None:
         self._tracker = getattr(torch.cuda, "_lazy_seed_tracker", None)
         self._token = getattr(self._tracker, "manual_seed_all_cb", None)
         self._initial_seed = torch.initial_seed()
-        self._state = torch.get_rng_state()
         self._foreign = False
         self._seeded = False
         self._returns = True
@@ -44,16 +47,11 @@ class SeedWatch:
                 self._foreign = False
             else:
                 self._begin()
-        if self._seeded and self._returns and _state_equals(self._state):
+        if self._seeded and self._returns and torch.initial_seed() == self._initial_seed:
             self._seeded = False
         return self._seeded
 
     def _begin(self) -> None:
         self._seeded = True
-        # Seeded to the very state of the beginning: there is no telling this from putting that state back.
-        self._returns = not _state_equals(self._state)
-
-
-def _state_equals(state: torch.Tensor) -> bool:
-    with no_dispatch_modes(), torch._C.DisableTorchFunction():
-        return torch.equal(torch.get_rng_state(), state)
+        # Seeded with the seed of the beginning: there is no telling this from putting that state back.
+        self._returns = torch.initial_seed() != self._initial_seed

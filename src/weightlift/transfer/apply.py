@@ -97,6 +97,7 @@ class _Application:
             progress=self._options.progress,
             cancel=self._options.cancel,
             trace=self._trace,
+            digests=self._source.digests,
         )
         began = 0.0 if self._trace is None else self._trace.now()
         for record in supplied:

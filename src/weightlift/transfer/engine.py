@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,12 @@ import torch
 from weightlift import strides
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.checkpoint.integrity import Digest
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.execute import Executor, Target, Work
+from weightlift.transfer.hashing import Hashing
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, new_tensor
 from weightlift.transfer.pool import Pool
@@ -35,6 +38,7 @@ def run(
     memory_budget_bytes: int | None,
     progress: Progress,
     cancel: threading.Event | None,
+    digests: Mapping[Path, Digest] | None = None,
     source: Source | None = None,
     backend: Callable[[torch.device], Backend] = backend_for,
     trace: Trace | None = None,
@@ -42,21 +46,28 @@ def run(
     """Do all jobs and tasks; return each job's tensor in order (``job.into`` where one was given).
 
     ``memory_budget_bytes`` bounds what is in flight besides the destinations (None: 512 MiB). ``progress`` is called
-    from the calling thread. ``source`` and ``backend`` are the boundaries that tests replace. Values never depend on
+    from the calling thread. Files with ``digests`` are hashed too: while they are read, or before that where ``into``
+    of a job would be written. ``source`` and ``backend`` are the boundaries that tests replace. Values never depend on
     ``workers``; with 1 all work is done in the calling thread. Threads end before this returns or raises.
 
     Raises:
         CheckpointChanged: a file is not the one that was planned with; nothing was written.
+        CheckpointCorrupt: a file's content is not what its digest says; nothing was written.
         TransferError: reading, copying or a task failed; ``written`` names the jobs whose ``into`` was touched.
         LoadCancelled: ``cancel`` was set; ``written`` likewise.
         KeyboardInterrupt: at once, after the pieces under way.
     """
     assert workers >= 1, workers
-    load = _Run(jobs, files, tensors, copy=copy, source=source or FileSource(), backend=backend, trace=trace)
-    reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + sum(task.nbytes for task in tasks))
+    source = source or FileSource()
+    load = _Run(jobs, files, tensors, copy=copy, source=source, backend=backend, trace=trace)
+    hashing = Hashing(source, files, digests or {}, cancel)
+    work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
+    reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + work_bytes)
     try:
         with outside_modes():
-            results = load.execute(tasks, workers=workers, budget=memory_budget_bytes, reporter=reporter, cancel=cancel)
+            results = load.execute(
+                tasks, hashing, workers=workers, budget=memory_budget_bytes, reporter=reporter, cancel=cancel
+            )
         reporter.finish()
     except TransferError as error:
         raise TransferError(error.summary, error.problems, load.written()) from error.__cause__
@@ -108,6 +119,7 @@ class _Run:
     def execute(
         self,
         tasks: Sequence[Task],
+        hashing: Hashing,
         *,
         workers: int,
         budget: int | None,
@@ -118,12 +130,24 @@ class _Run:
         self._check_files()
         if cancel is not None and cancel.is_set():
             raise LoadCancelled
+        transfer = functools.partial(
+            self._transfer, workers=workers, budget=budget, reporter=reporter, cancel=cancel
+        )
+        if any(job.into is not None and not job.fresh for job in self._jobs):
+            # What a user holds is written to once the files are known to be right.
+            transfer([], hashing.tasks)
+            hashing.require()
+            self._done_bytes += sum(task.nbytes for task in hashing.tasks)
+        else:
+            tasks = [*tasks, *hashing.tasks]
         mapped, shared, rest = self._sort_out()
         with timed(self._trace, "map", f"{len(mapped)} files", sum(map(self._bytes_of, mapped.values()))):
             self._map(mapped)
         self._share(shared)
         reporter.update(self._done_bytes)
-        self._transfer(rest, tasks, workers=workers, budget=budget, reporter=reporter, cancel=cancel)
+        transfer(rest, tasks)
+        hashing.require()
+        self._check_mapped(mapped)
         results = [tensor for tensor in self._results if tensor is not None]
         assert len(results) == len(self._jobs)
         return results
@@ -134,6 +158,16 @@ class _Run:
         problems = [problem for path in used if (problem := self._source.check(self._files[path])) is not None]
         if problems:
             raise CheckpointChanged("the checkpoint changed since it was opened", problems)
+
+    def _check_mapped(self, mapped: Mapping[Path, list[int]]) -> None:
+        """A file cut or written to since it was mapped shows in the result: say so while it can still be refused."""
+        problems = [
+            problem
+            for path, group in mapped.items()
+            if group and (problem := self._source.overwritten(self._files[path])) is not None
+        ]
+        if problems:
+            raise CheckpointChanged("a checkpoint file changed while it was mapped", problems)
 
     def _sort_out(self) -> tuple[dict[Path, list[int]], list[int], list[int]]:
         """Indices of jobs: to map (by file), to share from memory, and to transfer."""

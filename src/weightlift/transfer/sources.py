@@ -46,6 +46,10 @@ class Source(Protocol):
         """Look, without opening, whether the file is still the one that was planned with."""
         ...
 
+    def overwritten(self, file: ShardFile) -> Problem | None:
+        """Whether the very file that was mapped has since been cut or written to; one that took its name is no harm."""
+        ...
+
     def open(self, file: ShardFile) -> Handle:
         """Open for reading. Raises OSError, or `CheckpointChanged` when another file has taken its place."""
         ...
@@ -60,6 +64,14 @@ class FileSource:
             return _difference(file, os.stat(file.path))
         except FileNotFoundError:
             return Problem("the file is gone", file=file.path, hint="open the checkpoint again")
+
+    def overwritten(self, file: ShardFile) -> Problem | None:
+        """Compare as `check` does, if the name still stands for the same file."""
+        try:
+            now = os.stat(file.path)
+        except OSError:
+            return None
+        return _difference(file, now) if (now.st_ino, now.st_dev) == (file.inode, file.device) else None
 
     def open(self, file: ShardFile) -> FileHandle:
         """Open and compare again, now on the descriptor that is read from."""
@@ -76,7 +88,9 @@ class FileHandle:
 
     def __init__(self, file: ShardFile) -> None:
         self._file = file
-        self._fd = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        # O_NONBLOCK means nothing to a regular file; should a pipe have taken its place, opening waits for no writer.
+        flags = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK")
+        self._fd = os.open(file.path, sum((getattr(os, flag, 0) for flag in flags), os.O_RDONLY))
         self._lock = threading.Lock()
         self._nowait = _NOWAIT
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from weightlift.checkpoint.entry import ShardFile
+from weightlift.checkpoint.integrity import Digest
 from weightlift.deferred.doubles import Change
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
@@ -33,11 +35,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Where values come from: files, tensors in memory, values of extra state by name; and the ``changes`` that the
-    module's state-dict hooks make to it.
+    """Where values come from: files (with the hashes to check, if any), tensors in memory, values of extra state by
+    name; and the ``changes`` that the module's state-dict hooks make to it.
     """
 
     files: tuple[ShardFile, ...]
     tensors: Mapping[str, torch.Tensor]
     extras: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
+    digests: Mapping[Path, Digest] = field(default_factory=dict)

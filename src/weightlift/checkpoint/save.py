@@ -1,0 +1,277 @@
+"""`save`: a module or a state dict to safetensors files, in such a way that a crash leaves the old or the new ones.
+
+Nothing is ever written into a file that exists: new files are written beside the old ones under hidden names, flushed,
+and then renamed. A model that is mapped from the very files which it replaces keeps its pages, because a mapping
+belongs to the file that was opened and not to its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightlift import dtypes
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint.integrity import MANIFEST, read_manifest
+from weightlift.checkpoint.locate import choose
+from weightlift.checkpoint.memory import read_mapping
+from weightlift.checkpoint.write import write_safetensors
+from weightlift.errors import CheckpointError, Problem, TransferError
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_SUMMARY = "cannot be saved as safetensors"
+_Tensor = torch.Tensor
+
+
+def save(
+    module: nn.Module | Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    name: str = "model",
+    metadata: Mapping[str, str] | None = None,
+    manifest: bool = False,
+) -> tuple[Path, ...]:
+    """Write a module's state dict (or a mapping of tensors) to a folder as safetensors files; returns their paths.
+
+    One file ``{name}.safetensors``; or, where that would exceed ``max_shard_bytes``, files
+    ``{name}-00001-of-0000N.safetensors`` and ``{name}.safetensors.index.json``, split as huggingface_hub does it. Names
+    that share one tensor are written once, under the first; the file's metadata maps the others to it.
+
+    A checkpoint of the same name in the folder is replaced, also one that the module is mapped from at this moment:
+    new files are written beside it and renamed. A single file over a single file is replaced in one step. In every
+    other case a crash during the renames leaves an incomplete checkpoint, which loaders refuse, with the old files
+    under hidden names; never a mixture. Other files of the folder stay.
+
+    Args:
+        metadata: text for the header of every file; ``format: pt`` is added.
+        manifest: write the files' hashes to ``SHA256SUMS``, for ``verify=True``.
+
+    Raises:
+        CheckpointError: a tensor or value that the format cannot hold, every one named; or another checkpoint in the
+            folder would be read instead of this one. Nothing was written.
+        TransferError: writing failed; the old checkpoint is as it was.
+
+    Memory: one tensor of another device, or one that is not contiguous, is copied at a time. Thread-safe; saves into
+    one folder wait for one another. The module must not be written to meanwhile.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ValueError(f"name must be the beginning of a file name, found {name!r}")
+    where = Path(os.path.abspath(folder))
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    with outside_modes():
+        tensors, ties = _untied(_savable(state))
+        texts = {**ties, "format": "pt", **{str(key): str(value) for key, value in (metadata or {}).items()}}
+        split, index = _split(tensors, name, max_shard_bytes)
+        where.mkdir(parents=True, exist_ok=True)
+        with _alone_in(where):
+            _Saving(where, name, [*split], index).run(split, tensors, texts, manifest=manifest)
+    return tuple(where / file for file in split)
+
+
+def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict. Raises `CheckpointError` with everything that a safetensors file can't hold."""
+    _, tensors, extras, _ = read_mapping(state)
+    problems = [
+        Problem(
+            f"is a {type(value).__name__}, not a tensor",
+            key=key,
+            hint="safetensors files hold tensors only; save this value by other means",
+        )
+        for key, value in extras.items()
+    ]
+    for key, tensor in tensors.items():
+        if not _is_plain(tensor):
+            hint = "gather a distributed tensor, or unwrap a quantised one, first"
+            problems.append(Problem(f"is a {type(tensor).__name__}, not a plain tensor", key=key, hint=hint))
+        elif dtypes.safetensors_name(tensor.dtype) is None:
+            problems.append(Problem(f"has the dtype {tensor.dtype}, unknown to the format", key=key, hint="cast it"))
+        elif key == "__metadata__":
+            problems.append(Problem("has the name that the format keeps for itself", key=key))
+    if problems:
+        raise CheckpointError(_SUMMARY, problems)
+    return dict(tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    plain = (_Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
+    return type(tensor).__torch_dispatch__ in plain
+
+
+def _untied(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor once, and which other names it has."""
+    first: dict[object, str] = {}
+    ties: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if tensor.numel():
+            mark = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+            owner = first.setdefault(mark, key)
+            if owner != key:
+                ties[key] = owner
+    return {key: tensor for key, tensor in tensors.items() if key not in ties}, ties
+
+
+def _split(
+    tensors: dict[str, torch.Tensor], name: str, max_shard_bytes: int
+) -> tuple[dict[str, list[str]], bytes | None]:
+    """File name → its keys, and the index's text if there are several files."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if not tensors:
+        return {f"{name}.safetensors": []}, None
+    done = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern=name + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    files = {file: list(keys) for file, keys in done.filename_to_tensors.items() if keys}
+    if not done.is_sharded:
+        return files, None
+    content = {"metadata": done.metadata, "weight_map": done.tensor_to_filename}
+    return files, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One save at a time, of any process, where the system can lock a folder; the lock ends with its holder."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # network file systems may refuse
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+class _Saving:
+    """The files of one save: written beside the old ones, then put in their place."""
+
+    def __init__(self, folder: Path, name: str, files: list[str], index: bytes | None) -> None:
+        self._folder = folder
+        self._index = index
+        self._mark = secrets.token_hex(4)  # not `random`: that would draw from the process's generator
+        self._index_name = f"{name}.safetensors.index.json"
+        own = re.compile(rf"{re.escape(name)}(-\d+-of-\d+)?\.safetensors")
+        with os.scandir(folder) as entries:
+            present = [entry.name for entry in entries if not entry.is_dir()]
+        self._old = [file for file in present if own.fullmatch(file) or file == self._index_name]
+        self._new = [*files, *([self._index_name] if index is not None else [])]
+        self._require_chosen([file for file in present if file not in self._old])
+
+    def _require_chosen(self, others: list[str]) -> None:
+        """What the folder will be read as must be what is saved now."""
+        try:
+            choice = choose([*others, *self._new], self._folder)
+            chosen = set(choice.names) == ({self._index_name} if self._index is not None else set(self._new))
+            found = ", ".join(choice.names)
+        except CheckpointError as error:
+            chosen, found = False, "; ".join(map(str, error.problems))
+        if not chosen:
+            problem = Problem(
+                "another checkpoint in this folder would be read instead of the saved one",
+                file=self._folder,
+                found=found,
+                hint="remove it, or save into another folder",
+            )
+            raise CheckpointError("not saved", [problem])
+
+    def run(
+        self,
+        split: Mapping[str, list[str]],
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+        *,
+        manifest: bool,
+    ) -> None:
+        """Write, then rename. On an error the folder is as it was."""
+        sums = self._sums()
+        try:
+            for file, keys in split.items():
+                part = {key: tensors[key] for key in keys}
+                digest = write_safetensors(self._hidden(file), part, metadata, hashed=manifest)
+                if digest is not None:
+                    sums[file] = digest
+            if self._index is not None:
+                digest = self._write_text(self._index_name, self._index)
+                if manifest:
+                    sums[self._index_name] = digest
+            if sums:
+                lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
+                self._write_text(MANIFEST, lines.encode())
+            self._swap([*self._new, *([MANIFEST] if sums else [])])
+        except OSError as error:
+            raise TransferError("saving failed", [Problem(f"writing failed: {error}", file=self._folder)]) from error
+        finally:
+            self._clean()
+
+    def _sums(self) -> dict[str, str]:
+        """The lines of an existing manifest that speak of other files."""
+        if not (self._folder / MANIFEST).exists():
+            return {}
+        sums = read_manifest(self._folder)
+        self._old.append(MANIFEST)
+        return {file: digest for file, digest in sums.items() if file not in self._old}
+
+    def _hidden(self, file: str, suffix: str = "new") -> Path:
+        return self._folder / f".{file}.{self._mark}.{suffix}"
+
+    def _write_text(self, file: str, content: bytes) -> str:
+        with open(self._hidden(file), "xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return hashlib.sha256(content, usedforsecurity=False).hexdigest()
+
+    def _swap(self, new: list[str]) -> None:
+        """Put the new files in their places, the index last; put the old ones back if that fails."""
+        moved: list[str] = []
+        placed: list[str] = []
+        try:
+            if not (len(self._new) == 1 and set(self._old) <= set(new)):  # else one rename does it all
+                for file in sorted(self._old, key=lambda file: file != self._index_name):
+                    os.rename(self._folder / file, self._hidden(file, "old"))
+                    moved.append(file)
+            for file in sorted(new, key=lambda file: (file == self._index_name, file == MANIFEST)):
+                os.replace(self._hidden(file), self._folder / file)
+                placed.append(file)
+        except OSError:
+            for file in placed:
+                if moved or file not in self._old:
+                    (self._folder / file).unlink(missing_ok=True)
+            for file in moved:
+                os.replace(self._hidden(file, "old"), self._folder / file)
+            raise
+        for file in moved:
+            self._hidden(file, "old").unlink(missing_ok=True)
+        _flush(self._folder)
+
+    def _clean(self) -> None:
+        for file in (*self._new, MANIFEST):
+            self._hidden(file).unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have the system note the renames on the disk; some systems and file systems can't be asked to."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

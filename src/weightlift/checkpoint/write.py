@@ -1,0 +1,88 @@
+"""Writing one safetensors file: a header, then every tensor's bytes, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from weightlift import dtypes
+from weightlift.errors import Problem, TransferError
+
+_ALIGN_BYTES = 8
+_CALL_BYTES = 64 << 20
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, hashed: bool
+) -> str | None:
+    """Write a new file, flushed to the disk; its sha256 when ``hashed``.
+
+    The file must not exist. Tensors are plain, strided and of dtypes that the format has. Tensors of another device
+    pass through the CPU one at a time. Raises `TransferError` with key and byte range, the cause chained.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, spans = _header(names, tensors, metadata)
+    state = hashlib.sha256(usedforsecurity=False) if hashed else None
+    key, start, end = None, 0, len(header)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            _write(fd, memoryview(header), state)
+            for key in names:
+                start, end = (len(header) + at for at in spans[key])
+                host = tensors[key].detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+                _write(fd, _bytes(host), state)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except (OSError, RuntimeError) as error:
+        hint = "the files that were there are as they were"
+        problem = Problem(f"writing failed: {error}", key=key, file=path, start=start, end=end, hint=hint)
+        raise TransferError("saving failed", [problem]) from error
+    return None if state is None else state.hexdigest()
+
+
+def _header(
+    names: list[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    spans: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        kind = dtypes.safetensors_name(tensor.dtype)
+        assert kind is not None, (name, tensor.dtype)
+        shape = list(tensor.shape)
+        if kind == "F4":
+            shape[-1] *= 2  # torch counts pairs
+        spans[name] = (position, position + tensor.numel() * tensor.element_size())
+        position = spans[name][1]
+        described[name] = {"dtype": kind, "shape": shape, "data_offsets": list(spans[name])}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGN_BYTES)
+    return struct.pack("<Q", len(text)) + text, spans
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, which the caller keeps alive."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _write(fd: int, view: memoryview, state: hashlib._Hash | None) -> None:
+    done = 0
+    while done < len(view):
+        part = view[done : done + _CALL_BYTES]
+        count = os.write(fd, part)
+        if state is not None:
+            state.update(part[:count])
+        done += count

@@ -1,0 +1,242 @@
+"""`weightlift.save`: what it writes, what it refuses, and that no failure leaves a mixture of old and new."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import weightlift as wl
+from weightlift.checkpoint import verify
+
+
+class Net(nn.Module):
+    """Tied, with a buffer, a scalar, something empty and something transposed."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, 32, bias=False)
+        self.head.weight = self.embed.weight
+        self.turned = nn.Parameter(torch.randn(width, 4).t())
+        self.register_buffer("scalar", torch.tensor(2.5, dtype=torch.float64))
+        self.register_buffer("nothing", torch.empty(0, 3))
+        self.register_buffer("count", torch.tensor(7))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 1500])
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path, limit: int) -> None:
+    model = Net()
+    paths = wl.save(model, tmp_path, max_shard_bytes=limit, metadata={"step": "5"})
+    assert same(wl.load(Net, tmp_path), model)
+    assert verify(tmp_path) == ()
+    held = [key for path in paths for key in safetensors.torch.load_file(path)]
+    assert sorted(held) == sorted(key for key in model.state_dict() if key != "head.weight")
+    for path in paths:
+        with safetensors.safe_open(path, "pt") as opened:
+            assert opened.metadata() == {"format": "pt", "step": "5", "head.weight": "embed.weight"}
+    assert (len(paths) > 1) == (limit == 1500)
+    index = tmp_path / "model.safetensors.index.json"
+    if len(paths) == 1:
+        assert sorted(os.listdir(tmp_path)) == ["model.safetensors"]
+        assert not safetensors.torch.load_model(Net(), paths[0])[1]  # the metadata is what the official tools expect
+    else:
+        assert sorted(json.loads(index.read_text())["weight_map"]) == sorted(held)
+
+
+def test_every_dtype_of_the_format(tmp_path: Path) -> None:
+    from weightlift import dtypes
+
+    state = {}
+    for name, dtype in dtypes.TORCH.items():
+        state[name] = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.ones(4).bool()
+    path = wl.save(state, tmp_path)[0]
+    opened = wl.open_checkpoint(path)
+    for name, value in state.items():
+        assert opened[name].dtype == value.dtype
+        assert bytes(opened.read(name).untyped_storage()) == bytes(value.untyped_storage())
+        assert opened[name].start % value.element_size() == 0
+    assert set(safetensors.torch.load_file(path)) == set(state)
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 1500])
+def test_over_the_files_that_the_model_is_mapped_from(tmp_path: Path, limit: int) -> None:
+    first = Net()
+    wl.save(first, tmp_path, max_shard_bytes=limit)
+    mapped = wl.load(Net, tmp_path)
+    other = wl.load(Net, tmp_path)
+    with torch.no_grad():
+        mapped.layers[1].weight += 1
+    for _ in range(3):
+        wl.save(mapped, tmp_path, max_shard_bytes=limit)
+    again = wl.load(Net, tmp_path)
+    assert same(again, mapped)
+    assert torch.equal(again.layers[1].weight, first.layers[1].weight + 1)
+    assert same(other, first)  # its pages are those of the file that is gone
+
+
+@pytest.mark.parametrize("before", [5_000_000_000, 1500, 4000])
+@pytest.mark.parametrize("after", [5_000_000_000, 1500, 4000])
+def test_one_layout_replaces_another(tmp_path: Path, before: int, after: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    wl.save(Net(), tmp_path, max_shard_bytes=before, manifest=True)
+    second = Net()
+    paths = wl.save(second, tmp_path, max_shard_bytes=after)
+    left = {"config.json", *(path.name for path in paths)} | (
+        {"model.safetensors.index.json"} if len(paths) > 1 else set()
+    )
+    assert set(os.listdir(tmp_path)) == left
+    assert same(wl.load(Net, tmp_path), second)
+
+
+def test_the_manifest_keeps_the_lines_of_others(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n{'1' * 64} *model.safetensors\n")
+    wl.save(Net(), tmp_path, manifest=True)
+    lines = (tmp_path / "SHA256SUMS").read_text().splitlines()
+    assert len(lines) == 2 and lines[0] == f"{'0' * 64}  config.json" and lines[1].endswith("  model.safetensors")
+    wl.save(Net(), tmp_path)
+    assert (tmp_path / "SHA256SUMS").read_text() == f"{'0' * 64}  config.json\n"
+
+
+def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
+    state = {
+        "fine": torch.ones(1),
+        "complex": torch.ones(1, dtype=torch.complex128),
+        "meta": torch.ones(1, device="meta"),
+        "sparse": torch.ones(2, 2).to_sparse(),
+    }
+    with pytest.raises(wl.CheckpointError, match="meta") as caught:
+        wl.save(state, tmp_path / "a")
+    assert {problem.key for problem in caught.value.problems} == {"meta", "sparse"}
+    state = {"complex": state["complex"], "text": "x", "__metadata__": torch.ones(1)}  # type: ignore[dict-item]
+    with pytest.raises(wl.CheckpointError, match="cannot be saved as safetensors") as caught:
+        wl.save(state, tmp_path / "a")
+    assert {problem.key for problem in caught.value.problems} == {"complex", "text", "__metadata__"}
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_that_would_be_read_instead(tmp_path: Path) -> None:
+    wl.save(Net(), tmp_path, name="diffusion_pytorch_model")
+    with pytest.raises(wl.CheckpointError, match="read instead"):
+        wl.save(Net(), tmp_path, name="adapter")
+    with pytest.raises(wl.CheckpointError, match="read instead"):
+        wl.save(Net(), tmp_path, max_shard_bytes=1500)
+    assert os.listdir(tmp_path) == ["diffusion_pytorch_model.safetensors"]
+    wl.save(Net(), tmp_path)  # model.safetensors goes first
+
+
+class _Fails:
+    """A tensor's stand-in is not possible, a full disk is: the file size limit of the process makes writing fail."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+
+    def __enter__(self) -> None:
+        import resource
+        import signal
+
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit_bytes, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        import resource
+        import signal
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 1500])
+def test_a_disk_that_is_full(tmp_path: Path, limit: int) -> None:
+    first = Net()
+    wl.save(first, tmp_path, max_shard_bytes=limit)
+    before = sorted(os.listdir(tmp_path))
+    with _Fails(1800), pytest.raises(wl.TransferError, match="writing failed") as caught:
+        wl.save(Net(width=64), tmp_path, max_shard_bytes=limit)
+    problem = caught.value.problems[0]
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.EFBIG
+    assert problem.key is not None and problem.start is not None
+    assert sorted(os.listdir(tmp_path)) == before
+    assert same(wl.load(Net, tmp_path), first)
+
+
+def test_renaming_fails_half_way(tmp_path: Path) -> None:
+    """A folder stands where a file has to go: all is put back."""
+    first = Net()
+    wl.save(first, tmp_path, max_shard_bytes=1500)
+    before = sorted(os.listdir(tmp_path))
+    obstacle = tmp_path / "model.safetensors" / "file"
+    obstacle.parent.mkdir()
+    obstacle.touch()
+    with pytest.raises(wl.TransferError, match="writing failed"):
+        wl.save(Net(), tmp_path)
+    obstacle.unlink()
+    obstacle.parent.rmdir()
+    assert sorted(os.listdir(tmp_path)) == before
+    assert same(wl.load(Net, tmp_path), first)
+
+
+def test_saves_at_the_same_time(tmp_path: Path) -> None:
+    """Eight threads save into one folder: in the end it holds the checkpoint of one of them."""
+    models = [Net() for _ in range(8)]
+    limits = [5_000_000_000 if number % 2 else 1500 for number in range(8)]
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            wl.save(models[number], tmp_path, max_shard_bytes=limits[number])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    last = wl.load(Net, tmp_path)
+    assert sum(same(last, model) for model in models) == 1
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_readers_meanwhile_get_old_or_new(tmp_path: Path) -> None:
+    """While one file replaces another again and again, a load gives one model, or says that the file changed."""
+    models = [Net(), Net()]
+    wl.save(models[0], tmp_path)
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            wl.save(models[number % 2], tmp_path)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    right = 0
+    try:
+        for number in range(60):
+            try:
+                found = wl.load(Net, tmp_path, copy=bool(number % 2))
+            except wl.CheckpointChanged:
+                continue
+            assert same(found, models[0]) or same(found, models[1])
+            right += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert right
