@@ -72,6 +72,7 @@ class Doubles:
         self._containers: list[_Pair] = []
         self._slots: set[int] = set()  # ids of the doubles' ``_parameters`` and ``_buffers``
         self._marks: dict[int, object] = {}  # of tensors' stand-ins
+        self._loaded: Callable[[torch.Tensor], bool] = lambda tensor: False
 
     def of(self, module: nn.Module) -> nn.Module:
         """The double of a module, made now if there is none yet."""
@@ -213,8 +214,12 @@ class Doubles:
 
     # -- and back -----------------------------------------------------------------------------------------------------
 
-    def changes(self) -> tuple[Change, ...]:
-        """What has to be done to the originals so that they are as their doubles are now."""
+    def changes(self, loaded: Callable[[torch.Tensor], bool] = lambda tensor: False) -> tuple[Change, ...]:
+        """What has to be done to the originals so that they are as their doubles are now.
+
+        ``loaded`` tells the tensors that lie in the memory of a parameter or buffer: they get their values with it.
+        """
+        self._loaded = loaded
         found: list[Change] = []
         for pair in self._modules:
             if type(pair.copy) is not type(pair.original):
@@ -235,7 +240,7 @@ class Doubles:
         if type(value) in _ATOMS:
             return value
         if isinstance(value, torch.Tensor):
-            if self.stands_in(value) and not self.written(value):
+            if self.stands_in(value) and not self._is_written(value):
                 return self.original(value)
             return value if torch.nn.parameter.is_lazy(value) else self._kept(value)
         if self.stands_in(value):
@@ -258,7 +263,8 @@ class Doubles:
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
     def _is_written(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and id(value) in self._marks and self.written(value)
+        known = isinstance(value, torch.Tensor) and id(value) in self._marks
+        return known and self.written(value) and not self._loaded(value)
 
     def _holds_written(self, value: Any) -> bool:
         items = value.values() if isinstance(value, dict) else value

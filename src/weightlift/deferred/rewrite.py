@@ -98,6 +98,7 @@ class _Rehearsal:
         self._visited: tuple[nn.Module, str] | None = None
         self._result = Rewritten(inventory)
         self._filled: set[object] = set()  # memory that was loaded under some name
+        self._held: set[object] = set()  # memory of stand-ins for parameters and buffers
         self._born: set[Record] = set()
 
     # -- the scope ----------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ class _Rehearsal:
         with _scope(self._recorder):
             slots, modules = self._slots_after()
             result.extras = {name: self._plain(value) for name, value in result.extras.items()}
-            result.changes = self._doubles.changes()
+            result.changes = self._doubles.changes(lambda tensor: self._memory(tensor) in self._held)
         result.inventory = Inventory(self._inventory.module, tuple(modules), tuple(slots))
         for name, load in self._loads.items():
             if isinstance(load, Offered):
@@ -312,6 +313,8 @@ class _Rehearsal:
     def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str) -> bool:
         """Note a slot of a double that is another than it was. True if it gets a value that was written into it."""
         stands_in = self._doubles.stands_in(tensor)
+        if stands_in and not is_lazy(tensor):
+            self._held.add(self._memory(tensor))
         if is_lazy(tensor) or (stands_in and not self._doubles.written(tensor)):
             return False
         if fqn not in self._loads and self._memory(tensor) not in self._filled:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_plan_hooks import Extra, everything, noted, state_of
 from torch import nn
+from torch.nn.utils import spectral_norm
 
 import weightlift as wl
 
@@ -115,6 +116,19 @@ def test_an_override_that_writes_what_is_no_state(kind):
     for got in results:
         for mine, theirs in ((got.tensor, want.tensor), (got.list[0], want.list[0]), (got.new, want.new)):
             assert mine is theirs is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}])
+def test_attributes_that_share_a_parameters_memory_still_do(options):
+    """Old spectral_norm keeps ``weight``, no parameter, in the memory of ``weight_orig`` until the first forward."""
+
+    def build():
+        return spectral_norm(nn.Linear(4, 3))
+
+    for subject in (build, build()):
+        got = wl.load(subject, state_of(build()), **({} if isinstance(subject, nn.Module) else options))
+        assert (got.weight.data_ptr() == got.weight_orig.data_ptr()) == (got.weight.dtype == got.weight_orig.dtype)
+    assert got.weight.data_ptr() == got.weight_orig.data_ptr()
 
 
 def test_values_that_a_hook_keeps():
