@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LoadCancelled,
         PlanError,
         Problem,
+        RanksError,
         TransferError,
         WeightliftError,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "LoadReport",
     "PlanError",
     "Problem",
+    "RanksError",
     "ShardFile",
     "TensorEntry",
     "TransferError",
@@ -72,6 +74,7 @@ _HOMES = {
     "LoadReport": "weightlift.plan.report",
     "PlanError": "weightlift.errors",
     "Problem": "weightlift.errors",
+    "RanksError": "weightlift.errors",
     "ShardFile": "weightlift.checkpoint.entry",
     "TensorEntry": "weightlift.checkpoint.entry",
     "TransferError": "weightlift.errors",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,8 +24,19 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import needed, replays
+from weightlift.distributed.paper import MeshReport, on_mesh
+from weightlift.distributed.placing import MeshShape, Placements
+from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
-from weightlift.options import DeviceOption, DtypeOption, KeyMapping, LoadOptions, ProgressOption
+from weightlift.options import (
+    DEFAULT_RANK_PATIENCE_SECONDS,
+    DeviceOption,
+    DtypeOption,
+    KeyMapping,
+    LoadOptions,
+    Parallelize,
+    ProgressOption,
+)
 from weightlift.plan.records import Decisions
 from weightlift.plan.report import LoadReport, as_json, report, table
 from weightlift.supply import decide
@@ -43,7 +55,8 @@ class LoadPlan:
     """What a load will do, decided from headers alone: print it, read it, execute it.
 
     ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` plain data, ``plan.problems`` what
-    speaks against it. A plan made from a callable holds the deferred module and can be executed once.
+    speaks against it, ``plan.ranks`` what every rank of a ``mesh_shape`` would do. A plan made from a callable holds
+    the deferred module and can be executed once.
     Reading a plan is safe from any thread; ``execute`` is for one.
     """
 
@@ -55,6 +68,7 @@ class LoadPlan:
         options: LoadOptions,
         take: Callable[[], Subject] | None = None,
         trace: Trace | None = None,
+        together: Together | None = None,
     ) -> None:
         self.decisions = decisions
         self._subject: Subject | None = subject
@@ -62,6 +76,8 @@ class LoadPlan:
         self._options = options
         self._take = take  # uses up the handle that the plan was made from
         self._trace = trace
+        self._together = together  # what there is to do besides when the module is spread over ranks
+        self.ranks: MeshReport | None = None
         self._once = threading.Lock()
         self._final: Decisions | None = None
 
@@ -79,14 +95,15 @@ class LoadPlan:
         return self.decisions.problems
 
     def __str__(self) -> str:
-        return table(self.decisions)
+        return table(self.decisions) if self.ranks is None else f"{table(self.decisions)}\n\n{self.ranks}"
 
     def __repr__(self) -> str:
         return f"<LoadPlan of {self.decisions.module}: {str(self.report).splitlines()[0]}>"
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The plan as JSON text: every tensor with action, key, file, byte range, dtypes and device."""
-        return json.dumps(as_json(self.decisions), indent=indent)
+        ranks = {} if self.ranks is None else {"mesh": self.ranks.as_json()}
+        return json.dumps(as_json(self.decisions) | ranks, indent=indent)
 
     def execute(self) -> nn.Module:
         """Carry the plan out and return the module, whole.
@@ -101,11 +118,13 @@ class LoadPlan:
         with self._once:
             if self._subject is None:
                 raise RuntimeError("this plan was executed already: its module has its values")
-        with outside_modes(), timed(self._trace, "check", "devices and tied names"):
-            # Both may refuse; until then nothing is used up, so that the plan can be executed again.
-            require_devices(self.decisions)
-            final = settled(self.decisions, self._source, self._options)
-        module = self._apply(final, self._used())
+        with contextlib.nullcontext() if self._together is None else self._together.loading():
+            with outside_modes(), timed(self._trace, "check", "devices and tied names"):
+                # Both may refuse; until then nothing is used up, so that the plan can be executed again.
+                require_devices(self.decisions)
+                settle = settled if self._together is None else self._together.settled
+                final = settle(self.decisions, self._source, self._options)
+            module = self._apply(final, self._used())
         self._final = final
         _log_outcome(final)
         return module
@@ -125,10 +144,11 @@ class LoadPlan:
     def _apply(self, final: Decisions, subject: Subject) -> nn.Module:
         """Apply; the trace is written also of a load that fails, which is when one looks at it."""
         trace = self._trace
+        carry_out = apply if self._together is None else self._together.execute
         if trace is None or self._options.trace is None:
-            return apply(final, subject, self._source, self._options)
+            return carry_out(final, subject, self._source, self._options)
         try:
-            return apply(final, subject, self._source, self._options, trace)
+            return carry_out(final, subject, self._source, self._options, trace)
         finally:
             trace.sample()
             trace.write(self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
@@ -169,10 +189,13 @@ class Deferred:
         if options.get("seed") is None:
             options["seed"] = self._seed
         made = LoadOptions.create(**options)
-        trace = _trace(made)
-        with timed(trace, "open", "headers"):
-            checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-        return _plan(self._peek(), checkpoint, made, take=self._take, trace=trace)
+        trace, together = _trace(made), Together(made)
+        with together.planning():
+            with timed(trace, "open", "headers"):
+                checkpoint = together.open(
+                    lambda: open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+                )
+            return _plan(self._peek(), checkpoint, made, together, take=self._take, trace=trace)
 
     def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
         """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
@@ -238,11 +261,21 @@ def plan(
     defer: bool = True,
     trace: str | os.PathLike[str] | None = None,
     verify: bool = False,
+    parallelize: Parallelize | None = None,
+    source_rank: int | None = None,
+    process_group: Any = None,
+    rank_patience_seconds: float = DEFAULT_RANK_PATIENCE_SECONDS,
+    mesh_shape: MeshShape | None = None,
+    placements: Placements = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> LoadPlan:
     """Decide what `load` with the same arguments would do, from headers alone.
+
+    With ``mesh_shape``, sizes or names with sizes as in ``{"fsdp": 128, "tp": 8}``, the plan also says what every
+    rank of such a mesh would read and hold; no process group is needed. ``placements`` maps patterns of names to one
+    torch placement an axis, or is a function of name and shape; None goes by the names of the axes (docs/scale.md).
 
     A plan that does not fit is returned like any other, with its ``problems``. Raises CheckpointError for a checkpoint
     that breaks its format, and what the constructor raises.
@@ -263,13 +296,24 @@ def plan(
         defer=defer,
         trace=trace,
         verify=verify,
+        parallelize=parallelize,
+        source_rank=source_rank,
+        process_group=process_group,
+        rank_patience_seconds=rank_patience_seconds,
     )
-    record = _trace(options)
-    with timed(record, "open", "headers"):
-        checkpoint = open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-    with timed(record, "construct", "the module"):
-        subject = _subject(module, checkpoint, options)
-    return _plan(subject, checkpoint, options, trace=record)
+    record, together = _trace(options), Together(options)
+    with together.planning():
+        options = together.seeded(options, seed)
+        with timed(record, "open", "headers"):
+            checkpoint = together.open(
+                lambda: open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
+            )
+        with timed(record, "construct", "the module"):
+            subject = _subject(module, checkpoint, options)
+        made = _plan(subject, checkpoint, options, together, trace=record)
+    if mesh_shape is not None:
+        made.ranks = on_mesh(made.decisions, mesh_shape, placements)
+    return made
 
 
 def load(
@@ -291,6 +335,10 @@ def load(
     defer: bool = True,
     trace: str | os.PathLike[str] | None = None,
     verify: bool = False,
+    parallelize: Parallelize | None = None,
+    source_rank: int | None = None,
+    process_group: Any = None,
+    rank_patience_seconds: float = DEFAULT_RANK_PATIENCE_SECONDS,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -323,6 +371,13 @@ def load(
         trace: a file for a timeline of the load: a page (``.html``), else Chrome trace events as JSON.
         verify: also hash every file, while it is read, and compare with what is written down: blob names of the hub's
             cache, or ``SHA256SUMS`` beside the files. False does not look for damaged content.
+        parallelize: a function that spreads the module over a mesh (``fully_shard``, ``parallelize_module``), called
+            with the module as shapes; it returns the module, a wrapper of it, or None. Every rank then reads the byte
+            ranges of its own local shards. See docs/distributed.md.
+        source_rank: the only rank that can see the files. With ``parallelize`` it streams to the others what they
+            keep; without, the others get a module for another engine (DDP, FSDP1, accelerate) to fill.
+        process_group: the ranks that load together; None is all of them.
+        rank_patience_seconds: how long a rank may show no sign of life before all others raise.
         revision, token, local_files_only: for a hub id, as ``huggingface_hub`` takes them.
 
     Raises:
@@ -331,6 +386,7 @@ def load(
         PlanError: module and checkpoint do not fit; every problem in one error, nothing was read or changed.
         TransferError: a read failed; for an existing module it names what had been written.
         LoadCancelled: ``cancel`` was set.
+        RanksError: with several ranks, they do not load the same, or another one failed.
 
     Thread-safety: any number of loads may run at once, in any threads, of the same or of other checkpoints; no state
     of the process is written. One module must not be loaded into from two threads.
@@ -339,7 +395,9 @@ def load(
         module, ckpt,
         dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
         key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,
-        progress=progress, cancel=cancel, defer=defer, trace=trace, verify=verify, revision=revision, token=token,
+        progress=progress, cancel=cancel, defer=defer, trace=trace, verify=verify,
+        parallelize=parallelize, source_rank=source_rank, process_group=process_group,
+        rank_patience_seconds=rank_patience_seconds, revision=revision, token=token,
         local_files_only=local_files_only,
     )  # fmt: skip
     return made.execute()  # type: ignore[return-value]
@@ -365,15 +423,18 @@ def _plan(
     subject: Subject,
     checkpoint: Checkpoint,
     options: LoadOptions,
+    together: Together,
     *,
     take: Callable[[], Subject] | None = None,
     trace: Trace | None = None,
 ) -> LoadPlan:
     with timed(trace, "plan", "headers against names"):
         supplied = decide(subject, checkpoint, options)
+    decisions, subject = supplied.decisions, supplied.subject
     digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
     source = replace(supplied.source, digests=digests)
-    return LoadPlan(supplied.decisions, supplied.subject, source, options, take, trace)
+    spread = together.settle(decisions, subject)
+    return LoadPlan(decisions, subject, source, options, take, trace, together if spread else None)
 
 
 def _owned(subject: Subject) -> list[Any]:

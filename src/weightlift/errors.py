@@ -8,6 +8,7 @@
     ├── DeferError             (RuntimeError)       a constructor did what deferred construction can't follow
     ├── PlanError              (RuntimeError)       the module and the checkpoint do not fit; nothing was changed
     ├── TransferError          (RuntimeError)       reading or copying failed
+    ├── RanksError             (RuntimeError)       another rank failed, is gone, or loads something else
     └── LoadCancelled                               the ``cancel`` event was set
 
 Problems are collected and raised once: ``error.problems`` holds every one of them as a `Problem`.
@@ -114,6 +115,10 @@ class TransferError(WeightliftError, RuntimeError):
         names = ", ".join(self.written[:_SHOWN])
         more = f" and {len(self.written) - _SHOWN} more" if len(self.written) > _SHOWN else ""
         return f"{text}\nalready written when it failed: {names}{more}"
+
+
+class RanksError(WeightliftError, RuntimeError):
+    """Ranks that load together do not agree, or one of them failed. Every rank raises; ``problems`` name the ranks."""
 
 
 class LoadCancelled(WeightliftError):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,10 @@ DtypeOption = torch.dtype | str | Mapping[str, "torch.dtype | str | None"] | Non
 DeviceOption = torch.device | str | int | None
 KeyMapping = Mapping[str, str] | Callable[[str], "str | None"]
 ProgressOption = bool | Callable[[int, int], None] | None
+Parallelize = Callable[[Any], Any]
 
 DEFAULT_WORKERS = 8
+DEFAULT_RANK_PATIENCE_SECONDS = 60.0
 
 
 def default_workers() -> int:
@@ -48,6 +51,10 @@ class LoadOptions:
     defer: bool = True
     trace: Path | None = None
     verify: bool = False
+    parallelize: Parallelize | None = None
+    source_rank: int | None = None
+    process_group: Any = None
+    rank_patience_seconds: float = DEFAULT_RANK_PATIENCE_SECONDS
 
     @classmethod
     def create(
@@ -68,6 +75,10 @@ class LoadOptions:
         defer: bool = True,
         trace: str | os.PathLike[str] | None = None,
         verify: bool = False,
+        parallelize: Parallelize | None = None,
+        source_rank: int | None = None,
+        process_group: Any = None,
+        rank_patience_seconds: float = DEFAULT_RANK_PATIENCE_SECONDS,
     ) -> LoadOptions:
         """Check what a user gave and fill in the defaults. Raises ValueError or TypeError for what can't be meant."""
         _check_dtype(dtype)
@@ -84,6 +95,9 @@ class LoadOptions:
         _check_key_mapping(key_mapping)
         if memory_budget_bytes is not None and memory_budget_bytes < 1:
             raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
+        _check_ranks(parallelize, source_rank, rank_patience_seconds)
+        if verify and (parallelize is not None or source_rank is not None):
+            raise ValueError("verify reads whole files, which no rank of a spread load does: verify the checkpoint before")
         return cls(
             dtype=dtype,
             device=_device(device),
@@ -100,7 +114,20 @@ class LoadOptions:
             defer=bool(defer),
             trace=None if trace is None else Path(trace),
             verify=bool(verify),
+            parallelize=parallelize,
+            source_rank=source_rank,
+            process_group=process_group,
+            rank_patience_seconds=float(rank_patience_seconds),
         )
+
+
+def _check_ranks(parallelize: Parallelize | None, source_rank: int | None, patience: float) -> None:
+    if parallelize is not None and not callable(parallelize):
+        raise TypeError(f"parallelize must be a callable that takes the module, found {parallelize!r}")
+    if source_rank is not None and (not isinstance(source_rank, int) or source_rank < 0):
+        raise ValueError(f"source_rank must be the number of a rank, found {source_rank!r}")
+    if not patience > 0:
+        raise ValueError(f"rank_patience_seconds must be positive, found {patience!r}")
 
 
 def _check_dtype(dtype: DtypeOption) -> None:

@@ -21,11 +21,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     hub.add_argument("--local-files-only", action="store_true", help="ask no network, only the cache")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--model and the options of a load."""
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         metavar="MODULE:CALLABLE",
         help="what builds the model; takes no arguments. The current directory is searched too",
     )
@@ -64,6 +64,17 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, found {text!r}")
     return number
+
+
+def mesh(text: str) -> dict[str, int]:
+    """An argparse type: names of mesh axes with sizes, as in ``fsdp=128,tp=8``."""
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        name, sign, size = item.partition("=")
+        if not sign or not name.strip() or name.strip() in found or not size.strip().isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(f"expected names with sizes, as in fsdp=128,tp=8; found {text!r}")
+        found[name.strip()] = int(size)
+    return found
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:

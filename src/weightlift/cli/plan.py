@@ -1,27 +1,42 @@
-"""``weightlift plan``: what a load would do, and whether it would be refused."""
+"""``weightlift plan``: what a load would do, on one rank or on many, and whether it would be refused."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from weightlift.cli.arguments import add_checkpoint, add_model, load_options
+from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, hub_options, load_options, mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     add_checkpoint(parser)
-    add_model(parser)
+    add_model(parser, required=False)
+    parser.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="NAME=SIZE,…",
+        help="also what every rank of such a mesh reads and holds, as in fsdp=1024 or fsdp=128,tp=8; from the headers"
+        " alone, so --model can be left out. Axes: fsdp, tp, ep, dp",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. 1 when it has problems, which the plan ends with."""
+    if arguments.model is None:
+        return _without_model(arguments)
     import weightlift as wl
     from weightlift.cli.model import builder
     from weightlift.cli.output import console, print_plan
 
-    made = wl.plan(builder(arguments.model), arguments.path, **load_options(arguments))
+    try:
+        made = wl.plan(
+            builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments)
+        )
+    except ValueError as error:
+        raise _usage(arguments, error) from error
     if arguments.json:
         print(made.to_json(indent=2))
     else:
@@ -31,3 +46,26 @@ def run(arguments: argparse.Namespace) -> int:
     count = len(made.problems)
     print(f"weightlift plan: it does not fit, {count} problem{'s' * (count != 1)}", file=sys.stderr)
     return 1
+
+
+def _without_model(arguments: argparse.Namespace) -> int:
+    """The checkpoint's own tensors on a mesh."""
+    if arguments.mesh is None:
+        raise UsageError("give --model module:callable, or --mesh for a checkpoint by itself")
+    import weightlift as wl
+    from weightlift.distributed.paper import on_mesh_alone
+
+    checkpoint = wl.open_checkpoint(arguments.path, **hub_options(arguments))
+    try:
+        report = on_mesh_alone(checkpoint, arguments.mesh)
+    except ValueError as error:
+        raise _usage(arguments, error) from error
+    print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
+    return 0
+
+
+def _usage(arguments: argparse.Namespace, error: ValueError) -> ValueError | UsageError:
+    """A mesh that can't be is the command line's fault; errors of checkpoints are values too."""
+    import weightlift as wl
+
+    return error if isinstance(error, wl.WeightliftError) else UsageError(f"--mesh: {error}")

@@ -45,6 +45,8 @@ class _Libc:
         )  # fmt: skip
         self.munmap = libc.munmap
         self.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self.madvise = libc.madvise
+        self.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         self.mprotect = libc.mprotect
         self.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -139,6 +141,22 @@ def unseal(block: Block, offset: int, nbytes: int) -> None:
     if _libc.mprotect(start, size, _PROT_READ_WRITE) != 0:
         error = ctypes.get_errno()
         raise MemoryError(f"no memory for {nbytes:,} bytes of weights: {os.strerror(error)}")
+
+
+def give_back(block: Block, offset: int, nbytes: int) -> None:
+    """Drop the whole pages of a range, which read as zeros afterwards. Only Linux can; elsewhere nothing happens."""
+    if sys.platform != "linux" or _libc is None:
+        return
+    start, end = _round_up(offset, _PAGE), (offset + nbytes) // _PAGE * _PAGE
+    if offset + nbytes == block.size_bytes:
+        end = block.size_bytes
+    if start >= end:
+        return
+    mapping = block.view.obj
+    if isinstance(mapping, mmap.mmap):
+        mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+    else:
+        _libc.madvise(block.address + start, end - start, mmap.MADV_DONTNEED)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from weightlift.deferred.reserve import Block, unseal
+from weightlift.deferred.reserve import Block, give_back, unseal
 
 
 class Record(weakref.ref):  # type: ignore[type-arg]
@@ -91,6 +91,14 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         """Give the scratch memory of a dropped storage back, unless a recorded call has still to read it."""
         if self.scratch is not None and not live_readers(self):
             self.scratch = None
+
+    def discard(self) -> None:
+        """Give the memory back while the storage lives on: its values are not needed any more, and read as zeros.
+
+        Does nothing while a recorded call has still to read it.
+        """
+        if self.opened and not live_readers(self):
+            give_back(self.block, self.offset, self.nbytes)
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """A plain tensor over the memory, with the geometry of ``ref``; no autograd, no user's storage object."""

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 from weightlift.strides import row_major, span_elements
+from weightlift.transfer.combs import has_gaps, ranges_of
 
 _MIB = 1 << 20
 _HUGE_PAGE_BYTES = 2 * _MIB
@@ -87,12 +88,19 @@ class Cut:
 @dataclass(frozen=True, slots=True)
 class Block:
     """Bytes ``start:end`` of ``file`` are read into staging, then ``cuts`` are copied from there. With ``file`` None
-    there is nothing to read: the one cut is copied from a tensor in memory."""
+    there is nothing to read: the one cut is copied from a tensor in memory. With ``ranges`` only these are read, and
+    lie one after the other in staging."""
 
     file: Path | None
     start: int
     end: int
     cuts: tuple[Cut, ...]
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def reads(self) -> tuple[tuple[int, int], ...]:
+        """The byte ranges to read, in the order in which they are staged."""
+        return self.ranges or ((self.start, self.end),)
 
     @property
     def nbytes(self) -> int:
@@ -198,6 +206,9 @@ def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Pi
         if request.direct and _run_bytes(request) >= min(_SMALL_BYTES, limit.block_bytes):
             yield from _direct_pieces(file, request, limit.direct_bytes)
             continue
+        if request.src_stride is not None and has_gaps(request.shape, request.src_stride, request.itemsize):
+            yield from _comb_pieces(file, request, request.src_stride, limit.block_bytes)
+            continue
         for cut, low, high in _cuts(request, limit.block_bytes):
             # ``low`` lies before the block when tensors overlap: the tail of a large one, then the start of the next.
             apart = low < start or low > end + _GAP_BYTES
@@ -234,6 +245,19 @@ def _direct_pieces(file: Path, request: Request, step: int) -> Iterator[Direct]:
         into = sum(i * stride for i, stride in zip(index, dst)) * itemsize
         for at in range(0, run, step):
             yield Direct(request.job, file, low + at, min(low + at + step, low + run), into + at)
+
+
+def _comb_pieces(file: Path, request: Request, stride: tuple[int, ...], block_bytes: int) -> Iterator[Block]:
+    """Runs with gaps between them that are not worth reading, staged without the gaps."""
+    shape, itemsize = request.shape, request.itemsize
+    dst = row_major(shape) if request.dst_stride is None else request.dst_stride
+    for starts, sizes in boxes(shape, row_major(shape), max(block_bytes // itemsize, 1)):
+        low = request.start + sum(a * b for a, b in zip(starts, stride, strict=True)) * itemsize
+        into = sum(a * b for a, b in zip(starts, dst, strict=True))
+        nbytes = prod(sizes) * itemsize
+        ranges = tuple(ranges_of(low, sizes, stride, itemsize))
+        cut = Cut(request.job, 0, sizes, row_major(sizes), dst, into, nbytes)
+        yield Block(file, low, ranges[-1][1], (cut,), ranges)
 
 
 def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:

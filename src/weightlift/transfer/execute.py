@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,12 +109,12 @@ class Executor:
         with _Held(self._cores) as cores:
             staging = self._staging.take()
             try:
-                view = staging.view[: block.end - block.start]
                 with timed(self._trace, "read", self._name(block), block.nbytes):
-                    done = _read_cached(handle, view, block.start)
-                    if done < len(view):
-                        with cores.released():
-                            self._read(handle, view, block.start, done, block)
+                    for view, start in _places(block, staging):
+                        done = _read_cached(handle, view, start)
+                        if done < len(view):
+                            with cores.released():
+                                self._read(handle, view, start, done, block)
                 self._mark(block.cuts)
                 with timed(self._trace, "convert", self._name(block), block.nbytes):
                     copy_serially(*self._views(block.cuts, staging))
@@ -125,9 +125,9 @@ class Executor:
         ring, backend = self._rings[device], self._backends[device]
         staging = ring.take()
         try:
-            view = staging.view[: block.end - block.start]
             with timed(self._trace, "read", self._name(block), block.nbytes):
-                self._read(handle, view, block.start, 0, block)
+                for view, start in _places(block, staging):
+                    self._read(handle, view, start, 0, block)
             self._mark(block.cuts)
             with timed(self._trace, "copy", self._name(block), block.nbytes), backend.stream():
                 try:
@@ -225,6 +225,14 @@ class _Released:
 
     def __exit__(self, *exc: object) -> None:
         self._semaphore.acquire()
+
+
+def _places(block: Block, staging: Staging) -> Iterator[tuple[memoryview, int]]:
+    """Where in staging each range of a block goes, and where in the file it begins."""
+    at = 0
+    for start, end in block.reads:
+        yield staging.view[at : at + end - start], start
+        at += end - start
 
 
 def _read_cached(handle: Handle, view: memoryview, start: int) -> int:

@@ -16,13 +16,18 @@ from weightlift.transfer.subject import Bytes
 _log = logging.getLogger("weightlift")
 
 
+def conflicts_of(decisions: Decisions, source: Bytes, options: LoadOptions) -> list[Check]:
+    """The checks of a plan that fail: tied names whose bytes differ."""
+    return [check for check, same in _compared(decisions.checks, source, options) if not same]
+
+
 def settled(decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
     """The decisions once the bytes of tied names are known. Raises PlanError under ``strict`` where they differ.
 
     Without it, names with another value get a tensor of their own; those among them that agree stay one. Where that
     can't be (views, one module under several names) the value of the name that was to provide is kept.
     """
-    conflicts = [check for check, same in _compared(decisions.checks, source, options) if not same]
+    conflicts = conflicts_of(decisions, source, options)
     if not conflicts:
         return decisions
     if options.strict:

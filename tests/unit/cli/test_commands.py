@@ -45,7 +45,7 @@ def test_a_command_imports_no_rich_for_help(here):
 
 
 def test_unknown_command_and_missing_arguments(run, capsys):
-    for words in (["lift"], ["inspect"], ["plan", "x"], ["inspect", "x", "--depth", "0"]):
+    for words in (["lift"], ["inspect"], ["load", "x"], ["inspect", "x", "--depth", "0"]):
         with pytest.raises(SystemExit) as left:
             cli_main.main(words)
         assert left.value.code == 2

@@ -1,0 +1,107 @@
+"""What a rank is about to load, as a few hashes that ranks can compare, and who differs in what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from weightlift.checkpoint.entry import ShardFile
+from weightlift.errors import Problem
+from weightlift.options import LoadOptions
+from weightlift.plan.records import Decisions
+
+_SAMPLE_BYTES = 4096
+_SAMPLES = 4
+_HINTS = {
+    "module": "every rank must build the same module",
+    "checkpoint": "every rank must be given the same files",
+    "options": "every rank must pass the same options",
+    "contents": "the headers are equal, so these are other weights of the same kind of model",
+}
+_OPTIONS = ("dtype", "strict", "ignore_mismatched", "seed", "defer", "source_rank")
+
+
+def note_of(decisions: Decisions, options: LoadOptions) -> str:
+    """Hashes of the module, the checkpoint's tensors, the options, and which files on which disk they are."""
+    module = [(row.fqn, row.kind, row.shape, str(row.own_dtype), row.target) for row in decisions.rows]
+    tensors = [
+        (row.fqn, row.action.value, str(row.dtype), [_entry(entry) for entry in row.entries]) for row in decisions.rows
+    ]
+    seen = decisions.files if options.source_rank is None else ()  # else one rank sees them
+    files = [(file.path.name, file.size_bytes) for file in seen]
+    places = [(file.size_bytes, file.mtime_ns, file.inode) for file in seen]
+    chosen = {name: str(getattr(options, name)) for name in _OPTIONS}
+    parts = {
+        "module": _hash(module),
+        "options": _hash(chosen),
+        "checkpoint": _hash([tensors, files, list(decisions.unexpected_keys)]),
+        "places": _hash(places),
+    }
+    return json.dumps(parts)
+
+
+def _entry(entry: object) -> tuple[object, ...]:
+    found = (getattr(entry, name) for name in ("key", "shape", "dtype", "file", "start", "end"))
+    return tuple(getattr(item, "name", None) if hasattr(item, "parent") else str(item) for item in found)
+
+
+def samples_of(files: Iterable[ShardFile]) -> str:
+    """A hash of a few thousand bytes of each file, to tell copies of one checkpoint from other weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file.path, "rb") as handle:
+            for number in range(1, _SAMPLES + 1):
+                handle.seek(max(0, file.size_bytes * number // _SAMPLES - _SAMPLE_BYTES), os.SEEK_SET)
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return json.dumps({"contents": digest.hexdigest()})
+
+
+def same_places(notes: Sequence[str]) -> bool:
+    """Whether all ranks see the very same files, so that their contents need not be compared."""
+    return len({json.loads(note)["places"] for note in notes}) == 1
+
+
+def differences(notes: Sequence[str], names: Sequence[int]) -> list[Problem]:
+    """Who differs from most ranks in what. ``names`` are the ranks that wrote the notes, in order."""
+    read = [json.loads(note) for note in notes]
+    problems = []
+    for part, hint in _HINTS.items():
+        values = [note.get(part) for note in read]
+        if len(set(values)) < 2:
+            continue
+        usual, _ = Counter(values).most_common(1)[0]
+        groups: dict[str, list[int]] = {}
+        for name, value in zip(names, values, strict=True):
+            if value != usual:
+                groups.setdefault(str(value), []).append(name)
+        most = [name for name, value in zip(names, values, strict=True) if value == usual]
+        for group in groups.values():
+            text = f"{_ranks(group)} {'has' if len(group) == 1 else 'have'} another {_WORDS[part]} than {_ranks(most)}"
+            problems.append(Problem(text, hint=hint))
+    return problems
+
+
+_WORDS = {"module": "module", "checkpoint": "checkpoint", "options": "set of options", "contents": "checkpoint"}
+
+
+def as_text(problems: Sequence[Problem]) -> str:
+    """Problems for the way between ranks."""
+    return json.dumps([{name: value for name, value in asdict(item).items() if value is not None} for item in problems])
+
+
+def from_text(text: str) -> list[Problem]:
+    """The other direction of `as_text`."""
+    return [Problem(**item) for item in json.loads(text)]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _hash(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,230 @@
+"""Running a ``parallelize`` function on a module of shapes.
+
+``fully_shard`` copies the chunk it keeps, ``parallelize_module`` broadcasts and scatters. On the ``meta`` device torch
+skips all of that and leaves DTensors that only say which part a rank holds. So for the time of the call every tensor of
+the module gives way to a stand-in on ``meta``, of the dtype that was planned. What the function made of the
+stand-ins is the `Home` of each name; the deferred tensors wait outside, unread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.deferred.inventory import Inventory, Slot, is_lazy
+from weightlift.distributed.layout import Layout, splits_of
+from weightlift.errors import PlanError, Problem
+from weightlift.options import Parallelize
+from weightlift.plan.records import Row
+
+_log = logging.getLogger("weightlift")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a name's value belongs.
+
+    ``slot`` is where the module held it and the tensor that it held then. ``now`` is what that place holds after
+    ``parallelize``: a DTensor, of which this rank fills the part that ``layout`` says, or (``layout`` None) the
+    tensor of before.
+    """
+
+    row: Row
+    slot: Slot
+    now: torch.Tensor
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """A module after ``parallelize``. ``inventory`` has the names of before; ``device`` is that of the meshes."""
+
+    module: nn.Module
+    inventory: Inventory
+    homes: tuple[Home, ...]
+    device: torch.device | None
+
+    @property
+    def sharded(self) -> tuple[Home, ...]:
+        """The homes of which a rank holds a part."""
+        return tuple(home for home in self.homes if home.layout is not None)
+
+    @property
+    def whole(self) -> tuple[Home, ...]:
+        """The homes that every rank holds whole."""
+        return tuple(home for home in self.homes if home.layout is None)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """True for a DTensor, without importing torch.distributed for everything else."""
+    return hasattr(tensor, "_spec") and hasattr(tensor, "device_mesh") and hasattr(tensor, "_local_tensor")
+
+
+def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize | None) -> Homes:
+    """Call ``parallelize`` on the module as shapes, and find every name's home.
+
+    ``parallelize`` takes the module and returns it, a wrapper of it, or None. Raises what it raises, and PlanError
+    with every tensor whose part can't be told. The module is usable only once its homes are filled.
+    """
+    stand_ins = _stand_ins(inventory, rows) if parallelize is not None else {}
+    module = inventory.module
+    if parallelize is not None:
+        for slot in inventory.slots:
+            if (stand_in := stand_ins.get(id(slot.tensor))) is not None:
+                place(slot, stand_in)
+        module = _checked(parallelize(module), module)
+        _tie_again(inventory, rows, module)
+    homes: list[Home] = []
+    problems: list[Problem] = []
+    inside = {id(owner) for _, owner in Inventory.of(module).modules}
+    fsdp = _has_fsdp(module)
+    for slot, row in zip(inventory.slots, rows, strict=True):
+        try:
+            homes.append(_home(slot, row, stand_ins.get(id(slot.tensor)), inside, fsdp=fsdp))
+        except ValueError as error:
+            hint = "load first and change the module afterwards, or leave this tensor out of parallelize"
+            problems.append(Problem(str(error), fqn=slot.fqn, hint=hint))
+    problems += _views(homes)
+    if problems:
+        raise PlanError("parallelize made something of the module that can't be loaded", problems)
+    meshes = [home.now.device_mesh for home in homes if home.layout is not None]  # type: ignore[attr-defined]
+    return Homes(module, inventory, tuple(homes), device_of_mesh(meshes[0]) if meshes else None)
+
+
+def _has_fsdp(module: nn.Module) -> bool:
+    return any(hasattr(child, "_get_fsdp_state") for child in module.modules())
+
+
+def _tie_again(inventory: Inventory, rows: Sequence[Row], module: nn.Module) -> None:
+    """``parallelize_module`` replaces the parameters of one layer after the other, which unties them.
+
+    They are tied again where both are placed alike. FSDP2 keeps ties, and holds on to what it has seen.
+    """
+    fsdp = _has_fsdp(module)
+    first: dict[int, tuple[Slot, Any]] = {}
+    for slot, row in zip(inventory.slots, rows, strict=True):
+        now: Any = slot.owner._parameters.get(slot.attribute)
+        if now is None or not is_dtensor(now):
+            continue
+        owner, tied = first.setdefault(row.target, (slot, now))
+        if tied is now:
+            continue
+        if not fsdp and tied._spec == now._spec and tied.requires_grad == now.requires_grad:
+            place(slot, tied)
+        else:
+            _log.warning("parallelize unties %s from %s: each gets its own local shard", slot.fqn, owner.fqn)
+
+
+def _views(homes: Sequence[Home]) -> list[Problem]:
+    """Tensors that are parts of another one's memory have no value of their own once that is sharded."""
+    by_fqn = {home.row.fqn: home for home in homes}
+    problems = []
+    for home in homes:
+        owner = by_fqn.get(home.row.tied_to or "")
+        if owner is None or owner.row.target == home.row.target or (home.layout is None and owner.layout is None):
+            continue
+        problems.append(
+            Problem(
+                f"it is a view of {owner.row.fqn}, and parallelize shards one of them",
+                fqn=home.row.fqn,
+                hint="give it memory of its own in the constructor",
+            )
+        )
+    return problems
+
+
+def place(slot: Slot, tensor: torch.Tensor) -> None:
+    """Put a tensor in a slot; modules with a ``__setattr__`` of their own (recurrent ones keep lists) hear of it."""
+    if type(slot.owner).__setattr__ is nn.Module.__setattr__:
+        slot.put(tensor)
+    else:
+        setattr(slot.owner, slot.attribute, tensor)
+
+
+def device_of_mesh(mesh: Any) -> torch.device:
+    """The device that this rank's part of a mesh lies on."""
+    kind = mesh.device_type
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def layout_of(tensor: Any) -> Layout | None:
+    """This rank's part of a DTensor; None when the rank is not of its mesh. Raises ValueError for ``Partial``."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    shape = tuple(tensor.shape)
+    return Layout(shape, tuple(splits_of(tensor.placements, tuple(mesh.shape), coordinate, len(shape))))
+
+
+def _checked(returned: Any, module: nn.Module) -> nn.Module:
+    if returned is None:
+        return module
+    if not isinstance(returned, nn.Module):
+        raise TypeError(f"parallelize must return a module or None, found {type(returned).__qualname__}")
+    return returned
+
+
+def _stand_ins(inventory: Inventory, rows: Sequence[Row]) -> dict[int, torch.Tensor]:
+    """By the id of a tensor, its stand-in; names with one value share one, so that ties stay ties."""
+    made: dict[int, torch.Tensor] = {}
+    by_value: dict[tuple[int, str], torch.Tensor] = {}
+    for slot, row in zip(inventory.slots, rows, strict=True):
+        tensor = slot.tensor
+        if id(tensor) in made or is_lazy(tensor) or is_dtensor(tensor) or tensor.layout is not torch.strided:
+            continue
+        key = (row.target, slot.kind)
+        if key not in by_value:
+            by_value[key] = _stand_in(tensor, row.dtype)
+        made[id(tensor)] = by_value[key]
+    return made
+
+
+def _stand_in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    shape: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    if not isinstance(tensor, nn.Parameter):
+        return shape  # type: ignore[no-any-return]
+    made: torch.Tensor = torch.Tensor._make_subclass(type(tensor), shape, tensor.requires_grad)
+    made.__dict__.update(tensor.__dict__)
+    return made
+
+
+def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int], *, fsdp: bool) -> Home:
+    if id(slot.owner) not in inside:
+        raise ValueError("its module is not part of what parallelize returned")
+    now = (slot.owner._parameters if slot.kind == "parameter" else slot.owner._buffers).get(slot.attribute)
+    if now is None:
+        raise ValueError("parallelize removed it")
+    if is_lazy(now):
+        raise ValueError("it has no shape yet")
+    row = replace(row, dtype=now.dtype)
+    if is_dtensor(now):
+        return Home(row, slot, now, _checked_layout(now, row, fsdp=fsdp))
+    if tuple(now.shape) != row.shape:
+        raise ValueError(f"parallelize replaced it by a tensor of shape {list(now.shape)} that names no part of it")
+    if now is stand_in or (now.is_meta and stand_in is not None):
+        # Untouched, or changed as a tensor: frozen, cast. The tensor of before takes its place again.
+        slot.tensor.requires_grad_(now.requires_grad)
+        place(slot, slot.tensor)
+        return Home(row, slot, slot.tensor)
+    return Home(row, replace(slot, tensor=now), now)
+
+
+def _checked_layout(tensor: Any, row: Row, *, fsdp: bool) -> Layout:
+    layout = layout_of(tensor)
+    if layout is None:
+        return Layout((0,))  # a rank outside the mesh holds nothing
+    layout = layout.as_fsdp_shards() if fsdp else layout
+    found = tuple(tensor._local_tensor.shape)
+    if layout.shape != row.shape:
+        raise ValueError(f"parallelize gave it the shape {list(layout.shape)}, it was {list(row.shape)}")
+    if layout.local_shape != found:
+        raise ValueError(f"its local shard has the shape {list(found)}, its placements say {list(layout.local_shape)}")
+    return layout

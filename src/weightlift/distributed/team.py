@@ -1,0 +1,224 @@
+"""The ranks that load together: they compare notes before reading, and no rank is left waiting for one that failed.
+
+Notes go through the key-value store that ``torch.distributed`` was initialised with, so that this works with every
+backend, holds no collective open and needs no process group of its own. While a rank works, a thread of it shows every
+second or so that it is alive. A rank that raises says so; one that shows no life for ``patience_s`` counts as lost.
+Either makes every rank raise a `RanksError` that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from weightlift.errors import Problem, RanksError, WeightliftError
+
+_JOINING = 10  # times the patience: ranks may come late to a load, but are quick to answer within one
+_FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
+_SHOWN_CHARACTERS = 2000
+
+_numbers_lock = threading.Lock()
+_numbers: dict[str, int] = {}  # how many loads this process has begun in each group: the same on every rank
+
+
+class Team:
+    """This rank's link to the others, for one load. Used by one thread; the heartbeat has its own."""
+
+    def __init__(self, store: Any, rank: int, names: Sequence[int], patience_s: float) -> None:
+        self.rank = rank
+        self.names = tuple(names)
+        self._store = store
+        self._patience_s = patience_s
+        self._reported = False
+        self._exchanges = 0
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return len(self.names)
+
+    @classmethod
+    def of(cls, group: Any, patience_s: float) -> Team | None:
+        """The team of a process group (None: all ranks); None where this process is alone."""
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d
+
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if group is None else group
+        if dist.get_world_size(group) < 2 or dist.get_backend(group) == "fake":
+            return None
+        name = str(group.group_name)
+        with _numbers_lock:
+            number = _numbers[name] = _numbers.get(name, 0) + 1
+        store = distributed_c10d.PrefixStore(f"weightlift/{name}/{number}", distributed_c10d._get_default_store())
+        return cls(store, dist.get_rank(group), dist.get_process_group_ranks(group), patience_s)
+
+    # -- at work ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def at_work(self, stage: str) -> Iterator[None]:
+        """Show life while the block runs, and tell the others when it raises. One stage at a time."""
+        stop = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(stage, stop), name="weightlift-ranks", daemon=True)
+        self._say(f"{stage}/beat/{self.rank}", b"1")
+        beating.start()
+        try:
+            yield
+        except BaseException as error:
+            self.report(error)
+            raise
+        finally:
+            stop.set()
+            beating.join()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks why this one gives up. What came from another rank is not told again."""
+        if isinstance(error, RanksError) or self._reported:
+            return
+        self._reported = True
+        with contextlib.suppress(Exception):  # the store is gone: nobody is left to tell
+            self._add_failure(self.rank, f"{type(error).__name__}: {error}")
+
+    def exchange(self, stage: str, note: str, judge: Callable[[list[str]], str]) -> str:
+        """Every rank's note goes to the first rank of the team, which judges them; its verdict goes to every rank.
+
+        Raises RanksError when a rank failed or is lost.
+        """
+        self._exchanges += 1
+        place = f"{stage}/{self._exchanges}"
+        if self.rank != 0:
+            self._say(f"{place}/note/{self.rank}", note.encode())
+            return self._hear(stage, f"{place}/verdict", [0]).decode()
+        # Its heartbeat watches the others.
+        others = [self._hear(stage, f"{place}/note/{other}", []).decode() for other in range(1, self.size)]
+        verdict = judge([note, *others])
+        self._say(f"{place}/verdict", verdict.encode())
+        return verdict
+
+    def hand_out(self, stage: str, source: int, value: bytes | None) -> bytes:
+        """The ``value`` of one rank, on every rank."""
+        self._exchanges += 1
+        place = f"{stage}/{self._exchanges}/value"
+        if self.rank != source:
+            return self._hear(stage, place, [source])
+        assert value is not None
+        self._say(place, value)
+        return value
+
+    def collect(self, stage: str, at: int, note: bytes) -> list[bytes]:
+        """Every rank's note, on the one rank ``at``; an empty list on the others."""
+        self._exchanges += 1
+        place = f"{stage}/{self._exchanges}/note"
+        if self.rank != at:
+            self._say(f"{place}/{self.rank}", note)
+            return []
+        others = range(self.size)
+        return [note if other == at else self._hear(stage, f"{place}/{other}", [other]) for other in others]
+
+    def all_done(self, stage: str) -> None:
+        """Wait until every rank has come to this point. Raises RanksError when one will not."""
+        self.exchange(stage, "done", lambda _: "done")
+
+    def failures(self) -> list[Problem]:
+        """What ranks have reported so far."""
+        keys = [f"failure/{number}" for number in range(1, self._store.add("failures", 0) + 1)]
+        # A report is counted before it is written; one that is on its way is seen the next time.
+        texts = dict.fromkeys(bytes(self._store.get(key)) for key in keys if self._store.check([key]))
+        return [Problem(**json.loads(text)) for text in texts]
+
+    def check(self) -> None:
+        """Raise RanksError if a rank has failed."""
+        try:
+            failures = self.failures()
+        except Exception as error:
+            raise self._store_lost(error) from error
+        if failures:
+            raise RanksError("other ranks failed, so this one gives up", failures)
+
+    # -- inner workings -----------------------------------------------------------------------------------------------
+
+    def _hear(self, stage: str, key: str, watched: Sequence[int]) -> bytes:
+        """Wait for a key. ``watched`` are the ranks without which it can't come."""
+        lives = _Lives(self._store, stage, watched, self._patience_s)
+        pause = _FIRST_POLL_S
+        while True:
+            try:
+                # In this order: a rank that wrote the key and failed afterwards has still been heard.
+                failures = self.failures()
+                if self._store.check([key]):
+                    return bytes(self._store.get(key))
+                lost = lives.lost()
+            except Exception as error:
+                raise self._store_lost(error) from error
+            if failures:
+                raise RanksError("other ranks failed, so this one gives up", failures)
+            for other in lost:
+                self._add_failure(other, f"no sign of life for {self._patience_s:g} s while {stage}; it was killed")
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LAST_POLL_S)
+
+    def _beat(self, stage: str, stop: threading.Event) -> None:
+        """Show life; the first rank of the team also looks after the others while it is busy itself."""
+        lives = _Lives(self._store, stage, range(1, self.size) if self.rank == 0 else [], self._patience_s)
+        period = min(1.0, self._patience_s / 5)
+        count = 1
+        while not stop.wait(period):
+            count += 1
+            try:
+                self._store.set(f"{stage}/beat/{self.rank}", str(count))
+                for other in lives.lost():
+                    self._add_failure(other, f"no sign of life for {self._patience_s:g} s while {stage}; it was killed")
+            except Exception:  # the store is gone: the main thread will find out
+                return
+
+    def _add_failure(self, rank: int, text: str) -> None:
+        found = {"what": f"rank {self.names[rank]}: {text[:_SHOWN_CHARACTERS]}"}
+        number = self._store.add("failures", 1)
+        self._store.set(f"failure/{number}", json.dumps(found))
+
+    def _say(self, key: str, value: bytes) -> None:
+        try:
+            self._store.set(key, value)
+        except Exception as error:
+            raise self._store_lost(error) from error
+
+    def _store_lost(self, error: Exception) -> WeightliftError:
+        problem = Problem(
+            f"the store of torch.distributed does not answer: {error}",
+            hint="the process that holds it, rank 0 unless torchrun does, is gone",
+        )
+        return RanksError("the ranks lost one another", [problem])
+
+
+class _Lives:
+    """Watches other ranks' signs of life; each is lost once, `patience_s` after the last one (by this rank's clock)."""
+
+    def __init__(self, store: Any, stage: str, ranks: Sequence[int], patience_s: float) -> None:
+        self._store = store
+        self._stage = stage
+        self._patience_s = patience_s
+        now = time.monotonic()
+        self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(ranks, (b"", now))
+        self._next = now
+
+    def lost(self) -> list[int]:
+        """Ranks that have just become lost. One that has not come to the stage yet has ten times as long."""
+        now = time.monotonic()
+        if now < self._next:
+            return []
+        self._next = now + min(1.0, self._patience_s / 5)
+        found = []
+        for rank, (beat, since) in list(self._seen.items()):
+            key = f"{self._stage}/beat/{rank}"
+            current = bytes(self._store.get(key)) if self._store.check([key]) else b""
+            if current != beat:
+                self._seen[rank] = (current, now)
+            elif now - since > self._patience_s * (1 if beat else _JOINING):
+                del self._seen[rank]
+                found.append(rank)
+        return found

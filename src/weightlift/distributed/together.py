@@ -1,0 +1,182 @@
+"""One load of a module that is parallelised, or that several ranks load together: what `weightlift.api` calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from weightlift.checkpoint import Checkpoint
+from weightlift.distributed import digest
+from weightlift.distributed.apply import Ranks, apply_sharded, refuse_conflicts
+from weightlift.distributed.shapes import Homes, is_dtensor, settle
+from weightlift.distributed.stream import Stream
+from weightlift.distributed.team import Team
+from weightlift.distributed.unfilled import leave_unfilled
+from weightlift.errors import RanksError
+from weightlift.options import LoadOptions
+from weightlift.plan.records import Decisions
+from weightlift.transfer.apply import apply
+from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.ties import settled
+from weightlift.transfer.trace import Trace
+
+if TYPE_CHECKING:
+    from weightlift.distributed.wire import Wire
+
+_PLANNING, _LOADING = "planning", "loading"
+
+
+class Together:
+    """The distributed side of one plan: planned once, executed once, by one thread of each rank."""
+
+    def __init__(self, options: LoadOptions) -> None:
+        self._options = options
+        wanted = options.parallelize is not None or options.source_rank is not None
+        self._team = Team.of(options.process_group, options.rank_patience_seconds) if wanted else None
+        self._homes: Homes | None = None
+        self._leader = 0 if self._team is None else _leader(self._team, options.source_rank)
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """Around all that is done before a byte is read; an error of one rank becomes one of all."""
+        with self._at_work(_PLANNING):
+            yield
+
+    def open(self, opened: Callable[[], Checkpoint]) -> Checkpoint:
+        """The checkpoint: with ``source_rank`` one rank opens it and tells the others what it found."""
+        if self._team is None or self._options.source_rank is None:
+            return opened()
+        wire = self._wire(self._team)
+        headers = _headers(opened()) if self._team.rank == self._leader else None
+        own, shared = headers if headers is not None else (None, None)
+        found = wire.hand_out(shared, self._leader)
+        return own if own is not None else Checkpoint(**found)
+
+    def seeded(self, options: LoadOptions, seed: int | None) -> LoadOptions:
+        """The options with one seed on all ranks: where the user gave none, that of the rank that leads."""
+        if self._team is None or seed is not None:
+            return options
+        own = str(options.seed).encode() if self._team.rank == self._leader else None
+        self._options = replace(options, seed=int(self._team.hand_out(_PLANNING, self._leader, own)))
+        return self._options
+
+    def settle(self, decisions: Decisions, subject: Subject) -> bool:
+        """Compare plans with the other ranks, then parallelise. False when the module is an ordinary one after all.
+
+        A plan with problems, the same on all ranks, is left as it is. Raises RanksError when ranks differ, and what
+        ``parallelize`` raises.
+        """
+        parallelize = self._options.parallelize
+        if self._team is not None:
+            self._agree(self._team, decisions)
+        if decisions.problems:
+            return self._team is not None
+        if parallelize is not None or any(is_dtensor(slot.tensor) for slot in subject.inventory.slots):
+            self._homes = settle(subject.inventory, decisions.rows, parallelize)
+        if self._team is not None:
+            self._team.all_done(_PLANNING)
+        return self._team is not None or self._homes is not None
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around `settled` and `execute`."""
+        with self._at_work(_LOADING):
+            yield
+
+    def settled(self, decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
+        """As `weightlift.transfer.ties.settled`. One rank compares the bytes of tied names for all."""
+        if self._homes is not None:
+            refuse_conflicts(decisions, source, options, self._ranks)
+        elif self._team is None or self._team.rank == self._leader:
+            return settled(decisions, source, options)
+        return decisions
+
+    def execute(
+        self,
+        decisions: Decisions,
+        subject: Subject,
+        source: Bytes,
+        options: LoadOptions,
+        trace: Trace | None = None,
+    ) -> nn.Module:
+        """Carry the plan out on this rank, and wait until every rank has. Raises as `weightlift.load` does."""
+        module = self._execute(decisions, subject, source, options, trace)
+        if self._team is not None:
+            self._team.all_done(_LOADING)
+        return module
+
+    def _execute(
+        self, decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions, trace: Trace | None
+    ) -> nn.Module:
+        team = self._team
+        if self._homes is not None:
+            return apply_sharded(decisions, self._homes, subject, source, options, self._ranks, trace)
+        if team is not None and options.source_rank is not None and team.rank != self._leader:
+            return leave_unfilled(decisions, subject, source, options)
+        return apply(decisions, subject, source, options, trace)
+
+    @property
+    def _ranks(self) -> Ranks | None:
+        team = self._team
+        if team is None:
+            return None
+        stream = None
+        if self._options.source_rank is not None:
+            stream = Stream(team, self._wire(team), self._leader, self._options)
+        return Ranks(team, self._leader, stream)
+
+    def _wire(self, team: Team) -> Wire:
+        from weightlift.distributed.wire import Wire  # imports torch.distributed
+
+        return Wire(team, self._options.process_group, self._options.rank_patience_seconds)
+
+    @contextlib.contextmanager
+    def _at_work(self, stage: str) -> Iterator[None]:
+        if self._team is None:
+            yield
+        else:
+            with self._team.at_work(stage):
+                yield
+
+    def _agree(self, team: Team, decisions: Decisions) -> None:
+        def differences(notes: list[str]) -> str:
+            return digest.as_text(digest.differences(notes, team.names))
+
+        def judge(notes: list[str]) -> str:
+            found = differences(notes)
+            if found != "[]":
+                return found
+            return "same" if digest.same_places(notes) else "compare"
+
+        verdict = team.exchange(_PLANNING, digest.note_of(decisions, self._options), judge)
+        if verdict == "compare" and self._options.source_rank is None:
+            note = digest.samples_of(decisions.files)
+            verdict = team.exchange(_PLANNING, note, differences)
+            verdict = "same" if verdict == "[]" else verdict
+        if verdict not in ("same", "compare"):
+            raise RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
+
+
+def _leader(team: Team, source_rank: int | None) -> int:
+    """The rank, as the team numbers it, that reads for all."""
+    if source_rank is None:
+        return 0
+    if source_rank not in team.names:
+        raise ValueError(f"source_rank {source_rank} is not of the process group, whose ranks are {list(team.names)}")
+    return team.names.index(source_rank)
+
+
+def _headers(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint, and what makes one of equal headers on a rank that can't see the files."""
+    versions = checkpoint.state_dict_metadata
+    shared = {
+        "source": checkpoint.source,
+        "entries": {key: replace(checkpoint[key]) for key in checkpoint},
+        "extras": dict(checkpoint.extras),
+        "state_dict_metadata": None if versions is None else {name: dict(item) for name, item in versions.items()},
+    }
+    return checkpoint, shared

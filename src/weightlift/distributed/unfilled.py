@@ -1,0 +1,54 @@
+"""``source_rank`` without ``parallelize``: the other ranks get a module that another engine will fill.
+
+FSDP1's ``sync_module_states``, DistributedDataParallel and accelerate send a module's parameters from one rank to the
+others. Until then these hold address space without memory. Buffers have their values, because not every such engine
+sends those that are not persistent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from weightlift.ambient import outside_modes
+from weightlift.deferred.inventory import is_lazy
+from weightlift.options import LoadOptions
+from weightlift.plan.records import Action, Decisions, Row
+from weightlift.transfer.apply import apply
+from weightlift.transfer.subject import Bytes, Subject
+
+
+def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
+    """The module of a rank that opens no file: buffers computed, parameters of the planned dtype and without values.
+
+    An existing module is left as it is.
+    """
+    if subject.recorder is None:
+        return subject.inventory.module
+    with outside_modes():
+        for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
+            if slot.kind == "parameter" and not is_lazy(slot.tensor):
+                _leave(slot.tensor, row, subject)
+        rows = tuple(_computed(row) for row in decisions.rows if row.kind == "buffer")
+        slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
+        inventory = replace(subject.inventory, slots=slots)
+        left = replace(decisions, rows=rows, checks=())
+        return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
+
+
+def _leave(tensor: torch.Tensor, row: Row, subject: Subject) -> None:
+    record = subject.record_of(tensor)
+    if record is not None:
+        record.last = None
+        record.memory()
+    if tensor.dtype != row.dtype:
+        tensor.data = torch.empty(tensor.shape, dtype=row.dtype)  # untouched, so it takes no memory either
+
+
+def _computed(row: Row) -> Row:
+    """A buffer that was to be loaded keeps what the constructor computes: its value comes with the parameters."""
+    if row.action in (Action.LOADED, Action.TIED):
+        return replace(row, action=Action.KEPT, offer=None, parts=(), tied_to=None)
+    return row

@@ -1,0 +1,108 @@
+"""What four ranks do together: meshes of two and three axes."""
+
+from __future__ import annotations
+
+import pytest
+from tests.distributed.models import (
+    Experts,
+    Tied,
+    assert_same_state,
+    both,
+    checkpoint_of,
+    expert_parallel,
+    fsdp,
+    losses,
+    mesh,
+    tensor_parallel,
+)
+from tests.distributed.scenarios_two import MISSING, RANK, _llama, _saved
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import weightlift as wl
+
+
+def _mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return lambda: MixtralForCausalLM(config)
+
+
+def fsdp2_over_tensor_parallelism():
+    build = _llama()
+    path = _saved("llama.pt", checkpoint_of(build, "lm_head", "model.layers.1.self_attn"))
+    reference = wl.load(build, path, strict=False, seed=3)
+    grid = mesh(2, 2, names=("dp", "tp"))
+    parallelize = both(tensor_parallel(grid["tp"]), fsdp(grid["dp"]))
+    for source_rank in (None, 0):
+        model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
+        found = model.model.layers[0].self_attn.q_proj.weight.placements
+        assert found == (_StridedShard(0, split_factor=2), Shard(0))
+        assert model.model.layers[0].self_attn.o_proj.weight.placements == (Shard(0), Shard(1))
+        assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def a_mixture_of_experts_by_fsdp2():
+    build = _mixtral()
+    path = _saved("mixtral.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
+    reference = wl.load(build, path, strict=False, seed=3)
+    model = wl.load(build, path, strict=False, seed=3, parallelize=fsdp(mesh(4)))
+    assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def a_mixture_of_experts_over_tensor_and_expert_parallelism():
+    build = _mixtral()
+    path = _saved("mixtral2.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
+    reference = wl.load(build, path, strict=False, seed=3)
+    grid = mesh(2, 2, names=("dp", "tp"))
+    parallelize = both(both(tensor_parallel(grid["tp"]), expert_parallel(grid["tp"])), fsdp(grid["dp"]))
+    model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize)
+    assert_same_state(model, reference)
+
+
+def hybrid_sharding():
+    path = _saved("hybrid.pt", checkpoint_of(Tied, *MISSING))
+    reference = wl.load(Tied, path, strict=False, seed=3)
+    model = wl.load(Tied, path, strict=False, seed=3, parallelize=fsdp(mesh(2, 2, names=("replicate", "shard"))))
+    assert model.embed.weight.placements == (Replicate(), Shard(0))
+    assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def three_axes():
+    path = _saved("three.pt", checkpoint_of(Experts, "layers.1"))
+    reference = wl.load(Experts, path, strict=False, seed=3)
+    for shape in ((1, 2, 2), (2, 1, 2), (2, 2, 1)):
+        grid = mesh(*shape, names=("replicate", "shard", "tp"))
+        parallelize = both(tensor_parallel(grid["tp"]), fsdp(grid["replicate", "shard"]))
+        for source_rank in (None, 3):
+            model = wl.load(Experts, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
+            assert len(model.layers[0].up.weight.placements) == 3
+            assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def uneven_shards_on_four_ranks():
+    path = _saved("uneven.pt", checkpoint_of(Tied, *MISSING))
+    model = wl.load(Tied, path, strict=False, seed=3, parallelize=fsdp(mesh(4)))
+    assert model.embed.weight.to_local().shape[0] == (26, 26, 26, 23)[RANK]
+    assert_same_state(model, wl.load(Tied, path, strict=False, seed=3))
+
+
+SCENARIOS = {
+    run.__name__: run
+    for run in (
+        fsdp2_over_tensor_parallelism,
+        a_mixture_of_experts_by_fsdp2,
+        a_mixture_of_experts_over_tensor_and_expert_parallelism,
+        hybrid_sharding,
+        three_axes,
+        uneven_shards_on_four_ranks,
+    )
+}
