@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightlift.api import Deferred, LoadPlan, defer, load, plan
+    from weightlift.capture import Declared, Input, Output, Records, capture, recorder, records
     from weightlift.checkpoint import Checkpoint, open_checkpoint
     from weightlift.checkpoint.entry import ShardFile, TensorEntry
     from weightlift.checkpoint.save import save
     from weightlift.deferred.construct import CurrentLoad, current_load
     from weightlift.errors import (
+        CaptureError,
         CheckpointChanged,
         CheckpointCorrupt,
         CheckpointError,
@@ -34,56 +36,72 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CaptureError",
     "Checkpoint",
     "CheckpointChanged",
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointNotFound",
     "CurrentLoad",
+    "Declared",
     "DeferError",
     "Deferred",
+    "Input",
     "LoadCancelled",
     "LoadPlan",
     "LoadReport",
+    "Output",
     "PlanError",
     "Problem",
     "RanksError",
+    "Records",
     "ShardFile",
     "TensorEntry",
     "TransferError",
     "WeightliftError",
+    "capture",
     "current_load",
     "defer",
     "load",
     "open_checkpoint",
     "plan",
+    "recorder",
+    "records",
     "save",
 ]
 
 _HOMES = {
+    "CaptureError": "weightlift.errors",
     "Checkpoint": "weightlift.checkpoint",
     "CheckpointChanged": "weightlift.errors",
     "CheckpointCorrupt": "weightlift.errors",
     "CheckpointError": "weightlift.errors",
     "CheckpointNotFound": "weightlift.errors",
     "CurrentLoad": "weightlift.deferred.construct",
+    "Declared": "weightlift.capture",
     "DeferError": "weightlift.errors",
     "Deferred": "weightlift.api",
+    "Input": "weightlift.capture",
     "LoadCancelled": "weightlift.errors",
     "LoadPlan": "weightlift.api",
     "LoadReport": "weightlift.plan.report",
+    "Output": "weightlift.capture",
     "PlanError": "weightlift.errors",
     "Problem": "weightlift.errors",
     "RanksError": "weightlift.errors",
+    "Records": "weightlift.capture",
     "ShardFile": "weightlift.checkpoint.entry",
     "TensorEntry": "weightlift.checkpoint.entry",
     "TransferError": "weightlift.errors",
     "WeightliftError": "weightlift.errors",
+    "capture": "weightlift.capture",
     "current_load": "weightlift.deferred.construct",
     "defer": "weightlift.api",
     "load": "weightlift.api",
     "open_checkpoint": "weightlift.checkpoint",
     "plan": "weightlift.api",
+    "recorder": "weightlift.capture",
+    "records": "weightlift.capture",
     "save": "weightlift.checkpoint.save",
 }
 
@@ -97,7 +115,16 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(types.ModuleType):
-    """The import system would put the sub-package ``weightlift.plan`` where the function ``plan`` belongs."""
+    """The import system would put the sub-packages ``plan`` and ``capture`` where the functions belong."""
+
+    @property
+    def capture(self) -> Any:
+        """`weightlift.capture.api.capture`."""
+        return __getattr__("capture")
+
+    @capture.setter
+    def capture(self, value: object) -> None:
+        pass
 
     @property
     def plan(self) -> Any:

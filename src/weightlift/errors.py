@@ -121,6 +121,10 @@ class RanksError(WeightliftError, RuntimeError):
     """Ranks that load together do not agree, or one of them failed. Every rank raises; ``problems`` name the ranks."""
 
 
+class CaptureError(WeightliftError, RuntimeError):
+    """What was to be captured does not exist, or did not run, or can't be trusted."""
+
+
 class LoadCancelled(WeightliftError):
     """The load was stopped through its ``cancel`` event; a callable's module is dropped."""
 

@@ -1,0 +1,103 @@
+"""`capture`: the forwards that run within a ``with`` block, watched."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from weightlift.capture import hooks
+from weightlift.capture.checks import settle
+from weightlift.capture.result import Records
+from weightlift.capture.select import keep_for, kept_for
+from weightlift.capture.session import Session, Stopped, running, without
+from weightlift.capture.taps import Declared, Tap, collect_taps
+from weightlift.capture.template import Template, lasting
+from weightlift.errors import CaptureError, Problem
+
+
+class Capture:
+    """What `capture` returns: a context manager that can be entered again, one block at a time."""
+
+    def __init__(self, model: nn.Module, taps: dict[str, Tap], template: Template | None = None) -> None:
+        self._model = model
+        self._taps = taps
+        self._template = template
+        self._key: Any = None
+        self._session: Session | None = None
+
+    def __enter__(self) -> Records:
+        if self._session is not None:
+            raise CaptureError("this capture is open already", [Problem("a capture can't be entered twice at a time")])
+        session = None if self._template is None else self._template.open()
+        while session is None:  # again only if another thread changes the model meanwhile
+            self._template = Template(self._model, self._taps)
+            session = self._template.open()
+            if self._key is not None:
+                keep_for(self._model, self._key, self._template)
+        self._session = session
+        hooks.install(session)
+        hooks.open_sessions.set((*hooks.open_sessions.get(), session))
+        return Records(self._template.names, session.entries)  # type: ignore[union-attr]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        session, self._session = self._session, None
+        assert session is not None and self._template is not None
+        session.closed = True
+        sessions = hooks.open_sessions.get()
+        hooks.open_sessions.set(() if sessions == (session,) else tuple(s for s in sessions if s is not session))
+        if running.get() is not None:
+            running.set(without(session, running.get()))
+        hooks.remove(session)
+        own = isinstance(error, Stopped) and error.session is session
+        try:
+            if error is None or own:
+                problems = settle(session, self._model, self._template)
+                if problems:
+                    raise CaptureError(f"the capture of {type(self._model).__name__} can't be trusted", problems)
+        finally:
+            session.forget()
+        return own
+
+
+def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
+    key = None
+    if all(map(lasting, declared)) and all(map(lasting, taps.values())):
+        key = declared, tuple(taps.items())
+        try:
+            known = kept_for(model, key)
+        except TypeError:  # a list among the options: not to be looked up
+            key = known = None
+        if known is not None:
+            made = Capture(model, dict(known.taps), known)
+            made._key = key
+            return made
+    made = Capture(model, collect_taps(declared, taps))
+    made._key = key
+    return made
+
+
+def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capture:
+    """Records what modules of ``model`` take or return, in the forwards that run within the ``with`` block.
+
+    Args:
+        model: any module. While a capture is open, hooks stand on the chosen modules and on itself; else on nothing.
+        declared: names that the model's class declares (Transformers models: ``"hidden_states"``, ``"attentions"``, …).
+        taps: a name each, and what to take: a pattern of names, a class, a module, a predicate
+            ``(fqn, module) -> bool``, a list of these, or an `Output`, `Input` or `Declared`.
+
+    Returns:
+        A context manager that gives `Records`.
+
+    Raises:
+        CaptureError: on entering, if something does not exist or lies inside compiled code; on leaving, if what was
+            recorded is not complete or was changed afterwards. The records are there all the same.
+
+    Only forwards in the context that entered the block count: other threads and tasks on the same model see nothing,
+    unless they run in a copy of this context (``contextvars.copy_context``, ``asyncio.to_thread``, tasks made within
+    the block). Any number of captures can be open, in any threads and within each other.
+    """
+    return _make(model, declared, taps)

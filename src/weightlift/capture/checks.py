@@ -1,0 +1,214 @@
+"""What must hold when a capture closes. Everything that does not is collected and raised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.capture.result import Entry, no_such_calls, places
+from weightlift.capture.select import Selected, children, original
+from weightlift.capture.session import Forward, Session
+from weightlift.capture.taps import Declared, Output, Tap
+from weightlift.capture.template import Template
+from weightlift.errors import Problem
+
+_COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
+
+
+def settle(session: Session, root: nn.Module, template: Template) -> list[Problem]:
+    """Keeps of the entries what was asked for, and returns what is wrong."""
+    problems = list(session.problems)
+    if not session.stopped:
+        _drop_failed(session)
+    once = len(session.forwards) == 1 and all(map(len, session.fired))
+    for number, (name, tap) in enumerate(template.taps):
+        if isinstance(tap, Declared):
+            problems += _declared(session, root, number, tap, template)
+            continue
+        if once and tap.calls is None:
+            continue  # the usual case: one forward, and every module ran
+        fired = {fqn: session.fired[template.sites[number, fqn]] for fqn, _ in template.chosen[number]}
+        problems += _calls(session, number, name, tap, fired)
+        chosen = [Selected(fqn, session.modules[key]) for fqn, key in template.chosen[number]]
+        problems += _fired(session, root, name, tap, chosen, fired)
+    problems += _written(session.entries, template)
+    problems += _detached(session)
+    for fqn in sorted(session.checkpointed):
+        hint = "turn checkpointing off there: its recomputation would not see the edit"
+        problems.append(Problem("an output was edited within torch.utils.checkpoint", fqn=fqn, hint=hint))
+    return problems
+
+
+def _drop_failed(session: Session) -> None:
+    """Forwards that did not end, because they failed, leave nothing."""
+    failed = {id(forward) for forward in session.forwards if not forward.done}
+    if failed:
+        session.entries[:] = [entry for entry in session.entries if id(entry.forward) not in failed]
+        session.forwards[:] = [forward for forward in session.forwards if forward.done]
+
+
+def _calls(
+    session: Session, number: int, name: str, tap: Output, fired: dict[str, list[Forward | None]]
+) -> list[Problem]:
+    if tap.calls is None:
+        return []
+    problems = []
+    wanted: dict[str, set[int]] = {}
+    for fqn, calls in fired.items():
+        wanted[fqn], missing = places(tap.calls, len(calls))
+        if missing and calls and tap.expect != "maybe":
+            problems.append(no_such_calls(name, fqn, missing, len(calls)))
+    session.entries[:] = [entry for entry in session.entries if entry.tap != number or entry.call in wanted[entry.fqn]]
+    return problems
+
+
+def _fired(
+    session: Session,
+    root: nn.Module,
+    name: str,
+    tap: Output,
+    chosen: list[Selected],
+    calls: dict[str, list[Forward | None]],
+) -> list[Problem]:
+    if tap.expect == "maybe":
+        return []
+    if not any(calls.values()) or tap.expect == "some":
+        if any(calls.values()):
+            return []
+        what = "none of its modules ran" if len(chosen) > 1 else "its module did not run"
+        why = _why(session, root, chosen[0])
+        return [Problem(f"tap {name!r} recorded nothing: {what}", fqn=chosen[0].fqn, hint=why)]
+    problems: list[Problem] = []
+    done = [forward for forward in session.forwards if forward.done and not forward.around]
+    if len(done) <= 1 and all(calls.values()):
+        return problems
+    for item in chosen:
+        fired = calls[item.fqn]
+        missed = _missed(fired, done) if fired and not session.stopped else []
+        if fired and not missed:
+            continue
+        if session.stopped:
+            continue
+        found = "no call" if not fired else f"none in {len(missed)} of {len(done)} forwards"
+        problems.append(
+            Problem(
+                f"tap {name!r} did not fire as often as the model ran",
+                fqn=item.fqn,
+                expected="a call in every forward",
+                found=found,
+                hint=_why(session, root, item),
+            )
+        )
+    return problems
+
+
+def _missed(fired: Sequence[Forward | None], done: Sequence[Forward]) -> list[Forward]:
+    """Forwards of the model without a call, if others have one. What is only called directly is in none of them."""
+    within = {id(forward) for forward in fired if forward is not None}
+    if not within:
+        return []
+    return [forward for forward in done if id(forward) not in within]
+
+
+def _why(session: Session, root: nn.Module, item: Selected) -> str:
+    """The likeliest reason why a module's hook did not see it run."""
+    now = _at(root, item.fqn)
+    if now is not item.module:
+        other = "nothing" if now is None else f"another {type(original(now)).__name__}"
+        return f"it was replaced while the capture was open: {other} stands under its name now"
+    if item.fqn in session.recomputed:
+        return "it only ran within a backward pass, as a recomputation, and those are not recorded"
+    if id(item.module) in session.elsewhere:
+        return (
+            "it ran in another thread or context: run the worker in contextvars.copy_context(), "
+            "or give expect='maybe' if other requests share the model"
+        )
+    if not session.forwards and not any(session.fired):
+        return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
+    return f"if it is skipped on purpose, give expect='some'; if it was compiled: {_COMPILED}"
+
+
+def _at(root: nn.Module, fqn: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for name in fqn.split(".") if fqn else []:
+        module = None if module is None else children(module).get(name)
+    return module
+
+
+def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:
+    if tap.expect == "maybe":
+        return []
+    fqn, key = template.scopes[number]
+    calls = session.fired[template.sites[number, fqn]]
+    name = fqn or "the model"
+    if not calls and not session.stopped:
+        hint = f"no forward of {name} ran eagerly in the context that opened the capture; {_COMPILED}"
+        return [Problem(f"{tap.key!r} was not recorded", fqn=fqn, hint=hint)]
+    if tap.layers is None and not any(entry.tap == number for entry in session.entries):
+        hint = f"{name} ran and gave none"
+        if "attentions" in key:
+            hint = "the attention in use returns no weights: load the model with attn_implementation='eager'"
+        return [Problem(f"{tap.key!r} was not recorded", fqn=fqn, hint=hint)]
+    if tap.expect == "some":
+        return []
+    missing = [(name, key) for name, key in template.givers[number] if name not in session.gave]
+    return [
+        Problem(
+            f"{tap.key!r} lacks what this module should give",
+            fqn=name,
+            hint=_why(session, root, Selected(name, session.modules[key])),
+        )
+        for name, key in missing
+    ]
+
+
+def _written(entries: Sequence[Entry], template: Template) -> list[Problem]:
+    problems = []
+    for entry in entries:
+        if entry.version >= 0 and isinstance(entry.value, torch.Tensor) and entry.value._version != entry.version:
+            name = template.names[entry.tap]
+            hint = "give clone=True: the model works in place, so this is no longer what the module returned"
+            problems.append(Problem(f"tap {name!r} was written to after it was taken", fqn=entry.fqn, hint=hint))
+    return problems
+
+
+def _detached(session: Session) -> list[Problem]:
+    hint = "checkpoint with use_reentrant=False, or give detach=True if no gradient is wanted"
+    return [
+        Problem("a tensor was cut off from autograd by reentrant checkpointing", fqn=fqn, hint=hint)
+        for fqn in sorted(session.detached)
+    ]
+
+
+def settle_recorded(
+    raw: Sequence[tuple[int, str, Any]], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
+) -> tuple[list[Entry], list[Problem]]:
+    """The same for one call of a recorder: ``raw`` is in call order, ``expected`` names each tap's modules."""
+    counts: dict[tuple[int, str], int] = {}
+    entries = []
+    for number, fqn, value in raw:
+        call = counts.get((number, fqn), 0)
+        counts[number, fqn] = call + 1
+        entries.append(Entry(number, fqn, value, call=call))
+    problems = []
+    for number, name, tap, fqns in expected:
+        if isinstance(tap, Declared):
+            if tap.expect != "maybe" and tap.layers is None and not any(entry.tap == number for entry in entries):
+                hint = "attention that returns no weights needs attn_implementation='eager'"
+                problems.append(Problem(f"{tap.key!r} was not recorded", hint=hint))
+            continue
+        silent = [fqn for fqn in fqns if (number, fqn) not in counts]
+        if silent and not stopped and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
+            hint = "it did not run, or not under its own name: layers in plain lists, on worker threads or copied"
+            problems += [Problem(f"tap {name!r} did not fire", fqn=fqn, hint=hint) for fqn in silent]
+        if tap.calls is not None:
+            wanted: dict[str, set[int]] = {}
+            for fqn in fqns:
+                wanted[fqn], missing = places(tap.calls, counts.get((number, fqn), 0))
+                if missing and (number, fqn) in counts and tap.expect != "maybe":
+                    problems.append(no_such_calls(name, fqn, missing, counts[number, fqn]))
+            entries = [entry for entry in entries if entry.tap != number or entry.call in wanted[entry.fqn]]
+    return entries, problems

@@ -1,0 +1,137 @@
+"""Recorders on models whose layers were compiled one by one.
+
+What such a layer returns is taken outside of its compiled code, which stays the user's own. What lies inside needs code
+of its own: a function that takes the layer as an argument, so that layers of one kind share what is compiled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.capture.regions import compiled_in_place
+from weightlift.capture.select import compiled_wrapper, original
+from weightlift.capture.twin import Sites, Take, Twin, build_twin
+
+
+class Regions:
+    """A twin for eager calls whose compiled parts stay compiled. ``sites`` are keyed by the ids of originals."""
+
+    def __init__(self, root: nn.Module, sites: dict[int, Sites], cell: Any) -> None:
+        self._cell = cell
+        self._sites = sites
+        self._hooks: dict[Any, Any] = {}
+        self._runners: dict[Any, tuple[Callable[..., Any], Any]] = {}
+        outside: dict[int, Sites] = {}
+        self._inside: dict[int, dict[int, Sites]] = {}
+        self._divide(root, None, outside, set())
+        for module in self._inside:
+            outside.setdefault(module, Sites([]))
+        self._root = root
+        self._outside = outside
+        self._inner: list[nn.Module] = []
+        self._lock = threading.Lock()
+        self._twins: dict[tuple[bool, ...], Twin] = {}
+        twin = build_twin(root, outside, cell, None, self._forward_of)
+        self._originals = (*twin.originals, *self._inner)
+        self._twins[self._flags()] = twin
+
+    def twin(self) -> Twin | None:
+        """The twin for the modes that the model is in now; None if its structure changed."""
+        flags = self._flags()
+        with self._lock:
+            twin = self._twins.get(flags)
+            if twin is None:
+                twin = self._twins[flags] = build_twin(self._root, self._outside, self._cell, None, self._forward_of)
+        return twin if twin.stands() else None
+
+    def _flags(self) -> tuple[bool, ...]:
+        return tuple([module.training for module in self._originals])
+
+    def _divide(self, outer: nn.Module, region: int | None, outside: dict[int, Sites], seen: set[int]) -> None:
+        """What lies in no compiled module, and for each outermost compiled module what lies inside."""
+        module = original(outer)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        own = self._sites.get(id(module))
+        if own is not None and region is None:
+            outside[id(module)] = own
+        elif own is not None and region is not None:
+            self._inside.setdefault(region, {})[id(module)] = own
+        if region is None and (compiled_wrapper(outer) or compiled_in_place(outer) or compiled_in_place(module)):
+            region = id(module)
+        for child in module._modules.values():
+            if child is not None:
+                self._divide(child, region, outside, seen)
+
+    def _forward_of(self, outer: nn.Module, copied: nn.Module) -> Callable[..., Any] | None:
+        module = original(outer)
+        if not (compiled_wrapper(outer) or compiled_in_place(outer) or compiled_in_place(module)):
+            return None
+        # The user's own hooks on a compiled module run with it, not again around it.
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            copied.__dict__[name] = type(copied.__dict__[name])()
+        inside = self._inside.get(id(module))
+        if inside is None:
+            return outer.__call__
+        return self._inner_forward(outer, inside)
+
+    def _inner_forward(self, outer: nn.Module, inside: dict[int, Sites]) -> Callable[..., Any]:
+        module = original(outer)
+        numbered: list[Take] = []
+        relative: dict[int, Sites] = {}
+        for key, sites in inside.items():
+            takes = []
+            for take in sites.takes:
+                # The same number stands for the same place in every layer of this kind, whose names differ.
+                takes.append(Take(len(numbered), "", take.recipe, take.before))
+                numbered.append(take)
+            relative[key] = Sites(takes, sites.gather, sites.declared)
+        kind = type(module), tuple((repr(take.recipe), take.before) for take in numbered)
+        if kind not in self._runners:
+            inner_cell: Any = threading.local()
+            self._runners[kind] = _compile_like(outer, _runner(inner_cell)), inner_cell
+        runner, inner_cell = self._runners[kind]
+        twin = build_twin(module, relative, inner_cell, None)
+        self._inner += twin.originals
+        cell = self._cell
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output, entries = runner(twin.root, args, kwargs)
+            for number, _, value in entries:
+                take = numbered[number]
+                cell.entries.append((take.number, take.fqn, value))
+            return output
+
+        return forward
+
+
+def _runner(cell: Any) -> Callable[..., Any]:
+    def run_layer(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        entries: list[Any] = []
+        cell.entries = entries
+        cell.scopes = []
+        cell.left = -1
+        output = layer(*args, **kwargs)
+        cell.entries = []
+        return output, entries
+
+    return run_layer
+
+
+def _compile_like(outer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles as the user compiled ``outer``: with the same backend and options."""
+    context = getattr(outer, "dynamo_ctx", None) if compiled_wrapper(outer) else None
+    if context is None:
+        compiled: Any = original(outer)._compiled_call_impl
+        code = getattr(compiled, "__code__", None)
+        cells = dict(zip(code.co_freevars, compiled.__closure__ or ())) if code is not None else {}
+        context = cells["self"].cell_contents if "self" in cells else None
+    if callable(context):
+        return context(function)  # type: ignore[no-any-return]
+    return torch.compile(function)

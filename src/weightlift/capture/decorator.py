@@ -1,0 +1,104 @@
+"""`records`: for authors of models, ``output_hidden_states=True`` and the like for a forward of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from weightlift.capture.api import Capture
+from weightlift.capture.recorder import State, run
+from weightlift.capture.taps import Tap, collect_taps
+
+_PLACE = "_weightlift_records"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def records(**taps: Any) -> Callable[[Function], Function]:
+    """Decorates the ``forward`` of a module class: each tap ``name`` adds a keyword ``output_name``.
+
+    Args:
+        taps: as for `capture`; selectors are looked up in the instance.
+
+    A call with ``output_hidden_states=True`` captures that tap for its own duration, safely in any number of threads
+    and under ``torch.compile``; a call without costs a look into its keywords. How the values are returned depends on
+    what the forward returns: a mapping or a dataclass gets an entry or attribute ``hidden_states`` with a tuple of
+    values; a tuple gets one more element for each, in the order of the taps; anything else, a tensor for instance, is
+    returned in a tuple with them. A call raises `CaptureError` if the tap finds no module, or one that does not run.
+    """
+    known = collect_taps((), taps)
+
+    def decorate(forward: Function) -> Function:
+        prepare = _preparer(known)
+
+        @functools.wraps(forward)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            chosen = tuple([name for name in known if kwargs.pop("output_" + name, False)])
+            if not chosen:
+                return forward(self, *args, **kwargs)
+            if is_dynamo_compiling():
+                prepare(self, chosen)
+                state: State = getattr(self.__dict__[_PLACE], "_".join(chosen))
+                built = state.built
+                output, entries = run(state, built, built.pick(), forward, args, kwargs)
+                return attach(output, chosen, gathered(chosen, entries))
+            with Capture(self, {name: known[name] for name in chosen}) as got:
+                output = forward(self, *args, **kwargs)
+            return attach(output, chosen, tuple([got[name] for name in chosen]))
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+class _Place:
+    """States for compiled calls, kept on the instance they are for. Copies and pickles of the instance start afresh."""
+
+    def __reduce__(self) -> tuple[type[_Place], tuple[()]]:
+        return _Place, ()
+
+
+def _preparer(known: dict[str, Tap]) -> Callable[[nn.Module, tuple[str, ...]], bool]:
+    lock = threading.Lock()
+
+    def prepare(module: nn.Module, chosen: tuple[str, ...]) -> bool:
+        """Runs while a call is being traced: its state exists and fits the module from then on."""
+        with lock:
+            place = module.__dict__.setdefault(_PLACE, _Place())
+            state = getattr(place, "_".join(chosen), None)
+            if state is None:
+                setattr(place, "_".join(chosen), State(module, {name: known[name] for name in chosen}))
+            else:
+                state.prepare()
+        return True
+
+    # What torch.compiler.assume_constant_result sets; calling that here would import the compiler with every model.
+    prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return prepare
+
+
+def gathered(names: tuple[str, ...], entries: list[tuple[int, str, Any]]) -> tuple[tuple[Any, ...], ...]:
+    """The values of each tap, from what a traced call recorded."""
+    return tuple([tuple([value for number, _, value in entries if number == tap]) for tap in range(len(names))])
+
+
+def attach(output: Any, names: tuple[str, ...], values: tuple[tuple[Any, ...], ...]) -> Any:
+    """The output with what was recorded."""
+    if type(output) is dict:
+        return {**output, **dict(zip(names, values))}
+    if isinstance(output, MutableMapping):
+        for name, value in zip(names, values):
+            output[name] = value
+        return output
+    if dataclasses.is_dataclass(output):
+        for name, value in zip(names, values):
+            object.__setattr__(output, name, value)
+        return output
+    if isinstance(output, tuple):
+        return (*output, *values)
+    return (output, *values)

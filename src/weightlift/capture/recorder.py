@@ -1,0 +1,210 @@
+"""`recorder`: a model's forward that also returns what its modules took or gave, compiled or not."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from weightlift.capture.actions import Gather
+from weightlift.capture.api import Capture
+from weightlift.capture.checks import settle_recorded
+from weightlift.capture.compiled import Regions
+from weightlift.capture.declared import Wanted
+from weightlift.capture.regions import region_of
+from weightlift.capture.result import Entry, Records
+from weightlift.capture.select import Selected, compiled_wrapper, original
+from weightlift.capture.taps import Declared, Input, Tap, collect_taps
+from weightlift.capture.template import awaited, resolve_taps
+from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
+from weightlift.capture.values import recipe_of
+from weightlift.errors import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What a recorder works with until the model's structure changes; replaced as a whole."""
+
+    left: int  # with ``stop``: recorded values until the forward is left; else -1
+    expected: tuple[tuple[int, str, Tap, tuple[str, ...]], ...]
+    eval_twin: Twin
+    train_twin: Twin
+    mixed_twin: Twin | None
+    mixed_flags: tuple[bool, ...]
+    regions: Regions | None
+    remake: Callable[[], Twin]
+
+    def pick(self) -> Twin | None:
+        """The twin for the modes that the model is in now; None when it has to be built first."""
+        flags = tuple([module.training for module in self.train_twin.originals])
+        twin = self.mixed_twin if flags == self.mixed_flags else None
+        if all(flags):
+            twin = self.train_twin
+        elif not any(flags):
+            twin = self.eval_twin
+        return twin if twin is not None and twin.stands() else None
+
+    def mixed(self) -> Built:
+        twin = self.remake()
+        flags = tuple([module.training for module in self.train_twin.originals])
+        return replace(self, mixed_twin=twin, mixed_flags=flags)
+
+    def settle(self, raw: Sequence[tuple[int, str, Any]]) -> tuple[list[Entry], list[Problem]]:
+        """Entries of what a call through a twin recorded, and what is wrong with them."""
+        return settle_recorded(raw, self.expected, stopped=self.left >= 0)
+
+
+class State:
+    """A recorder's model and taps, and what was built for them."""
+
+    def __init__(self, model: nn.Module, taps: dict[str, Tap]) -> None:
+        self.model = original(model)
+        self.taps = taps
+        self.names = tuple(taps)
+        self.cell: Any = threading.local()
+        self.lock = threading.Lock()
+        self.built = self.build()
+
+    def refresh(self) -> None:
+        """Looks at the model again."""
+        with self.lock:
+            self.built = self.build()
+
+    def prepare(self) -> bool:
+        """Builds anew if what there is does not fit the model as it is now."""
+        with self.lock:
+            built = self.built
+            if built.pick() is None:
+                # Only another mixture of modes: the other twins, and what was compiled for them, stay good.
+                self.built = built.mixed() if built.train_twin.stands() and built.eval_twin.stands() else self.build()
+        return True
+
+    def build(self) -> Built:
+        taps = list(self.taps.items())
+        chosen, wanted = resolve_taps(self.model, taps, [])
+        counts = awaited(taps, chosen, wanted)
+        sites = _sites(taps, chosen, wanted)
+        names = {item.fqn for items in chosen.values() for item in items}
+        names |= {site.fqn for site in wanted.sites} if wanted is not None else set()
+        regions = any(region_of(self.model, fqn) is not None for fqn in names) or any(
+            compiled_wrapper(item.module) for items in chosen.values() for item in items
+        )
+        # A twin for each mode, so that switching between them compiles nothing that was compiled before.
+        remake = functools.partial(build_twin, self.model, sites, self.cell, None)
+        eval_twin = build_twin(self.model, sites, self.cell, False)
+        flags = tuple([module.training for module in eval_twin.originals])
+        return Built(
+            -1 if counts is None else sum(counts.values()),
+            tuple((n, name, tap, tuple(item.fqn for item in chosen.get(n, ()))) for n, (name, tap) in enumerate(taps)),
+            eval_twin,
+            build_twin(self.model, sites, self.cell, True),
+            None if all(flags) or not any(flags) else remake(),
+            flags,
+            Regions(self.model, sites, self.cell) if regions else None,
+            remake,
+        )
+
+
+def _sites(
+    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
+) -> dict[int, Sites]:
+    sites: dict[int, Sites] = {}
+
+    def at(module: nn.Module) -> Sites:
+        return sites.setdefault(id(original(module)), Sites([]))
+
+    for number, (_, tap) in enumerate(taps):
+        for item in chosen.get(number, ()):
+            at(item.module).takes.append(Take(number, item.fqn, recipe_of(tap), isinstance(tap, Input)))
+    if wanted is not None:
+        declared = {number: tap for number, (_, tap) in enumerate(taps) if isinstance(tap, Declared)}
+        for scope, pairs in wanted.scopes:
+            at(wanted.modules[scope.fqn]).gather = Gather(scope, pairs, declared)
+        for site in wanted.sites:
+            place = at(wanted.modules[site.fqn])
+            place.declared = [*(place.declared or ()), site]
+    return sites
+
+
+def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Callable[..., tuple[Any, Records]]:
+    """A function that calls ``model`` and returns ``(output, records)``.
+
+    Args:
+        model, declared, taps: as for `capture`. Made from what ``torch.compile`` returned, the model inside is taken:
+            compile the recorder, or use it on a model whose layers were compiled one by one.
+
+    Returns:
+        A function for any number of threads. ``torch.compile(record)`` compiles model and capture into one graph, with
+        no break and no state outside the call. The model itself carries no hook. `Records` raises `CaptureError` when
+        it is read, if a wanted module did not run. With ``stop`` the output is None.
+
+    Raises:
+        CaptureError: something that is wanted does not exist.
+
+    The function follows changes of parameters, buffers, modes and sub-modules; hooks and other attributes that are set
+    later on modules it had to copy (those on the way to what is wanted) are seen after ``record.refresh()``.
+    """
+    state = State(model, collect_taps(declared, taps))
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def prepare() -> bool:
+        """Runs while a call is being traced, not when the compiled code runs: what was built fits from then on."""
+        return state.prepare()
+
+    def record(*args: Any, **kwargs: Any) -> tuple[Any, Records]:
+        if not is_dynamo_compiling():
+            return run_eagerly(state, args, kwargs)
+        prepare()
+        built = state.built
+        output, entries = run(state, built, built.pick(), None, args, kwargs)
+        return output, Records(state.names, entries, built)
+
+    # Compiled variants are kept by code object, and only so many for each: recorders must not share one.
+    name = f"record_{type(state.model).__name__}"
+    own = types.FunctionType(record.__code__.replace(co_name=name), globals(), name, None, record.__closure__)
+    own.__doc__ = f"Calls {type(state.model).__name__} and returns (output, records)."
+    own.refresh = state.refresh  # type: ignore[attr-defined]
+    return own
+
+
+def run(
+    state: State, built: Built, twin: Twin | None, forward: Callable[..., Any] | None, args: Any, kwargs: Any
+) -> tuple[Any, list[Any]]:
+    """One call through a twin. Everything it records is made, filled and returned here."""
+    assert twin is not None, "the model changed while it ran"
+    cell = state.cell
+    entries: list[Any] = []
+    cell.entries = entries
+    cell.scopes = []
+    cell.left = built.left
+    output = None
+    try:
+        output = twin.root(*args, **kwargs) if forward is None else forward(twin.root, *args, **kwargs)
+    except Left:
+        pass
+    finally:
+        cell.entries = None
+        cell.scopes = None
+    return output, entries
+
+
+def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
+    built = state.built
+    if built.regions is not None:
+        twin = built.regions.twin()
+        if twin is None:
+            state.refresh()
+            return run_eagerly(state, args, kwargs)
+        output, entries = run(state, built, twin, None, args, kwargs)
+        return output, Records(state.names, entries, built)
+    output = None
+    with Capture(state.model, state.taps) as got:
+        output = state.model(*args, **kwargs)
+    return output, got

@@ -1,0 +1,146 @@
+"""What a capture gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from weightlift.capture.taps import Declared
+from weightlift.errors import CaptureError, Problem
+
+
+class Entry:
+    """One recorded value: which tap took it from which module, in which forward of the model."""
+
+    __slots__ = ("call", "forward", "fqn", "tap", "value", "version")
+
+    def __init__(self, tap: int, fqn: str, value: Any, forward: Any = None, version: int = -1, call: int = 0) -> None:
+        self.tap = tap
+        self.fqn = fqn
+        self.value = value
+        self.forward = forward
+        self.version = version
+        self.call = call
+
+
+class _Settles(Protocol):
+    def settle(self, raw: Sequence[tuple[int, str, Any]]) -> tuple[list[Entry], list[Problem]]: ...
+
+
+class Records(Mapping[str, tuple[Any, ...]]):
+    """What was captured, by the names of the taps. It alone holds the tensors.
+
+    ``got["hidden"]`` is a tuple in the order of the calls, over all forwards that ran while the capture was open. After
+    the ``with`` block it does not change any more and can be shared among threads.
+    """
+
+    def __init__(self, names: Sequence[str], entries: list[Any], recorder: _Settles | None = None) -> None:
+        self._names = names
+        self._raw = entries
+        self._recorder = recorder
+        self._settled: tuple[list[Entry], Sequence[Problem]] | None = None
+
+    def __getitem__(self, name: str) -> tuple[Any, ...]:
+        """The values of a tap, in call order.
+
+        Raises:
+            KeyError: there is no tap of that name.
+            CaptureError: several sub-models recorded it; a recorder's tap did not fire.
+        """
+        return tuple(entry.value for entry in self._of(name))
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The values of a tap by the names of their modules.
+
+        Raises:
+            CaptureError: a module was called more than once: see `calls`.
+        """
+        calls = self.calls(name)
+        twice = [fqn for fqn, values in calls.items() if len(values) > 1]
+        if twice:
+            hint = f"got.calls({name!r}) gives every call; calls=[-1] records the last one only"
+            problems = [Problem(f"was called {len(calls[fqn])} times", fqn=fqn, hint=hint) for fqn in twice]
+            raise CaptureError("there is no single value for each module", problems)
+        return {fqn: values[0] for fqn, values in calls.items()}
+
+    def calls(self, name: str) -> dict[str, tuple[Any, ...]]:
+        """The values of a tap by the names of their modules, a tuple with one for each call."""
+        result: dict[str, list[Any]] = {}
+        for entry in self._of(name):
+            result.setdefault(entry.fqn, []).append(entry.value)
+        return {fqn: tuple(values) for fqn, values in result.items()}
+
+    def forwards(self, name: str) -> tuple[tuple[Any, ...], ...]:
+        """The values of a tap, a tuple for each forward that recorded some. Sub-models called directly count as one."""
+        groups: dict[Any, list[Any]] = {}
+        for entry in self._of(name):
+            groups.setdefault(entry.forward, []).append(entry.value)
+        return tuple(tuple(values) for values in groups.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        counts = [0] * len(self._names)
+        for entry in self._entries()[0]:
+            counts[entry.tap] += 1
+        return f"Records({', '.join(f'{name}: {count}' for name, count in zip(self._names, counts))})"
+
+    def _of(self, name: str) -> list[Entry]:
+        entries, problems = self._entries()
+        if problems:
+            raise CaptureError("the capture is not complete", problems)
+        if name not in self._names:
+            raise KeyError(f"no tap is called {name!r}; there are {', '.join(map(repr, self._names))}")
+        number = list(self._names).index(name)
+        return [entry for entry in entries if entry.tap == number]
+
+    def _entries(self) -> tuple[list[Entry], Sequence[Problem]]:
+        """A recorder's values are looked through when they are first read: not in compiled code."""
+        if self._recorder is None:
+            return self._raw, ()
+        if self._settled is None:
+            self._settled = self._recorder.settle(self._raw)
+        return self._settled
+
+
+def places(calls: Sequence[int], count: int) -> tuple[set[int], list[int]]:
+    """The numbers of the calls that ``calls`` wants of ``count``, and those of ``calls`` that do not exist."""
+    wanted = {call: call + count if call < 0 else call for call in calls}
+    missing = [call for call, number in wanted.items() if not 0 <= number < count]
+    return set(wanted.values()), missing
+
+
+def no_such_calls(name: str, fqn: str, missing: Sequence[int], count: int) -> Problem:
+    return Problem(
+        f"tap {name!r} wants calls that were not made",
+        fqn=fqn,
+        expected=f"calls {', '.join(map(str, missing))}",
+        found=f"{count} calls",
+        hint='leave calls out, or give expect="maybe"',
+    )
+
+
+def choose_layers(entries: Sequence[Entry], tap: Declared) -> list[Entry]:
+    """Of one forward's entries of a declared key, those that ``layers`` selects."""
+    if tap.layers is None:
+        return list(entries)
+    count = len(entries)
+    wanted = {layer % count for layer in tap.layers if -count <= layer < count} if count else set()
+    return [entry for number, entry in enumerate(entries) if number in wanted]
+
+
+def absent(name: str, fqn: str, index: object, found: str) -> Problem:
+    return Problem(
+        f"tap {name!r} takes an element that isn't there",
+        fqn=fqn,
+        expected=f"index {index!r}",
+        found=found,
+        hint="choose another index, or none for the whole output",
+    )

@@ -1,0 +1,255 @@
+"""Which modules a selector means. A model is walked once per selector; later captures only check that it stands."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from weightlift.errors import CaptureError, Problem
+
+_KEPT = 32  # resolved selectors per model
+_COMPARED = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """A module and the first of its names."""
+
+    fqn: str
+    module: nn.Module
+
+
+def compiled_wrapper(module: nn.Module) -> bool:
+    """Whether this is what ``torch.compile(module)`` returns. Its original stands under the same name."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    while compiled_wrapper(module):
+        module = module._orig_mod  # type: ignore[assignment]
+    return module
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own children, those of what was wrapped for a wrapper of ``torch.compile``."""
+    return original(module)._modules
+
+
+def walk(root: nn.Module) -> Iterator[Selected]:
+    """Every module once, under the first of its names, parents first; wrappers instead of what they wrap."""
+    seen: set[int] = set()
+    waiting: list[Selected] = [Selected("", root)]
+    while waiting:
+        item = waiting.pop()
+        inner = original(item.module)
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield item
+        prefix = f"{item.fqn}." if item.fqn else ""
+        waiting.extend(
+            Selected(prefix + name, child) for name, child in reversed(inner._modules.items()) if child is not None
+        )
+
+
+class Watch:
+    """Remembers the children of modules, by identity and holding nothing, to tell later whether they changed."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self._seen: dict[int, tuple[weakref.ref[nn.Module], tuple[int, ...]]] = {}
+        self._alive: list[weakref.ref[nn.Module]] = []
+
+    def add(self, module: nn.Module) -> None:
+        module = original(module)
+        if id(module) in self._seen:
+            return
+        kids = [child for child in module._modules.values() if child is not None]
+        # An id can be used again once its owner died: then the callback has told us.
+        self._alive += [weakref.ref(child, self._died) for child in kids]
+        self._seen[id(module)] = weakref.ref(module, self._died), tuple(map(id, module._modules.values()))
+
+    def _died(self, _: object) -> None:
+        self.broken = True
+
+    def stands(self) -> bool:
+        if self.broken:
+            return False
+        for reference, kids in self._seen.values():
+            module = reference()
+            if module is None or tuple(map(id, module._modules.values())) != kids:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a selector or a declaration was resolved to. It holds no module; ``extra`` is the finder's own."""
+
+    fqns: tuple[str, ...]
+    modules: tuple[weakref.ref[nn.Module], ...]
+    watch: Watch
+    extra: Any = None
+
+    def selected(self) -> list[Selected] | None:
+        """The modules, or None when one of them is no more."""
+        modules = [reference() for reference in self.modules]
+        if any(module is None for module in modules):
+            return None
+        return [Selected(fqn, module) for fqn, module in zip(self.fqns, modules) if module is not None]
+
+
+def found(items: Sequence[Selected], visited: Sequence[nn.Module], extra: Any = None) -> Found:
+    watch = Watch()
+    for module in visited:
+        watch.add(module)
+    return Found(tuple(item.fqn for item in items), tuple(weakref.ref(item.module) for item in items), watch, extra)
+
+
+# By identity: a module may define equality, or not be hashable.
+_cache: dict[int, tuple[weakref.ref[nn.Module], OrderedDict[Any, Any]]] = {}
+_lock = threading.Lock()
+
+
+def _kept(root: nn.Module) -> OrderedDict[Any, Any]:
+    entry = _cache.get(id(root))
+    if entry is None or entry[0]() is not root:
+        key = id(root)
+        entry = weakref.ref(root, lambda _: _cache.pop(key, None)), OrderedDict()
+        _cache[key] = entry
+    return entry[1]
+
+
+def kept_for(root: nn.Module, key: Any) -> Any:
+    """What `keep_for` kept, or None."""
+    with _lock:
+        return _kept(root).get(key)
+
+
+def keep_for(root: nn.Module, key: Any, value: Any) -> None:
+    """Keeps a value that holds no module as long as ``root`` lives, and as long as it is among the latest."""
+    with _lock:
+        kept = _kept(root)
+        kept[key] = value
+        kept.move_to_end(key)
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+
+
+def remembered(
+    root: nn.Module, key: Any, find: Callable[[], Found], watches: list[Watch]
+) -> tuple[list[Selected], Any]:
+    """What ``find`` finds, from the cache as long as the part of the tree it looked at is what it was. Thread-safe."""
+    known: Found | None = kept_for(root, key)
+    if known is not None and known.watch.stands():
+        selected = known.selected()
+        if selected is not None:
+            watches.append(known.watch)
+            return selected, known.extra
+    new = find()
+    selected = new.selected()
+    assert selected is not None  # the model holds them, and we hold the model
+    keep_for(root, key, new)
+    watches.append(new.watch)
+    return selected, new.extra
+
+
+def select(root: nn.Module, selector: Any, watches: list[Watch]) -> list[Selected]:
+    """The modules that ``selector`` means, in the model's order; ``watches`` gets what tells whether that still holds.
+
+    Raises:
+        CaptureError: it means none; the message names those that come nearest.
+    """
+    if isinstance(selector, list | tuple):
+        chosen: dict[int, Selected] = {}
+        for part in selector:
+            for item in select(root, part, watches):
+                chosen.setdefault(id(item.module), item)
+        return list(chosen.values())
+    if isinstance(selector, nn.Module):
+        return _by_module(root, selector, watches)
+    if isinstance(selector, str):
+        return remembered(root, selector, lambda: _by_pattern(root, selector), watches)[0]
+    if isinstance(selector, type):
+        return remembered(root, selector, lambda: _by_class(root, selector), watches)[0]
+    items = [item for item in walk(root) if selector(item.fqn, original(item.module))]
+    if not items:
+        raise _nothing(root, f"the predicate {selector!r} chose no module")
+    return items
+
+
+def _by_module(root: nn.Module, wanted: nn.Module, watches: list[Watch]) -> list[Selected]:
+    def find() -> Found:
+        everything = list(walk(root))
+        items = [item for item in everything if item.module is wanted or original(item.module) is wanted]
+        if not items:
+            raise _nothing(root, f"this {type(wanted).__name__} is no part of the model")
+        return found(items, [item.module for item in everything])
+
+    return remembered(root, ("module", id(wanted)), find, watches)[0]
+
+
+def _by_class(root: nn.Module, wanted: type) -> Found:
+    everything = list(walk(root))
+    items = [item for item in everything if isinstance(original(item.module), wanted)]
+    if not items:
+        raise _nothing(root, f"no module is a {wanted.__name__}", _class_names(everything), wanted.__name__)
+    return found(items, [item.module for item in everything])
+
+
+def _by_pattern(root: nn.Module, pattern: str) -> Found:
+    visited: dict[int, nn.Module] = {}
+    items: dict[int, Selected] = {}
+    for item in _expand(Selected("", root), pattern.split(".") if pattern else [], visited):
+        items.setdefault(id(original(item.module)), item)
+    if not items:
+        raise _nothing(root, f"no module matches {pattern!r}", [item.fqn for item in walk(root)], pattern)
+    return found(list(items.values()), list(visited.values()))
+
+
+def _expand(item: Selected, segments: list[str], visited: dict[int, nn.Module]) -> Iterator[Selected]:
+    if not segments:
+        yield item
+        return
+    head, rest = segments[0], segments[1:]
+    visited[id(item.module)] = item.module
+    if head == "**":
+        yield from _expand(item, rest, visited)
+        rest = segments
+    prefix = f"{item.fqn}." if item.fqn else ""
+    for name, child in children(item.module).items():
+        if child is not None and (head == "**" or fnmatch.fnmatchcase(name, head)):
+            yield from _expand(Selected(prefix + name, child), rest, visited)
+
+
+def _class_names(items: Sequence[Selected]) -> list[str]:
+    return list(dict.fromkeys(type(original(item.module)).__name__ for item in items))
+
+
+def _nothing(root: nn.Module, what: str, names: Sequence[str] = (), wanted: str = "") -> CaptureError:
+    hint = "names are those of model.named_modules(); * is one part of a name, ** any number of them"
+    near = nearest(wanted, names)
+    if near:
+        hint = f"did you mean {', '.join(map(repr, near))}?"
+    return CaptureError(f"nothing to capture in {type(root).__name__}", [Problem(what, hint=hint)])
+
+
+def nearest(wanted: str, names: Sequence[str]) -> list[str]:
+    """Up to three names that may have been meant, digits standing for ``*``."""
+    folded: dict[str, str] = {}
+    for name in names[:_COMPARED]:
+        folded.setdefault(re.sub(r"\d+", "*", name), name)
+    matches = difflib.get_close_matches(re.sub(r"\d+", "*", wanted), list(folded), n=3, cutoff=0.5)
+    return [match if "*" in wanted else folded[match] for match in matches]

@@ -1,0 +1,202 @@
+"""One open capture: what to do at which module, which forward is running, and what was seen."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from contextvars import ContextVar
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.capture.result import Entry
+from weightlift.errors import Problem
+
+_backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
+
+
+class Stopped(BaseException):
+    """Leaves a forward whose rest nobody wants. Not an Exception, so that no model's own ``except`` keeps it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
+class Forward:
+    """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs."""
+
+    __slots__ = ("around", "depth", "done", "gathered", "outer", "owner", "root", "session", "thread")
+
+    def __init__(self, session: Session, owner: object, outer: Forward | None, gathers: bool) -> None:
+        self.session = session
+        self.owner = owner
+        self.outer = outer
+        self.thread = threading.get_ident()
+        self.depth = _stack_depth()
+        self.done = False
+        self.around = False  # another forward of the same model runs within it
+        self.gathered: dict[str, list[Entry]] | None = {} if gathers else None
+        self.root: Forward | None = None if not gathers else _running_root(session, outer)
+
+
+running: ContextVar[Forward | None] = ContextVar("weightlift_forwards", default=None)
+
+
+def _stack_depth() -> int:
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _running_root(session: Session, forward: Forward | None) -> Forward | None:
+    while forward is not None:
+        if forward.session is session and forward.gathered is None:
+            return forward
+        forward = forward.outer
+    return None
+
+
+def without(session: Session, forward: Forward | None) -> Forward | None:
+    """The chain of running forwards without those of a session at its top."""
+    while forward is not None and forward.session is session:
+        forward = forward.outer
+    return forward
+
+
+class Session:
+    """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
+
+    def __init__(
+        self,
+        before: dict[int, list[Any]],
+        after: dict[int, list[Any]],
+        modules: dict[int, nn.Module],
+        sites: int,
+        awaited: dict[tuple[int, str], int] | None,
+    ) -> None:
+        self.closed = False
+        self.before = before
+        self.after = after
+        self.modules = modules
+        self.entries: list[Entry] = []
+        self.fired: list[list[Forward | None]] = [[] for _ in range(sites)]  # an item for each call at each site
+        self.last: dict[int, deque[Entry]] = {}
+        self.forwards: list[Forward] = []
+        self.wanted = None if awaited is None else dict(awaited)  # still to come before the forward is left
+        self.recomputed: set[str] = set()
+        self.gave: set[str] = set()  # modules that gave something declared
+        self.elsewhere: set[int] = set()  # ids of modules that ran where nobody captures
+        self.detached: set[str] = set()
+        self.checkpointed: set[str] = set()
+        self.problems: list[Problem] = []
+        self.stopped = False
+        self.grad = torch.is_grad_enabled()
+
+    def forget(self) -> None:
+        """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
+        for entry in self.entries:
+            entry.forward = id(entry.forward)
+        self.entries = []
+        self.forwards = []
+        self.fired = []
+        self.last = {}
+        self.before, self.after, self.modules = {}, {}, {}
+
+    def begin(self, owner: object, gathers: bool) -> None:
+        """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped."""
+        outer = running.get()
+        forward = Forward(self, owner, outer, gathers)
+        while outer is not None and outer.session is self and outer.thread == forward.thread:
+            if outer.depth < forward.depth:
+                outer.around = outer.around or (not gathers and outer.gathered is None)
+                break
+            self.drop(outer)
+            outer = outer.outer
+        forward.outer = outer
+        if not gathers:
+            self.forwards.append(forward)
+        running.set(forward)
+
+    def end(self, owner: object) -> Forward | None:
+        """A forward of ``owner`` ends. Those of other captures of the same model may stand above it in the chain."""
+        forward, above = running.get(), None
+        while forward is not None and not (forward.session is self and forward.owner is owner):
+            above = forward
+            forward = forward.outer
+        if forward is None or forward.done:
+            return None
+        forward.done = True
+        if above is None:
+            running.set(forward.outer)
+        else:
+            above.outer = forward.outer
+        return forward
+
+    def drop(self, forward: Forward) -> None:
+        if forward.gathered is None:
+            self.entries[:] = [entry for entry in self.entries if entry.forward is not forward]
+            self.forwards[:] = [other for other in self.forwards if other is not forward]
+
+    def gathering(self) -> Forward | None:
+        """The nearest running sub-model that gathers declared outputs."""
+        forward = running.get()
+        while forward is not None:
+            if forward.session is self and forward.gathered is not None:
+                return forward
+            forward = forward.outer
+        return None
+
+    def root(self) -> Forward | None:
+        forward = running.get()
+        if forward is not None and forward.session is self and forward.gathered is None:
+            return forward
+        return _running_root(self, forward)
+
+    def arrived(self, tap: int, fqn: str) -> None:
+        """Counts a call, and leaves the forward when it was the last that anybody waits for."""
+        assert self.wanted is not None
+        left = self.wanted.get((tap, fqn), 0) - 1
+        if left > 0:
+            self.wanted[tap, fqn] = left
+        elif left == 0:
+            del self.wanted[tap, fqn]
+        if not self.wanted:
+            self.stopped = True
+            raise Stopped(self)
+
+    def recomputing(self, fqn: str) -> bool:
+        """Whether this call repeats one of an earlier forward for a backward pass; noted for the messages."""
+        if _backward_id() == -1:
+            return False
+        self.recomputed.add(fqn)
+        return True
+
+    def notice_checkpoint(self, fqn: str, *, edits: bool) -> None:
+        """Reentrant checkpointing runs without autograd: what is captured there is cut off. Edits are not repeated."""
+        if not self.grad or (not edits and torch.is_grad_enabled()):
+            return
+        region = _checkpoint_region()
+        if edits and region is not None:
+            self.checkpointed.add(fqn)
+        elif region == "reentrant":
+            self.detached.add(fqn)
+
+
+def _checkpoint_region() -> str | None:
+    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``."""
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        return None
+    reentrant: CodeType = module.CheckpointFunction.forward.__code__
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is reentrant:
+            return "reentrant"
+        if frame.f_code.co_filename == reentrant.co_filename:
+            return "other"
+    return None

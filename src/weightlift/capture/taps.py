@@ -1,0 +1,159 @@
+"""What to take: `Output`, `Input` and `Declared`, checked when they are made, for eager and compiled captures alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from weightlift.errors import CaptureError, Problem
+
+Selector: TypeAlias = "str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]"
+Index: TypeAlias = "int | str | Callable[[Any], Any] | None"
+Expect: TypeAlias = Literal["every", "some", "maybe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is done with a value that was taken. The fields are described at `Output`."""
+
+    calls: Sequence[int] | None = None
+    tokens: int | slice | Sequence[int] | None = None
+    at: Any = None
+    detach: bool = False
+    clone: bool | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    expect: Expect = "every"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.tokens is not None and self.at is not None:
+            problems.append(Problem("tokens and at both choose a part", hint="give one of them; at takes any index"))
+        if self.expect not in ("every", "some", "maybe"):
+            problems.append(Problem("expect", expected="'every', 'some' or 'maybe'", found=repr(self.expect)))
+        if self.calls is not None and (isinstance(self.calls, str) or not list(self.calls)):
+            problems.append(Problem("calls", expected="a sequence of whole numbers", found=repr(self.calls)))
+        if problems:
+            raise CaptureError(f"this {type(self).__name__} can't be", problems)
+
+    @property
+    def part(self) -> Any:
+        """The indexing expression that ``tokens`` or ``at`` stand for; None when the whole is wanted."""
+        if self.tokens is None:
+            return self.at
+        tokens = self.tokens if isinstance(self.tokens, int | slice) else list(self.tokens)
+        return (slice(None), tokens)
+
+
+@dataclass(frozen=True)
+class Output(Options):
+    """The output of modules.
+
+    Args:
+        select: which modules: a pattern of names (``*`` stands for one or part of one, ``**`` for any number of them),
+            a class, a module, a predicate ``(fqn, module) -> bool``, or a list of these.
+        index: an element of the output: a position, a key or attribute, or a callable. None takes it whole.
+        calls: which calls of each module, counted over the capture, as a list is indexed (``[0, -1]``). None: all.
+        tokens: a position, slice or list of positions of dimension 1.
+        at: any indexing expression, ``at=(slice(None), -1)``. What a slice leaves out is not kept in memory.
+        detach, device, dtype: as the methods of tensors; they are applied to every tensor within the value.
+        clone: True copies; None copies only what is a part of something larger; False never.
+        stop: leave the forward once everything that the capture wants has been seen. The ``with`` block ends there.
+        replace: ``fn(value) -> value``, edits in flight; with ``tokens`` or ``at`` it is given, and replaces, that
+            part. What is recorded is the edited value.
+        expect: 'every' selected module must run in every forward; 'some': at least one once; 'maybe' none.
+
+    Raises:
+        CaptureError: options that contradict each other.
+    """
+
+    select: Selector | Sequence[Selector]
+    index: Index = None
+    stop: bool = field(default=False, kw_only=True)
+    replace: Callable[[Any], Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.stop and self.calls is not None and any(call < 0 for call in self.calls):
+            problems.append(
+                Problem("stop with a negative call", hint="which call is the last is only known after the forward")
+            )
+        if self.replace is not None and callable(self.index):
+            problems.append(Problem("replace with a callable index", hint="use a position, a key or no index"))
+        if problems:
+            raise CaptureError(f"this {type(self).__name__} can't be", problems)
+
+
+@dataclass(frozen=True)
+class Input(Output):
+    """An argument of modules, before they run. ``index`` is its position (0 by default) or its name.
+
+    The other fields are those of `Output`.
+    """
+
+    index: Index = 0
+
+
+@dataclass(frozen=True)
+class Declared(Options):
+    """What a model's class declares that it can record: ``"hidden_states"``, ``"attentions"`` of Transformers models.
+
+    Args:
+        key: the declared name; ``"encoder_attentions"`` and ``"vision_tower.attentions"`` name a sub-model's.
+        layers: which of its values, as a tuple is indexed; the others are not kept. None: all.
+    """
+
+    key: str
+    layers: Sequence[int] | None = None
+
+
+Tap: TypeAlias = "Output | Declared"
+
+
+def as_tap(value: object) -> Tap:
+    """What a keyword argument of `capture` means: a tap, or a selector whose whole output is wanted."""
+    if isinstance(value, Output | Declared):
+        return value
+    if isinstance(value, str | type | nn.Module | list | tuple) or callable(value):
+        return Output(value)
+    raise CaptureError(
+        "nothing to capture",
+        [
+            Problem(
+                "this is no selector",
+                expected="a pattern, a module class, a module, a predicate, wl.Output, wl.Input or wl.Declared",
+                found=repr(value),
+            )
+        ],
+    )
+
+
+def collect_taps(declared: Sequence[str | Declared], named: dict[str, Any]) -> dict[str, Tap]:
+    """Every tap by its name. Raises `CaptureError` when two have the same name, or when there are none."""
+    taps: dict[str, Tap] = {}
+    problems = []
+    for item in declared:
+        tap = Declared(item) if isinstance(item, str) else item
+        if not isinstance(tap, Declared):
+            problems.append(
+                Problem("a positional argument is what a model's class declares", found=repr(item), hint="name=… it")
+            )
+        elif tap.key in taps or tap.key in named:
+            problems.append(Problem(f"two taps are called {tap.key!r}", hint="give one of them another name"))
+        else:
+            taps[tap.key] = tap
+    for name, value in named.items():
+        try:
+            taps.setdefault(name, as_tap(value))
+        except CaptureError as error:
+            problems.extend(error.problems)
+    if not taps and not problems:
+        problems.append(Problem("no tap was given", hint='for instance hidden="model.layers.*"'))
+    if problems:
+        raise CaptureError("nothing was captured", problems)
+    return taps

@@ -1,0 +1,186 @@
+"""What a capture does at which module, worked out once for each model and choice of taps."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from weightlift.capture.actions import Action, Gather, GiveDeclared, Root, TakeInput, TakeOutput, Tapping
+from weightlift.capture.declared import Wanted, resolve
+from weightlift.capture.regions import compiled_in_place, inside_compiled, path_to
+from weightlift.capture.select import Selected, Watch, select
+from weightlift.capture.session import Session
+from weightlift.capture.taps import Declared, Input, Output, Tap
+from weightlift.errors import CaptureError, Problem
+
+
+class Template:
+    """Actions by the ids of modules, which it holds weakly. Immutable, so any number of sessions can share it.
+
+    Raises `CaptureError` when it is made, with everything that does not exist or can't be seen.
+    """
+
+    def __init__(self, model: nn.Module, taps: dict[str, Tap]) -> None:
+        self.taps = tuple(taps.items())
+        self.names = tuple(taps)
+        self.watches: list[Watch] = []
+        chosen, wanted = resolve_taps(model, self.taps, self.watches)
+        problems = inside_compiled(model, self.taps, chosen, wanted)
+        if problems:
+            raise CaptureError(f"{type(model).__name__} can't be captured like this", problems)
+        self.awaited = awaited(self.taps, chosen, wanted)
+        self.sites: dict[tuple[int, str], int] = {}
+        self.before: dict[int, list[Action]] = {}
+        self.after: dict[int, list[Action]] = {}
+        self._modules: dict[int, nn.Module] = {}
+        self._fill(model, chosen, wanted)
+        self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
+        self.givers = _givers(wanted)
+        self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
+        # Only what is not the model itself is on the way to compiled code that a capture could miss.
+        fqns = {item.fqn for items in chosen.values() for item in items}
+        fqns |= {site.fqn for site in wanted.sites} if wanted is not None else set()
+        ways = {id(item.module): item.module for fqn in fqns for item in path_to(model, fqn)}
+        self._ways = tuple(weakref.ref(module) for module in ways.values())
+        self._references = tuple(weakref.ref(module) for module in self._modules.values())
+        self._ids = tuple(self._modules)
+        self._modules.clear()
+
+    def _fill(self, model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> None:
+        root = Root()
+        self._enters(model, root)
+        gathers = self._gathers(wanted)
+        for number, (name, tap) in enumerate(self.taps):
+            if isinstance(tap, Output):
+                shared = Tapping(number, name, tap)
+                for item in chosen[number]:
+                    site = self.sites.setdefault((number, item.fqn), len(self.sites))
+                    if isinstance(tap, Input):
+                        self._enters(item.module, TakeInput(shared, item.fqn, site))
+                    else:
+                        self._leaves(item.module, TakeOutput(shared, item.fqn, site))
+        for gather, module in gathers:
+            self._leaves(module, gather)
+        self._leaves(model, root)
+
+    def _gathers(self, wanted: Wanted | None) -> list[tuple[Gather, nn.Module]]:
+        if wanted is None:
+            return []
+        declared = {number: tap for number, (_, tap) in enumerate(self.taps) if isinstance(tap, Declared)}
+        gathers = []
+        for scope, pairs in wanted.scopes:
+            sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
+            gather = Gather(scope, pairs, declared, sites)
+            self._enters(wanted.modules[scope.fqn], gather)
+            gathers.append((gather, wanted.modules[scope.fqn]))
+        for site in wanted.sites:
+            self._leaves(wanted.modules[site.fqn], GiveDeclared(site))
+        return gathers
+
+    def _enters(self, module: nn.Module, action: Action) -> None:
+        self.before.setdefault(id(module), []).append(action)
+        self._modules[id(module)] = module
+
+    def _leaves(self, module: nn.Module, action: Action) -> None:
+        self.after.setdefault(id(module), []).append(action)
+        self._modules[id(module)] = module
+
+    def open(self) -> Session | None:
+        """A session, or None if the model is no longer what it was when this was made."""
+        for watch in self.watches:
+            if not watch.stands():
+                return None
+        if "torch._dynamo" in sys.modules:
+            for reference in self._ways:
+                way = reference()
+                if way is None or compiled_in_place(way):
+                    return None
+        modules: dict[int, nn.Module] = {}
+        for key, reference in zip(self._ids, self._references):
+            module = reference()
+            if module is None:
+                return None
+            modules[key] = module
+        return Session(self.before, self.after, modules, len(self.sites), self.awaited)
+
+
+def _givers(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
+    """For each declared tap the modules that belong to it: names and ids."""
+    if wanted is None:
+        return {}
+    scopes = sorted((scope.fqn for scope, _ in wanted.scopes), key=len, reverse=True)
+
+    def scope_of(fqn: str) -> str:
+        return next((scope for scope in scopes if not scope or (fqn + ".").startswith(scope + ".")), "")
+
+    return {
+        number: tuple(
+            (site.fqn, id(wanted.modules[site.fqn]))
+            for site in wanted.sites
+            if site.key == key and scope_of(site.fqn) == scope.fqn
+        )
+        for scope, pairs in wanted.scopes
+        for key, number in pairs
+    }
+
+
+def resolve_taps(
+    model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watch]
+) -> tuple[dict[int, list[Selected]], Wanted | None]:
+    """The modules of every tap by its number. Raises `CaptureError` with every problem."""
+    problems: list[Problem] = []
+    chosen: dict[int, list[Selected]] = {}
+    declared: list[tuple[int, Declared]] = []
+    wanted = None
+    for number, (_, tap) in enumerate(taps):
+        if isinstance(tap, Declared):
+            declared.append((number, tap))
+            continue
+        try:
+            chosen[number] = select(model, tap.select, watches)
+        except CaptureError as error:
+            problems.extend(error.problems)
+    if declared:
+        try:
+            wanted = resolve(model, declared, watches)
+        except CaptureError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CaptureError(f"nothing to capture in {type(model).__name__}", problems)
+    return chosen, wanted
+
+
+def awaited(
+    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
+) -> dict[tuple[int, str], int] | None:
+    """With ``stop``: how many calls of each module must be seen before the forward is left."""
+    if not any(isinstance(tap, Output) and tap.stop for _, tap in taps):
+        return None
+    problems = []
+    if wanted is not None:
+        problems.append(Problem("stop and declared outputs", hint="those are known when the forward ends"))
+    counts = {}
+    for number, (name, tap) in enumerate(taps):
+        if isinstance(tap, Output):
+            if tap.calls is not None and min(tap.calls) < 0:
+                problems.append(Problem(f"stop with the negative calls of tap {name!r}", hint="the end is not reached"))
+            for item in chosen[number]:
+                counts[number, item.fqn] = 1 if tap.calls is None else max(tap.calls) + 1
+    if problems:
+        raise CaptureError("a forward can't be stopped early for this", problems)
+    return counts
+
+
+def lasting(tap: Any) -> bool:
+    """Whether a template may outlive the capture: nothing in it is the caller's own object."""
+    if isinstance(tap, str):
+        return True
+    if isinstance(tap, type):
+        return issubclass(tap, nn.Module)
+    if isinstance(tap, Output):
+        return isinstance(tap.select, str | type) and not callable(tap.index) and tap.replace is None
+    return isinstance(tap, Declared)

@@ -1,0 +1,187 @@
+"""A structural twin of a model, for captures inside compiled code.
+
+The modules on the way to what is wanted are copied shallowly: new module objects of the same classes, which share every
+parameter, buffer and untouched sub-module with the model. The taps stand on the copies, so the model itself is left
+alone. What is recorded goes to a list that belongs to the thread and the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from weightlift.capture.actions import Gather, argument_place, gather_site, put_argument, take_argument
+from weightlift.capture.declared import Site
+from weightlift.capture.hooks import HOOK_ID
+from weightlift.capture.select import original
+from weightlift.capture.values import Recipe, edit, finish, put, take
+
+
+class Left(Exception):  # dynamo follows a plain Exception
+    """The rest of a traced forward is not wanted."""
+
+
+@dataclass(frozen=True)
+class Take:
+    """One tap at one module, as the twin's hooks need it."""
+
+    number: int
+    fqn: str
+    recipe: Recipe
+    before: bool
+
+
+@dataclass
+class Sites:
+    """Everything that happens at one module."""
+
+    takes: list[Take]
+    gather: Gather | None = None
+    declared: list[Site] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """``originals``: the modules that were copied; ``links``: parent, name and child, as they were copied."""
+
+    root: nn.Module
+    originals: tuple[nn.Module, ...]
+    links: tuple[tuple[nn.Module, str, nn.Module], ...]
+
+    def stands(self) -> bool:
+        """Whether every copied link is still what it was."""
+        return all(parent._modules.get(name) is child for parent, name, child in self.links)
+
+
+Wrap = Callable[[nn.Module, nn.Module], "Callable[..., Any] | None"]
+
+
+def build_twin(
+    root: nn.Module, sites: Mapping[int, Sites], cell: Any, training: bool | None, wrap: Wrap | None = None
+) -> Twin:
+    """Copies what leads to ``sites`` (by the ids of originals).
+
+    ``training``: the mode of the copies, None for that of the originals. ``wrap`` may give a copy another forward.
+    """
+    made: dict[int, nn.Module] = {}
+    originals: list[nn.Module] = []
+    links: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def make(outer: nn.Module) -> nn.Module:
+        module = original(outer)
+        if id(module) in made:
+            return made[id(module)]
+        made[id(module)] = outer  # a module that contains itself ends here
+        replaced = {}
+        for name, child in module._modules.items():
+            if child is not None:
+                twin = make(child)
+                if twin is not child:
+                    replaced[name] = twin
+        own = sites.get(id(module))
+        if not replaced and own is None:
+            return outer
+        copied = _shallow(module, replaced)
+        if training is not None:
+            copied.__dict__["training"] = training
+        forward = None if wrap is None else wrap(outer, copied)
+        if forward is not None:
+            copied.__dict__["forward"] = forward
+        if own is not None:
+            _stand(copied, own, cell)
+        made[id(module)] = copied
+        originals.append(module)
+        links.extend((module, name, module._modules[name]) for name in replaced)  # type: ignore[misc]
+        return copied
+
+    return Twin(make(root), tuple(originals), tuple(links))
+
+
+def _shallow(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
+    copied: nn.Module = object.__new__(type(module))
+    attributes = {name: _bound_anew(value, module, copied) for name, value in module.__dict__.items()}
+    attributes["_modules"] = {**module._modules, **replaced}
+    attributes["_compiled_call_impl"] = None
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        # Its own: an eager capture comes and goes in the model's, and that must be nothing to compiled code.
+        for hooks in (name, f"{name}_with_kwargs"):
+            attributes[hooks] = OrderedDict(module.__dict__[hooks])
+            attributes[hooks].pop(HOOK_ID, None)
+    copied.__dict__.update(attributes)
+    return copied
+
+
+def _bound_anew(value: Any, module: nn.Module, copied: nn.Module) -> Any:
+    """Methods that were set on the instance (accelerate's hooks do so) belong to the copy."""
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, copied)
+    if isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+        args = [copied if argument is module else argument for argument in value.args]
+        return functools.update_wrapper(functools.partial(value.func, *args, **value.keywords), value.func)
+    return value
+
+
+def _stand(copied: nn.Module, sites: Sites, cell: Any) -> None:
+    """Puts the taps into dictionaries of the copy's own, after the user's hooks."""
+    own = copied.__dict__
+    before = [take for take in sites.takes if take.before]
+    after = [take for take in sites.takes if not take.before]
+    if before or sites.gather is not None:
+        own["_forward_pre_hooks"][HOOK_ID] = before_hook(before, sites.gather, cell)
+        own["_forward_pre_hooks_with_kwargs"][HOOK_ID] = True
+    if after or sites.declared or sites.gather is not None:
+        own["_forward_hooks"][HOOK_ID] = after_hook(after, sites.gather, tuple(sites.declared or ()), cell)
+        own["_forward_hooks_with_kwargs"][HOOK_ID] = True
+
+
+def before_hook(takes: list[Take], gather: Gather | None, cell: Any) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if gather is not None:
+            cell.scopes.append((gather, {}))
+        for tap in takes:
+            place = argument_place(module, tap.recipe.index, args, kwargs)
+            value = take_argument(place, args, kwargs)
+            if tap.recipe.replace is not None:
+                value = edit(value, tap.recipe)
+                args, kwargs = put_argument(place, args, kwargs, value)
+            cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
+            _arrived(cell)
+        return args, kwargs
+
+    return hook
+
+
+def after_hook(takes: list[Take], gather: Gather | None, declared: tuple[Site, ...], cell: Any) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        for tap in takes:
+            value = take(output, tap.recipe.index)
+            if tap.recipe.replace is not None:
+                value = edit(value, tap.recipe)
+                output = put(output, tap.recipe.index, value)
+            cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
+            _arrived(cell)
+        for site in declared:
+            if cell.scopes:
+                running, lists = cell.scopes[-1]
+                if site.key in running.keys:
+                    gather_site(site, lists, running, args, kwargs, output)
+        if gather is not None:
+            _, lists = cell.scopes.pop()
+            for number, entries in gather.gathered(lists, output):
+                for entry in entries:
+                    cell.entries.append((number, entry.fqn, entry.value))
+        return output
+
+    return hook
+
+
+def _arrived(cell: Any) -> None:
+    cell.left -= 1
+    if cell.left == 0:
+        raise Left

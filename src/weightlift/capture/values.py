@@ -1,0 +1,139 @@
+"""From what a module takes or returns to what is recorded, and back for edits. Plain code that dynamo can trace."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from weightlift.capture.taps import Options, Output
+
+
+class Absent(LookupError):
+    """An ``index`` that a value does not have; the text says what there is."""
+
+
+class Recipe(NamedTuple):
+    """What to do with a value: one tap's options, flat, as a traced function reads them."""
+
+    index: Any
+    part: Any
+    replace: Callable[[Any], Any] | None
+    detach: bool
+    clone: bool | None
+    target: dict[str, Any] | None
+
+
+def recipe_of(tap: Options) -> Recipe:
+    target = {key: value for key, value in (("device", tap.device), ("dtype", tap.dtype)) if value is not None}
+    chosen = tap if isinstance(tap, Output) else None
+    return Recipe(
+        chosen.index if chosen else None,
+        tap.part,
+        chosen.replace if chosen else None,
+        tap.detach,
+        tap.clone,
+        target or None,
+    )
+
+
+def take(value: Any, index: Any) -> Any:
+    """The element ``index`` of an output: of a tuple, a mapping or an object. Raises `Absent`."""
+    if index is None:
+        return value
+    if isinstance(index, int):
+        if isinstance(value, dict) and not hasattr(value, "to_tuple"):  # not one of Transformers' outputs
+            value = tuple(value.values())
+        elif isinstance(value, torch.Tensor) or not hasattr(value, "__getitem__"):
+            raise Absent(f"{type(value).__name__} has no positions: leave index out")
+        count = len(value)
+        if not -count <= index < count:
+            raise Absent(f"{type(value).__name__} of {count} elements")
+        return value[index]
+    if isinstance(index, str):
+        if isinstance(value, Mapping):
+            if index not in value:
+                raise Absent(f"{type(value).__name__} with {', '.join(map(str, value))}")
+            return value[index]
+        if not hasattr(value, index):
+            raise Absent(f"{type(value).__name__} without that attribute")
+        return getattr(value, index)
+    return index(value)
+
+
+def put(value: Any, index: Any, new: Any) -> Any:
+    """``value`` with its element ``index`` replaced, the original left as it was."""
+    if index is None:
+        return new
+    if isinstance(value, tuple):
+        items = list(value)
+        items[index] = new
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        items = list(value)
+        items[index] = new
+        return items
+    if isinstance(value, Mapping):
+        changed = dict(value) if type(value) is dict else copy.copy(value)
+        changed[list(value)[index] if isinstance(index, int) else index] = new  # type: ignore[index]
+        return changed
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{index: new})
+    changed = copy.copy(value)
+    setattr(changed, index, new)
+    return changed
+
+
+def edit(value: Any, recipe: Recipe) -> Any:
+    """What ``replace`` makes of a value; only the chosen part is given to it and changed."""
+    assert recipe.replace is not None
+    if recipe.part is None:
+        return recipe.replace(value)
+    changed = value.clone()
+    changed[recipe.part] = recipe.replace(value[recipe.part])
+    return changed
+
+
+def finish(value: Any, recipe: Recipe) -> Any:
+    """The part, detached, moved and copied as asked; tensors within containers too. None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return _finish(value, recipe)
+    if not (recipe.part is not None or recipe.detach or recipe.clone or recipe.target):
+        return value
+    if isinstance(value, tuple):
+        items = [finish(item, recipe) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [finish(item, recipe) for item in value]
+    if isinstance(value, Mapping):
+        changed = copy.copy(value)
+        for key in value:
+            changed[key] = finish(value[key], recipe)  # type: ignore[index]
+        return changed
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: finish(item, recipe) for name, item in fields.items()})
+    return value
+
+
+def _finish(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    moved = False
+    if recipe.detach:
+        tensor = tensor.detach()
+    if recipe.part is not None:
+        tensor = tensor[recipe.part]
+    if recipe.target is not None:
+        before = tensor
+        tensor = tensor.to(**recipe.target)
+        moved = tensor is not before
+    # A part that stays a view would keep the memory of the whole.
+    if recipe.clone or (recipe.clone is None and recipe.part is not None and not moved):
+        # Inductor may take a clone away, but not this.
+        return torch.cat([tensor]) if is_dynamo_compiling() and tensor.dim() else tensor.clone()
+    return tensor

@@ -1,0 +1,370 @@
+"""`wl.recorder` and `wl.records`, eager and through torch.compile; and what capture does around compiled code."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.capture.nets import Answer, Attention, Layer, Net, hooks_on, same, states, x
+from tests.capture.test_threads import run_threads
+from torch import nn
+
+import weightlift as wl
+
+pytestmark = [pytest.mark.timeout(500), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiles() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def breaks() -> dict[str, int]:
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+def close(left: Any, right: Any) -> bool:
+    a, b = list(left), list(right)
+    return len(a) == len(b) and all(torch.allclose(one, two, atol=1e-5) for one, two in zip(a, b))
+
+
+def check(record: Callable[..., Any], net: Net, rows: int = 2) -> None:
+    """A call's records against what the layers give when they are called by hand."""
+    value = torch.rand(1).item() * x(rows)
+    with torch.no_grad():
+        out, got = record(value)
+        expected = states(net, value)
+        assert close([out], [net.head(expected[-1])])
+        assert close(got["hidden"], expected)
+        inputs = [value, *expected[:-1]]
+        assert close(got["weights"], [layer.attention(h)[1] for layer, h in zip(net.layers, inputs)])
+        assert close(got["last"], [h[:, -1] for h in expected])
+
+
+def recorder_of(net: nn.Module) -> Callable[..., Any]:
+    return wl.recorder(
+        net, hidden="layers.*", weights=wl.Output(Attention, index=1), last=wl.Output("layers.*", tokens=-1)
+    )
+
+
+def test_a_recorder_without_compiling() -> None:
+    net = Net()
+    record = recorder_of(net)
+    for _ in range(3):
+        check(record, net)
+    assert hooks_on(net) == 0
+    _, got = record(x())
+    assert list(got.named("hidden")) == ["layers.0", "layers.1", "layers.2"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_recorder_in_threads(backend: str) -> None:
+    """Zero graph breaks, one compilation, in eight threads with their own inputs."""
+    net = Net(1 if backend == "inductor" else 3).eval()
+    fast = torch.compile(recorder_of(net), backend=backend)
+    check(fast, net)
+    run_threads(lambda number: [check(fast, net) for _ in range(25)] and None)
+    assert compiles() == 1
+    assert not breaks()
+    assert hooks_on(net) == 0
+    _, got = fast(x())
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in got["last"])
+
+
+def test_modes_and_replaced_layers_are_followed() -> None:
+    net = Net().eval()
+    fast = torch.compile(recorder_of(net), backend="eager", fullgraph=True)
+    for _ in range(3):
+        for mode in (False, True):
+            net.train(mode)
+            check(fast, net)
+    assert compiles() == 2
+    net.layers[1].eval()
+    check(fast, net)
+    net.layers[2] = Layer()
+    check(fast, net)
+    net.load_state_dict(Net().state_dict())
+    check(fast, net)
+    net.head.weight = nn.Parameter(torch.zeros(8, 8))
+    check(fast, net)
+    assert not breaks()
+
+
+def test_dropout_follows_the_mode() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 8)).eval()
+    fast = torch.compile(wl.recorder(net, dropped="0"), backend="eager")
+    value = torch.ones(64, 8)
+    assert torch.equal(fast(value)[1]["dropped"][0], value)
+    net.train()
+    assert not torch.equal(fast(value)[1]["dropped"][0], value)
+    net.eval()
+    assert torch.equal(fast(value)[1]["dropped"][0], value)
+
+
+def test_toggling_and_many_selections_compile_once_each() -> None:
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10))).eval()
+    plain = torch.compile(net, backend="eager")
+    fast = [torch.compile(wl.recorder(net, hidden=str(layer)), backend="eager") for layer in range(10)]
+    for _ in range(2):
+        for layer, record in enumerate(fast):
+            value = x()
+            plain(value)
+            assert close(record(value)[1]["hidden"], [net[: layer + 1](value)])
+    assert compiles() == 11
+    assert not breaks()
+
+
+def test_stop_edits_inputs_and_calls_in_compiled_code() -> None:
+    net = Net()
+    delta = torch.ones(8)
+    value = x()
+    stopped = torch.compile(wl.recorder(net, hidden=wl.Output("layers.0", stop=True)), backend="eager", fullgraph=True)
+    out, got = stopped(value)
+    assert out is None and close(got["hidden"], states(net, value)[:1])
+    taps = {
+        "edited": wl.Output("layers.0", replace=lambda h: h + delta),
+        "inputs": wl.Input("layers.1"),
+        "scale": wl.Input("layers.2", index="scale"),
+        "head": wl.Output("head", calls=[0], detach=True, dtype=torch.float64),
+    }
+    record = wl.recorder(net, **taps)
+    fast = torch.compile(record, backend="eager", fullgraph=True)
+    for call in (record, fast):
+        out, got = call(value)
+        assert close(got["edited"], [states(net, value)[0] + delta])
+        assert close(got["inputs"], got["edited"])
+        assert got["scale"] == (0.5,)
+        assert close([out.double()], got["head"])
+        assert not got["head"][0].requires_grad
+
+
+def test_gradients_flow_through_what_was_recorded() -> None:
+    net = Net()
+    fast = torch.compile(wl.recorder(net, hidden="layers.*"), backend="aot_eager", fullgraph=True)
+    _, got = fast(x())
+    got["hidden"][1].sum().backward()
+    assert net.layers[1].out.weight.grad is not None
+    later = net.layers[2].out.weight.grad
+    assert later is None or not later.any()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_layers_compiled_one_by_one(how: str) -> None:
+    net = Net(6).eval()
+    reference = copy.deepcopy(net)
+    for number, layer in enumerate(net.layers):
+        if how == "wrapped":
+            net.layers[number] = torch.compile(layer, backend="eager")
+        else:
+            layer.compile(backend="eager")
+    outputs = wl.recorder(net, hidden="layers.*")
+    with torch.no_grad():
+        value = x()
+        assert close(outputs(value)[1]["hidden"], states(reference, value))
+        assert compiles() == 1, "what a layer returns is taken outside of its code"
+        inner = recorder_of(net)
+        for _ in range(3):
+            check(inner, reference)
+        assert compiles() <= 3
+        net.train()
+        reference.train()
+        check(inner, reference)
+        net(value)
+    run_threads(lambda number: [check(inner, reference) for _ in range(5)] and None)
+    if how == "wrapped":
+        with wl.capture(net, hidden="layers.*") as got:
+            net(value)
+        assert close(got["hidden"], states(reference, value))
+    inside = r"inside compiled code \(layers.0.*recorder"
+    with pytest.raises(wl.CaptureError, match=inside), wl.capture(net, weights=Attention):
+        net(value)
+
+
+def test_a_capture_around_a_compiled_model_says_what_to_use() -> None:
+    net = Net()
+    fast = torch.compile(net, backend="eager")
+    with pytest.raises(wl.CaptureError, match=r"wl\.recorder"), wl.capture(fast, hidden="layers.*"):
+        pass
+    for _ in range(2):
+        with pytest.raises(wl.CaptureError, match="no place for hooks"), wl.capture(net, hidden="layers.*"):
+            fast(x())
+    fast(x())
+    assert hooks_on(net) == 0
+    assert compiles() <= 2
+    with wl.capture(net, hidden="layers.*") as got:
+        net(x())
+    assert len(got["hidden"]) == 3
+
+
+def test_a_capture_does_not_poison_what_is_compiled_meanwhile() -> None:
+    """Compiled while captured, used while not, with fullgraph: no break, no error, no growing number of variants."""
+    net = Net().eval()
+    for layer in net.layers:
+        layer.attention.compile(backend="eager", fullgraph=True)
+    value = x()
+    for _ in range(12):
+        with wl.capture(net, hidden="layers.*") as got:
+            net(value)
+        assert len(got["hidden"]) == 3
+        net(value)
+    assert compiles() <= 3
+
+
+def test_a_tap_that_did_not_fire_in_compiled_code() -> None:
+    class Lists(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.copies = list(self.layers)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.copies:
+                x = layer(x)
+            return x
+
+    fast = torch.compile(wl.recorder(Lists(), hidden="layers.*"), backend="eager")
+    _, got = fast(x())
+    with pytest.raises(wl.CaptureError, match=r"layers\.2.*plain lists"):
+        got["hidden"]
+
+
+@contextlib.contextmanager
+def compiling_elsewhere() -> Iterator[list[int]]:
+    """Compiles an unrelated module over and over in another thread; yields how often it did."""
+    done = [0]
+    end = threading.Event()
+
+    def work() -> None:
+        while not end.is_set():
+            module = nn.Sequential(nn.Linear(4 + done[0] % 7, 8), nn.ReLU())
+            code = torch.compile(module, backend="aot_eager")
+            code(torch.randn(2, 4 + done[0] % 7))
+            done[0] += 1
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        end.set()
+        thread.join(120)
+
+
+def captures_while_compiling(each: int) -> None:
+    nets = [Net().eval() for _ in range(2)]
+    for net in nets:
+        net.load_state_dict(nets[0].state_dict())
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(1)
+        return graph.forward
+
+    fast = torch.compile(wl.recorder(nets[0], hidden="layers.*"), backend=backend)
+    with torch.no_grad():
+        fast(x())
+
+    def work(number: int) -> None:
+        net = nets[number % 2]
+        with torch.no_grad():
+            for turn in range(each):
+                value = torch.full((2, 4, 8), number + turn / each)
+                if turn % 4 == 3:
+                    got = fast(value)[1]
+                else:
+                    with wl.capture(net, hidden="layers.*") as got:
+                        net(value)
+                assert close(got["hidden"], states(net, value))
+
+    with compiling_elsewhere() as done:
+        run_threads(work)
+    print(f"{8 * each} captures in 8 threads while {done[0]} compilations ran: all right")
+    assert done[0] > 0
+    assert len(compiled) == 1
+    assert all(hooks_on(net) == 0 for net in nets)
+
+
+def test_captures_while_another_thread_compiles() -> None:
+    captures_while_compiling(20)
+
+
+@pytest.mark.full
+def test_two_thousand_captures_while_another_thread_compiles() -> None:
+    captures_while_compiling(300)
+
+
+class Recorded(Net):
+    @wl.records(hidden_states=Layer, attentions=wl.Output(Attention, index=1))
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": super().forward(x)}
+
+
+def test_records_adds_flags_to_a_forward() -> None:
+    net, value = Recorded(), x()
+    assert list(net(value)) == ["out"]
+    out = net(value, output_hidden_states=True)
+    assert list(out) == ["out", "hidden_states"]
+    assert same(out["hidden_states"], states(net, value))
+    assert list(net(value, output_hidden_states=False, output_attentions=1)) == ["out", "attentions"]
+    assert hooks_on(net) == 0
+    pickle.dumps(net)
+
+
+def test_records_in_compiled_code() -> None:
+    net = Recorded().eval()
+    fast = torch.compile(net, backend="eager", fullgraph=True)
+    for _ in range(2):
+        for mode in (False, True):
+            net.train(mode)
+            value = x()
+            assert close(fast(value, output_hidden_states=True)["hidden_states"], states(net, value))
+            assert list(fast(value)) == ["out"]
+    assert not breaks()
+    copied = copy.deepcopy(net)
+    pickle.loads(pickle.dumps(net))(x(), output_hidden_states=True)
+    copied.layers[0] = Layer()
+    value = x()
+    again = torch.compile(copied, backend="eager")
+    assert close(again(value, output_hidden_states=True)["hidden_states"], states(copied, value))
+
+
+def test_records_and_what_a_forward_returns() -> None:
+    def net_giving(make: Callable[[torch.Tensor], Any]) -> nn.Module:
+        class Giving(Net):
+            @wl.records(hidden_states="layers.*")
+            def forward(self, x: torch.Tensor) -> Any:
+                return make(super().forward(x))
+
+        return Giving()
+
+    value = x()
+    out, hidden = net_giving(lambda t: t)(value, output_hidden_states=True)
+    assert isinstance(out, torch.Tensor) and len(hidden) == 3
+    first, second, hidden = net_giving(lambda t: (t, t))(value, output_hidden_states=True)
+    assert first is second and len(hidden) == 3
+    answer = net_giving(Answer)(value, output_hidden_states=True)
+    assert len(answer.hidden_states) == 3
+
+
+def test_records_in_threads() -> None:
+    net = Recorded().eval()
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            value = torch.full((1, 2, 8), number + turn / 20)
+            assert same(net(value, output_hidden_states=True)["hidden_states"], states(net, value))
+
+    run_threads(work)
+    assert hooks_on(net) == 0

@@ -1,0 +1,162 @@
+"""A wanted tap that did not fire as it should, or whose value is not what the module returned, raises and says why."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from tests.capture.nets import Layer, Mixed, Net, hooks_on, same, states, x
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import weightlift as wl
+
+
+def test_nothing_ran() -> None:
+    with pytest.raises(wl.CaptureError, match="no forward of the model ran"), wl.capture(Net(), hidden="layers.*"):
+        pass
+    with wl.capture(Net(), hidden=wl.Output("layers.*", expect="maybe")) as got:
+        pass
+    assert got["hidden"] == ()
+
+
+def test_a_layer_was_replaced_meanwhile() -> None:
+    net = Net()
+    with pytest.raises(wl.CaptureError, match=r"layers\.1.*another Layer stands"), wl.capture(net, hidden="layers.*"):
+        net.layers[1] = Layer()
+        net(x())
+    with pytest.raises(wl.CaptureError, match="none in 1 of 2 forwards"), wl.capture(net, hidden="layers.*"):
+        net(x())
+        net.layers[1] = Layer()
+        net(x())
+    assert hooks_on(net) == 0
+
+
+def test_a_layer_on_a_worker_thread() -> None:
+    class OnThread(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = []
+            thread = threading.Thread(target=lambda: result.append(self.layers[1](x)))
+            thread.start()
+            thread.join(60)
+            return result[0]
+
+    net = OnThread()
+    with pytest.raises(wl.CaptureError, match=r"another thread.*copy_context"), wl.capture(net, hidden="layers.1"):
+        net(x())
+
+
+def test_a_skipped_layer_can_be_allowed() -> None:
+    class Skips(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers[0](x)
+
+    net = Skips()
+    with pytest.raises(wl.CaptureError, match="expect='some'"), wl.capture(net, hidden="layers.*"):
+        net(x())
+    with wl.capture(net, hidden=wl.Output("layers.*", expect="some")) as got:
+        net(x())
+    assert list(got.named("hidden")) == ["layers.0"]
+
+
+def test_sub_models_called_directly_count() -> None:
+    net = Net()
+    with wl.capture(net, hidden="layers.*") as got:
+        for layer in net.layers:
+            layer(x())
+    assert len(got["hidden"]) == 3
+
+
+def test_a_value_that_was_written_to() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    value = torch.randn(2, 4)
+    with torch.no_grad():
+        with pytest.raises(wl.CaptureError, match="clone=True"), wl.capture(net, hidden="0"):
+            net(value)
+        with wl.capture(net, hidden=wl.Output("0", clone=True)) as got:
+            net(value)
+        assert torch.equal(got["hidden"][0], net[0](value))
+    with torch.inference_mode(), wl.capture(net, hidden="1") as got:
+        net(value)
+    assert len(got["hidden"]) == 1
+
+
+def test_an_element_that_does_not_exist() -> None:
+    net = Mixed()
+    taps = {
+        "a": wl.Output("table", index="other"),
+        "b": wl.Output("table", index=2),
+        "c": wl.Output("data", index="nothing"),
+        "d": wl.Output("often", index=0),
+        "e": wl.Input("often", index="mask"),
+        "f": wl.Input("often", index=1),
+    }
+    with pytest.raises(wl.CaptureError) as caught, wl.capture(net, **taps):
+        net(x())
+    text = str(caught.value)
+    for part in ("value, extra", "2 elements", "Answer", "no positions", "1 arguments"):
+        assert part in text, part
+
+
+def test_a_call_that_was_not_made() -> None:
+    net = Mixed()
+    with pytest.raises(wl.CaptureError, match=r"calls 3.*3 calls"), wl.capture(net, late=wl.Output("often", calls=[3])):
+        net(x())
+    with wl.capture(net, late=wl.Output("often", calls=[3], expect="maybe")) as got:
+        net(x())
+    assert got["late"] == ()
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(partial(layer, scale=0.5), x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def test_a_recomputation_is_not_recorded() -> None:
+    net, value = Checkpointed(), x().requires_grad_()
+    with wl.capture(net, hidden="layers.*") as got:
+        net(value).sum().backward()
+    assert same(got["hidden"], states(net, value))
+    assert all(tensor.requires_grad for tensor in got["hidden"])
+    with pytest.raises(wl.CaptureError, match="backward pass, as a recomputation"):
+        with set_checkpoint_early_stop(False):
+            out = net(value)
+        with wl.capture(net, hidden="layers.*"):
+            out.sum().backward()
+
+
+def test_reentrant_checkpointing_detaches() -> None:
+    net, value = Checkpointed(), x().requires_grad_()
+    net.reentrant = True
+    with pytest.raises(wl.CaptureError, match="reentrant checkpointing"), wl.capture(net, hidden="layers.*"):
+        net(value)
+    with wl.capture(net, hidden=wl.Output("layers.*", detach=True)) as got:
+        net(value).sum().backward()
+    assert same(got["hidden"], states(net, value))
+    with torch.no_grad(), wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert len(got["hidden"]) == 3
+
+
+def test_edits_within_checkpointing_are_refused() -> None:
+    net, value = Checkpointed(), x().requires_grad_()
+    edited = wl.Output("layers.1", replace=torch.neg)
+    with pytest.raises(wl.CaptureError, match="edited within"), wl.capture(net, hidden=edited):
+        net(value)
+
+
+def test_stop_and_the_last_call_contradict_each_other() -> None:
+    taps = {"a": wl.Output("layers.0", stop=True), "b": wl.Output("head", calls=[-1])}
+    with pytest.raises(wl.CaptureError, match="negative calls of tap 'b'"), wl.capture(Net(), **taps):
+        pass
+
+
+def test_an_error_of_the_block_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError), wl.capture(Net(), hidden="layers.*"):
+        1 / 0

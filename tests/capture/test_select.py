@@ -1,0 +1,158 @@
+"""Which modules a selector means, and that a model is walked once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tests.capture.nets import Attention, Layer, Net, same, states, x
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import weightlift as wl
+from weightlift.capture import select as selection
+
+
+def names(model: nn.Module, **taps: object) -> list[str]:
+    with wl.capture(model, **taps) as got:
+        model(x())
+    return list(got.named(next(iter(taps))))
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ("layers.*", ["layers.0", "layers.1", "layers.2"]),
+        ("layers.[01]", ["layers.0", "layers.1"]),
+        ("layers.1.attention", ["layers.1.attention"]),
+        ("**.query", [f"layers.{i}.attention.query" for i in range(3)]),
+        ("layers.*.at*.query", [f"layers.{i}.attention.query" for i in range(3)]),
+        ("", [""]),
+        (Attention, [f"layers.{i}.attention" for i in range(3)]),
+        (["layers.0", "head", "layers.*"], ["layers.0", "layers.1", "layers.2", "head"]),
+        (lambda fqn, module: fqn.endswith("2") and isinstance(module, Layer), ["layers.2"]),
+    ],
+)
+def test_selectors(selector: object, expected: list[str]) -> None:
+    assert names(Net(), tap=selector) == expected
+
+
+def test_a_module_is_a_selector() -> None:
+    net = Net()
+    assert names(net, tap=net.layers[1]) == ["layers.1"]
+    assert names(net, tap=wl.Output(net.head)) == ["head"]
+
+
+def test_a_star_is_one_part_of_a_name_only() -> None:
+    with pytest.raises(wl.CaptureError, match="no module matches"), wl.capture(Net(), tap="*.query"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("selector", "hint"),
+    [
+        ("layer.*", r"did you mean 'layers\.\*'"),
+        ("layers.7", r"'layers\.0'"),
+        ("layers.0.atention", "layers.0.attention"),
+        (nn.Conv2d, "no module is a Conv2d"),
+        (nn.Linear(1, 1), "no part of the model"),
+        (lambda fqn, module: False, "chose no module"),
+    ],
+)
+def test_nothing_found_names_what_comes_near(selector: object, hint: str) -> None:
+    with pytest.raises(wl.CaptureError, match=hint), wl.capture(Net(), tap=selector):
+        pass
+
+
+def test_every_problem_is_in_one_error() -> None:
+    with pytest.raises(wl.CaptureError) as caught, wl.capture(Net(), a="nothing", b="layers.*", c=nn.Conv1d):
+        pass
+    assert len(caught.value.problems) == 2
+
+
+def test_shared_modules_have_one_name_and_record_every_call() -> None:
+    net = Net()
+    net.layers[2] = net.layers[0]
+    value = x()
+    with wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert same(got["hidden"], states(net, value))
+    assert [len(calls) for calls in got.calls("hidden").values()] == [2, 1]
+    with pytest.raises(wl.CaptureError, match="called 2 times"):
+        got.named("hidden")
+
+
+def test_a_model_is_walked_once_per_selector(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    walks = []
+    real = selection.walk
+    monkeypatch.setattr(selection, "walk", lambda root: walks.append(root) or real(root))
+    for _ in range(5):
+        assert len(names(net, tap=Attention)) == 3
+    assert len(walks) == 1
+
+
+def test_changes_of_the_structure_are_seen() -> None:
+    net = Net()
+    assert len(names(net, tap="layers.*")) == len(names(net, tap=Layer)) == 3
+    net.layers.append(Layer())
+    assert len(names(net, tap="layers.*")) == len(names(net, tap=Layer)) == 4
+    net.layers[1] = Layer()
+    value = x()
+    for selector in ("layers.*", Layer):
+        with wl.capture(net, hidden=selector) as got:
+            net(value)
+        assert same(got["hidden"], states(net, value))
+
+
+def test_a_leaf_that_gets_children_is_seen() -> None:
+    net = Net()
+    kind = nn.utils.parametrize.ParametrizationList
+    assert len(names(net, tap=nn.Linear)) == 7
+    parametrizations.weight_norm(net.head)
+    assert names(net, tap=kind) == ["head.parametrizations.weight"]
+
+
+def test_remembering_holds_nothing() -> None:
+    net = Net()
+    names(net, tap="layers.*")
+    old = weakref.ref(net.layers[0])
+    net.layers[0] = Layer()
+    gc.collect()
+    assert old() is None
+    whole = weakref.ref(net)
+    names(net, tap=Layer)
+    del net
+    gc.collect()
+    assert whole() is None
+
+
+def test_conflicting_names() -> None:
+    with pytest.raises(wl.CaptureError, match="two taps are called 'hidden_states'"):
+        wl.capture(Net(), "hidden_states", hidden_states="layers.*")
+    with pytest.raises(wl.CaptureError, match="no tap was given"):
+        wl.capture(Net())
+    with pytest.raises(wl.CaptureError, match="no selector"):
+        wl.capture(Net(), tap=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: wl.Output("a", tokens=1, at=(0,)), "both choose a part"),
+        (lambda: wl.Output("a", expect="often"), "'every', 'some' or 'maybe'"),
+        (lambda: wl.Output("a", calls=[]), "sequence of whole numbers"),
+        (lambda: wl.Output("a", calls=[-1], stop=True), "stop with a negative call"),
+        (lambda: wl.Output("a", index=lambda o: o, replace=torch.neg), "callable index"),
+    ],
+)
+def test_options_that_contradict_each_other(make: object, text: str) -> None:
+    with pytest.raises(wl.CaptureError, match=text):
+        make()
+
+
+def test_declared_names_need_a_declaration() -> None:
+    with pytest.raises(wl.CaptureError, match="declares nothing"), wl.capture(Net(), "hidden_states"):
+        pass
