@@ -21,6 +21,7 @@ from weightlift.errors import CheckpointError, Problem
 
 _LOCAL = struct.Struct("<4s5H3I2H")  # signature, version, flags, method, time, date, crc, sizes, name and extra lengths
 _FLAGS = 0x0808  # sizes follow the record; its name is UTF-8: what torch writes, and plain zips have neither
+_FOLDER = 0x10
 _VERSIONS = range(1, 11)
 _ENTRY = struct.Struct("<28s3H12s")  # … lengths of name, extra and comment …
 _END = struct.Struct("<4s4H2IH")  # signature, disk, directory's disk, records on it, records, size, offset, comment
@@ -152,15 +153,15 @@ class _Archive:
         return (at, *record[6:])
 
     def _check_records(self) -> None:
-        """Every record: whole, and the small ones what torch wants them to be."""
+        """Every record: whole, and the small ones, whose case torch overlooks, what it wants them to be."""
         problems = []
         for name in self.records:
             where = self.range(name)
             if isinstance(where, Problem):
                 problems.append(where)
-            elif name in _TEXTS and not _is_text(self.read(name)):
+            elif name.lower() in _TEXTS and not _is_text(self.read(name)):
                 problems.append(self._damaged(name, "it is not text"))
-            elif name in _NUMBERS and not self.read(name).strip().isdigit():
+            elif name.lower() in _NUMBERS and not self.read(name).strip().isdigit():
                 problems.append(self._damaged(name, "it is not a number"))
         version = "version" if "version" in self.records else ".data/version"
         if version not in self.records:
@@ -187,6 +188,8 @@ class _Archive:
                 expected="stored as it is",
                 hint="it was packed again by another tool; save it with torch.save",
             )
+        if info.external_attr & _FOLDER:
+            return self._damaged(name, "it is marked as a folder, which has no bytes")
         begin = info.header_offset
         if begin < 0 or begin + _LOCAL.size > self.limit:
             return self._damaged(name, "its header is not in the file")

@@ -15,7 +15,7 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.checkpoint.integrity import Digest
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
-from weightlift.transfer import chunks
+from weightlift.transfer import chunks, headroom
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.hashing import Hashing
@@ -141,6 +141,7 @@ class _Run:
         else:
             tasks = [*tasks, *hashing.tasks]
         mapped, shared, rest = self._sort_out()
+        self._require_room(rest)
         with timed(self._trace, "map", f"{len(mapped)} files", sum(map(self._bytes_of, mapped.values()))):
             self._map(mapped)
         self._share(shared)
@@ -151,6 +152,12 @@ class _Run:
         results = [tensor for tensor in self._results if tensor is not None]
         assert len(results) == len(self._jobs)
         return results
+
+    def _require_room(self, rest: list[int]) -> None:
+        """Before a byte is read: does what has to be allocated on the CPU fit?"""
+        new = [self._jobs[i] for i in rest if self._jobs[i].into is None and self._jobs[i].device.type == "cpu"]
+        nbytes = sum(job.entry.numel * job.dtype.itemsize for job in new)
+        headroom.require(nbytes, f"{len(new)} tensors of the module")
 
     def _check_files(self) -> None:
         """All files at once and before anything is written, so that a stale plan changes nothing."""
@@ -310,7 +317,11 @@ class _Run:
                 self._backend(job.device)
             return job.into
         if job.device.type == "cpu":
-            return new_tensor(job.entry.shape, job.dtype)
+            try:
+                return new_tensor(job.entry.shape, job.dtype)
+            except (RuntimeError, MemoryError) as error:
+                problem = Problem(f"no memory for the tensor: {error}", fqn=job.fqn, key=job.entry.key)
+                raise TransferError("loading failed", [problem]) from error
         return self._backend(job.device).empty(job.entry.shape, job.dtype)
 
     def _backend(self, device: torch.device) -> Backend:

@@ -1,0 +1,93 @@
+"""Limits just above what a load needs are enough; below, a clear error comes before anything is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import weightlift as wl
+from weightlift.transfer import headroom
+
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are read from /proc")
+
+_CODE = """
+    import json, resource, sys
+    import torch, weightlift as wl
+    from torch import nn
+    path, limit, extra, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    def build():
+        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+    if "dtype" in how:
+        how["dtype"] = getattr(torch, how["dtype"])
+    wl.load(lambda: nn.Linear(2, 2), nn.Linear(2, 2).state_dict())  # what is imported and started once
+    field = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[limit]
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+    used = int(lines[field].split()[0]) * 1024
+    number = getattr(resource, limit)
+    resource.setrlimit(number, (used + extra, resource.getrlimit(number)[1]))
+    reads = []
+    try:
+        model = wl.load(build, path, workers=2, progress=lambda done, total: reads.append(done), **how)
+        print("right" if all(bool((layer.weight == i + 1).all()) for i, layer in enumerate(model)) else "wrong")
+    except wl.TransferError as error:
+        print("nothing was read" if not any(reads) else "reading began", "|", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 MiB."""
+    state = {f"{i}.weight": torch.full((2048, 2048), i + 1.0) for i in range(12)}
+    return wl.save(state, tmp_path_factory.mktemp("big"))[0]
+
+
+def load(path: Path, limit: str, extra_bytes: int, **how: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_CODE), str(path), limit, str(extra_bytes), json.dumps(how)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("limit", "how", "enough", "little"),
+    [
+        # Address space: the deferred module's reservation of 192 MiB, the copy, threads' stacks and arenas.
+        pytest.param("RLIMIT_AS", {"copy": True}, 900, 330, marks=pytest.mark.full),
+        # Private writable memory counts reservations too, as long as they are not sealed.
+        ("RLIMIT_DATA", {"copy": True}, 500, 330),
+        pytest.param("RLIMIT_DATA", {"dtype": "bfloat16"}, 400, 230, marks=pytest.mark.full),
+    ],
+)
+def test_process_limits(path: Path, limit: str, how: dict[str, object], enough: int, little: int) -> None:
+    assert load(path, limit, enough * MIB, **how) == "right"
+    told = load(path, limit, little * MIB, **how)
+    assert told.startswith("nothing was read |") and "not enough memory" in told and limit in told, told
+
+
+def test_what_is_mapped_needs_no_room(path: Path) -> None:
+    assert load(path, "RLIMIT_DATA", 420 * MIB) == "right"
+
+
+def test_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000000\n")
+    (tmp_path / "memory.current").write_text("900000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000000\nactive_file 20000000\n")
+    found = list(headroom._of_folder(tmp_path, "memory.max", "memory.current"))
+    assert [left for _, left in found] == [220_000_000]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(headroom._of_folder(tmp_path, "memory.max", "memory.current")) == []
+
+
+def test_more_than_the_system_has() -> None:
+    headroom.require(100 * MIB, "a test")
+    with pytest.raises(wl.TransferError, match="there is not enough memory for a test"):
+        headroom.require(1 << 50, "a test")
