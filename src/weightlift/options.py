@@ -97,7 +97,7 @@ class LoadOptions:
             raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
         _check_ranks(parallelize, source_rank, rank_patience_seconds)
         if verify and (parallelize is not None or source_rank is not None):
-            raise ValueError("verify reads whole files, which no rank of a spread load does: verify the checkpoint before")
+            raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
         return cls(
             dtype=dtype,
             device=_device(device),

@@ -98,7 +98,7 @@ def _stream(
     for row in loaded:
         memory.setdefault(row.target, []).append(received[f"{row.fqn} (received)"])
     stream.receive(wants, memory)
-    return tuple(_from_memory(row) for row in rest), Bytes((), received, source.extras)
+    return tuple(_from_memory(row) for row in rest), replace(source, files=(), tensors=received)
 
 
 def _everything(shape: tuple[int, ...]) -> tuple[Box, ...]:
