@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TransferError,
         WeightliftError,
     )
+    from weightlift.integrations import from_pretrained, install, uninstall
     from weightlift.plan.report import LoadReport
 
 __version__ = "0.1.0"
@@ -62,12 +63,15 @@ __all__ = [
     "capture",
     "current_load",
     "defer",
+    "from_pretrained",
+    "install",
     "load",
     "open_checkpoint",
     "plan",
     "recorder",
     "records",
     "save",
+    "uninstall",
 ]
 
 _HOMES = {
@@ -97,12 +101,15 @@ _HOMES = {
     "capture": "weightlift.capture",
     "current_load": "weightlift.deferred.construct",
     "defer": "weightlift.api",
+    "from_pretrained": "weightlift.integrations",
+    "install": "weightlift.integrations",
     "load": "weightlift.api",
     "open_checkpoint": "weightlift.checkpoint",
     "plan": "weightlift.api",
     "recorder": "weightlift.capture",
     "records": "weightlift.capture",
     "save": "weightlift.checkpoint.save",
+    "uninstall": "weightlift.integrations",
 }
 
 

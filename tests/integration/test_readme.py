@@ -44,8 +44,9 @@ def test_snippets(document: Path, tmp_path: Path) -> None:
         line = start + found[1].count("\n")
     if not script:
         pytest.skip("no snippet")
-    (tmp_path / document.name).with_suffix(".py").write_text(script, encoding="utf-8")
-    run([str((tmp_path / document.name).with_suffix(".py"))], tmp_path)
+    path = tmp_path / f"snippets_of_{document.stem}.py"  # not transformers.py, which would be imported
+    path.write_text(script, encoding="utf-8")
+    run([str(path)], tmp_path)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from weightlift.ambient import no_dispatch_modes, outside_modes
-from weightlift.deferred.functions import FunctionRecorder
+from weightlift.deferred.functions import Answer, FunctionRecorder
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 
@@ -57,9 +57,17 @@ def _announced(load: CurrentLoad) -> Iterator[None]:
         _current.reset(token)
 
 
-def construct(build: Callable[[], nn.Module], load: CurrentLoad) -> tuple[nn.Module, Recorder | None]:
+def construct(
+    build: Callable[[], nn.Module],
+    load: CurrentLoad,
+    *,
+    default_dtype: torch.dtype | None = None,
+    answers: Mapping[Any, Answer] | None = None,
+) -> tuple[nn.Module, Recorder | None]:
     """Call ``build``, deferred where ``load.deferred`` says so. Returns the module and the recorder of its tapes.
 
+    ``default_dtype``: what ``build`` shall find to be the default dtype; torch's own is not set. ``answers``: torch
+    functions to functions that are asked first, with the caller's frame, and return NotImplemented to decline.
     Values that live outside the module's parameters and buffers (tables in lists or caches) are computed before this
     returns. Raises what ``build`` raises, and TypeError when it does not return a module.
     """
@@ -67,13 +75,23 @@ def construct(build: Callable[[], nn.Module], load: CurrentLoad) -> tuple[nn.Mod
     with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:
             return _checked(build()), None
-        recorder = Recorder(seed=load.seed)
+        recorder = Recorder(seed=load.seed, default_dtype=default_dtype)
         # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
-        with no_dispatch_modes(), FunctionRecorder(recorder), recorder:
+        with no_dispatch_modes(), FunctionRecorder(recorder, answers=answers), recorder:
             module = _checked(build())
+    recorder.default = None
     with outside_modes():
         _finish(module, recorder)
     return module, recorder
+
+
+def extend(module: nn.Module, recorder: Recorder, load: CurrentLoad, work: Callable[[], None]) -> None:
+    """Do more of the constructor's work on a module that `construct` built, as deferred as the rest: an initialisation
+    that is decided on later, for one. Runs without autograd. Raises what ``work`` raises."""
+    with _announced(load), no_dispatch_modes(), FunctionRecorder(recorder), recorder, torch.no_grad():
+        work()
+    with outside_modes():
+        _finish(module, recorder)
 
 
 def _checked(module: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -25,6 +25,8 @@ from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
+# Asked with the frame that made a call, its arguments and keyword arguments; NotImplemented lets the call go its way.
+Answer = Callable[[FrameType, Any, Any], Any]
 _TRUNC_NORMAL: Any = getattr(torch.nn.init, "_no_grad_trunc_normal_", None)
 _TRUNC_CODE: CodeType | None = getattr(_TRUNC_NORMAL, "__code__", None)
 
@@ -51,6 +53,9 @@ _FILLS: dict[Any, tuple[Any, tuple[float, ...]]] = {
     _Tensor.normal_: (torch.ops.aten.normal_.default, (0.0, 1.0)),
     _Tensor.uniform_: (torch.ops.aten.uniform_.default, (0.0, 1.0)),
 }
+# What another default dtype concerns.
+_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+_CASTS = {_Tensor.to, _Tensor.type}
 _PLAIN = {_Tensor, torch.nn.Parameter}
 _NUMBERS = {int, float, bool}
 
@@ -58,9 +63,12 @@ _NUMBERS = {int, float, bool}
 class FunctionRecorder(TorchFunctionMode):
     """Sees every torch function that the constructor calls on its own thread."""
 
-    def __init__(self, recorder: Recorder, *, recognise: bool | None = None) -> None:
+    def __init__(
+        self, recorder: Recorder, *, recognise: bool | None = None, answers: Mapping[Any, Answer] | None = None
+    ) -> None:
         super().__init__()
         self._recorder = recorder
+        self._answers = answers or {}
         handlers: dict[Any, Callable[..., Any]] = dict.fromkeys(_ESCAPES, self._escape)
         handlers.update(dict.fromkeys(_READS, self._read))
         handlers.update(dict.fromkeys(_WHOLE, self._whole))
@@ -72,6 +80,11 @@ class FunctionRecorder(TorchFunctionMode):
             handlers[_Tensor.normal_] = self._sample
             handlers[_Tensor.uniform_] = self._sample
             handlers[_Tensor.copy_] = self._copy
+        if recorder.default is not None:
+            handlers.update(dict.fromkeys(_DATA, self._data))
+            handlers.update(dict.fromkeys(_CASTS, self._cast))
+        self._declined = {func: handlers.get(func, self._plain) for func in self._answers}
+        handlers.update(dict.fromkeys(self._answers, self._answered))
         self._handlers = handlers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,6 +95,30 @@ class FunctionRecorder(TorchFunctionMode):
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._recorder.force_tensors(tensors_in((args, kwargs)), func)
+        return func(*args, **kwargs)
+
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        answer = self._answers[func](_caller(), args, kwargs)
+        declined: Callable[..., Any] = self._declined[func]
+        return declined(func, args, kwargs) if answer is NotImplemented else answer
+
+    def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    def _data(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``torch.tensor([1.0])`` under another default dtype."""
+        found = self._read(func, args, kwargs)
+        default = self._recorder.default
+        dtype = None if default is None or not args else default.of_data(args[0], kwargs, found.dtype)
+        return found if dtype is None else func(*args, **{**kwargs, "dtype": dtype})
+
+    def _cast(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``tensor.to(torch.get_default_dtype())`` under another default dtype."""
+        default, frame = self._recorder.default, _caller()
+        if default is not None and "get_default_dtype" in frame.f_code.co_names:
+            args = tuple(default.wanted if default.is_given(item, frame) else item for item in args)
+            if default.is_given(kwargs.get("dtype"), frame):
+                kwargs = {**kwargs, "dtype": default.wanted}
         return func(*args, **kwargs)
 
     def _whole(self, func: Any, args: Any, kwargs: Any) -> Any:

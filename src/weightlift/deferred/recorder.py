@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
+from weightlift.deferred.defaults import DefaultDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.seeding import SeedWatch
@@ -42,9 +43,10 @@ _EAGER_ELEMENTS = 4096
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
 
-    def __init__(self, *, seed: int) -> None:
+    def __init__(self, *, seed: int, default_dtype: torch.dtype | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
+        self.default = DefaultDtype.of(default_dtype)
         self.records: dict[int, Record] = {}
         self.forced: dict[str, int] = {}
         self._reservations = Reservations()
@@ -86,6 +88,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._foreign(func, args, kwargs)
         if _stack_size():  # torch's own modes (fake tensors, tracing) lie below all others, and this is their call
             return func(*args, **kwargs)
+        if self.default is not None:
+            args, kwargs = self.default.rewrite(func, args, kwargs, self._dispatch)
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = KINDS.get(func) or call_of(func)
         kind = call.kind
         if call.alone and not kwargs:
@@ -323,12 +330,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             record = self.record_of(tensor)
             if record is not None and not record.opened:
                 record.memory()
-        written = call_of(func).written
-        if written:
-            for name in written:
-                target = kwargs.get(name) if isinstance(name, str) else args[name]
-                for tensor in tensors_in(target):
-                    self._settle_readers(tensor, func)
+        for name in call_of(func).written:
+            target = kwargs.get(name) if isinstance(name, str) else args[name]
+            for tensor in tensors_in(target):
+                self._settle_readers(tensor, func)
         return func(*args, **kwargs)
 
     def _settle_readers(self, tensor: torch.Tensor, why: Any) -> None:

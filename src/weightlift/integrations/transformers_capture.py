@@ -57,7 +57,7 @@ def _tasks(model: PreTrainedModel) -> list[tuple[str, OutputRecorder]]:
     for key, specs in (getattr(model, "_can_record_outputs", None) or {}).items():
         for spec in specs if isinstance(specs, list) else [specs]:
             if isinstance(spec, str):
-                spec = OutputRecorder(target_class=None, index=_default(key), class_name=spec)  # type: ignore[arg-type]
+                spec = OutputRecorder(target_class=None, index=_default(key), class_name=spec)
             elif not isinstance(spec, OutputRecorder):
                 spec = OutputRecorder(target_class=spec, index=_default(key))
             tasks.append((key, spec))

@@ -1,0 +1,53 @@
+"""The drop-in: programs that call ``from_pretrained`` somewhere deep inside load through weightlift, unchanged.
+
+`install` is the one place where an attribute of another library is replaced, because the user asks for it. It replaces
+``transformers.PreTrainedModel.from_pretrained`` and nothing else; model classes inherit it and Auto classes call it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+_lock = threading.Lock()
+_undo: list[tuple[Any, str, Any]] = []
+
+
+def install() -> None:
+    """From now on ``from_pretrained`` of Transformers' models goes through weightlift. Imports Transformers.
+
+    For the whole process and all threads; calling it again changes nothing. Loads that are running go on as they began.
+    """
+    from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
+
+    with _lock:
+        if _undo:
+            return
+
+        def from_pretrained(
+            cls: Any, pretrained_model_name_or_path: Any = None, *model_args: Any, **kwargs: Any
+        ) -> Any:
+            return load_pretrained(cls, pretrained_model_name_or_path, model_args, kwargs)
+
+        from_pretrained.__doc__ = ORIGINAL.__func__.__doc__
+        from_pretrained.__wrapped__ = ORIGINAL.__func__  # type: ignore[attr-defined]
+        _replace(_model_class(), "from_pretrained", classmethod(from_pretrained))
+
+
+def uninstall() -> None:
+    """Put the very objects back that `install` replaced. Without `install` it does nothing."""
+    with _lock:
+        while _undo:
+            owner, name, was = _undo.pop()
+            setattr(owner, name, was)
+
+
+def _model_class() -> Any:
+    from transformers.modeling_utils import PreTrainedModel
+
+    return PreTrainedModel
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    _undo.append((owner, name, owner.__dict__[name]))
+    setattr(owner, name, new)

@@ -1,0 +1,90 @@
+"""One lock for loads that keep their state to themselves and for those of others that patch the process.
+
+A native load is a reader: any number run at once. A load through somebody else's code, which replaces functions for its
+duration, is the writer: it runs alone. Waiting is first come, first served, so neither kind starves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+
+class FairLock:
+    """A readers–writer lock, fair and re-entrant; a thread that reads may step out of reading in order to write.
+
+    A writer may read and write again within; to a thread that only reads, reading again costs nothing and never waits.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._queue: deque[object] = deque()
+        self._readers: dict[int, int] = {}
+        self._writer: int | None = None
+        self._depth = 0
+
+    @property
+    def writing(self) -> bool:
+        """True in the thread that holds the lock alone."""
+        return self._writer == threading.get_ident()
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold it with other readers."""
+        me = threading.get_ident()
+        if self.writing:
+            yield
+            return
+        with self._condition:
+            if me in self._readers:
+                self._readers[me] += 1
+            else:
+                self._wait(lambda: self._writer is None)
+                self._readers[me] = 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers[me] -= 1
+                if not self._readers[me]:
+                    del self._readers[me]
+                    self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold it alone. What this thread holds with others it gives up for that time, and takes again afterwards."""
+        me = threading.get_ident()
+        with self._condition:
+            held = self._readers.pop(me, 0)
+            if self._writer != me:
+                if held:
+                    self._condition.notify_all()
+                self._wait(lambda: self._writer is None and not self._readers)
+                self._writer = me
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._depth -= 1
+                if not self._depth:
+                    self._writer = None
+                    if held:
+                        self._readers[me] = held
+                    self._condition.notify_all()
+
+    def _wait(self, free: object) -> None:
+        """Wait for one's turn, and for ``free()`` then. To be called with the condition held."""
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            self._condition.wait_for(lambda: self._queue[0] is ticket and free())  # type: ignore[operator]
+        finally:
+            self._queue.remove(ticket)
+            self._condition.notify_all()
+
+
+LOADING = FairLock()
+"""Held shared by native loads of other libraries' models, alone by every load through such a library's own code."""

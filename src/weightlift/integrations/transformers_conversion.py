@@ -1,0 +1,141 @@
+"""From the keys of a checkpoint to the names of a Transformers model, by the version's own conversion mapping.
+
+Keys are named by Transformers' own function. What a converter makes (fused experts, split projections, permutations)
+is traced (`transformers_views`): its operations run on tensors without values, and what comes out are parts, which the
+engine puts in place. An operation that computes runs on the values instead, which are read early for it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import core_model_loading as core
+
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.entry import TensorEntry
+from weightlift.plan.records import Offer
+
+
+@dataclass(slots=True)
+class Conversion:
+    """What a checkpoint offers under the model's names.
+
+    ``unexpected`` are names, as Transformers reports them; ``computed`` values that had to be read early, by key;
+    ``errors`` what went wrong in a converter, by the first name that it was for.
+    """
+
+    offers: dict[str, Offer] = field(default_factory=dict)
+    unexpected: set[str] = field(default_factory=set)
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Group:
+    """The keys that one converter makes one name of, by the pattern that they matched."""
+
+    converter: Any
+    keys: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def convert(
+    model: Any,
+    checkpoint: Checkpoint,
+    transforms: list[Any],
+    expected: Mapping[str, torch.Tensor | None],
+    dtypes: Mapping[str, torch.dtype],
+) -> Conversion:
+    """Name and convert all keys. ``expected`` are the model's state-dict names, ``dtypes`` what loaded ones become."""
+    renamings = [item for item in transforms if isinstance(item, core.WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, core.WeightConverter)]
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    prefix = model.base_model_prefix
+    done = Conversion()
+    groups: dict[str, _Group] = {}
+    for key in sorted((*checkpoint, *checkpoint.extras), key=core.dot_natural_key):
+        name, pattern = core.rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = core.rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+        if name not in expected:
+            targets = [name]
+            if pattern is not None:
+                patterns = by_pattern[pattern].target_patterns
+                targets = [name.replace(patterns[0], item) for item in patterns]
+            done.unexpected.update(targets)
+        elif key in checkpoint.extras:
+            done.extras[name] = key
+        elif pattern is None:
+            if name not in groups:
+                done.offers.setdefault(name, Offer(name, key, checkpoint[key]))
+        elif name not in done.offers:
+            groups.setdefault(name, _Group(by_pattern[pattern])).keys[pattern].append(key)
+    for name, group in groups.items():
+        _convert_group(model, checkpoint, name, group, dtypes, done)
+    for name in [name for name in done.offers if name not in expected]:
+        done.unexpected.add(name)
+        del done.offers[name]
+    return done
+
+
+def _convert_group(
+    model: Any, checkpoint: Checkpoint, name: str, group: _Group, dtypes: Mapping[str, torch.dtype], done: Conversion
+) -> None:
+    from weightlift.integrations.transformers_views import NotTraceable, Traced
+
+    try:
+        traced = {
+            pattern: [Traced.whole(checkpoint[key]) for key in keys] for pattern, keys in group.keys.items()
+        }
+        for target, value in _run(model, group.converter, name, traced).items():
+            if not isinstance(value, Traced):
+                raise NotTraceable(f"{target} is a {type(value).__name__}")
+            done.offers[target] = value.offer(target)
+        return
+    except (NotTraceable, ValueError, AttributeError, NotImplementedError):
+        pass  # a computation, or an error: on the values it is either done or raised again
+    except Exception:
+        done.errors[name] = traceback.format_exc()
+        return
+    try:
+        values = _computed(model, checkpoint, name, group, dtypes.get(name))
+    except Exception as error:
+        operations = ", ".join(type(item).__name__ for item in group.converter.operations)
+        done.errors[name] = f"{traceback.format_exc()}{error}\nError: {operations} on tensors destined for {name}"
+        return
+    for target, value in values.items():
+        key = f"{target} (computed by {', '.join(type(item).__name__ for item in group.converter.operations)})"
+        done.computed[key] = value
+        entry = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, value.numel() * value.element_size())
+        done.offers[target] = Offer(target, ", ".join(k for keys in group.keys.values() for k in keys), entry)
+
+
+def _run(model: Any, converter: Any, name: str, tensors: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Run a converter's own code on tensors; what it gives, by the model's names."""
+    copied = deepcopy(converter)
+    copied.collected_tensors = dict(tensors)
+    made = copied.convert(name, model=model, config=model.config)
+    return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+
+def _computed(
+    model: Any, checkpoint: Checkpoint, name: str, group: _Group, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    with outside_modes():
+        tensors = {
+            pattern: [_read(checkpoint, key, dtype) for key in keys] for pattern, keys in group.keys.items()
+        }
+        made = _run(model, group.converter, name, tensors)
+        return {target: value.detach().contiguous() for target, value in made.items()}
+
+
+def _read(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = checkpoint.read(key)
+    return tensor if dtype is None else tensor.to(dtype)

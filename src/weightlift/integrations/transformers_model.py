@@ -1,0 +1,290 @@
+"""`from_pretrained` of Transformers models: its own code for everything but building and filling the model.
+
+Transformers' ``from_pretrained`` runs as it is, so that whatever it takes means what it means there. It runs with a
+stand-in for the class, which answers three calls itself: what the model is built under (nothing), the constructor, and
+the loading of the weights. Nothing of Transformers is replaced for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import core_model_loading, modeling_utils
+from transformers.integrations.accelerate import expand_device_map
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
+from transformers.utils.logging import is_progress_bar_enabled
+
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint.gather import gather
+from weightlift.deferred.construct import CurrentLoad, extend
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.integrations.exclusive import LOADING
+from weightlift.integrations.transformers_conversion import Conversion, convert
+from weightlift.integrations.transformers_init import build, initialise, tie
+from weightlift.integrations.transformers_options import NotNative, refuse
+from weightlift.options import LoadOptions
+from weightlift.plan.match import Supply, match
+from weightlift.plan.records import Action, Decisions, Row
+from weightlift.transfer.apply import apply
+from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.ties import settled
+
+ORIGINAL: Any = PreTrainedModel.__dict__["from_pretrained"]
+"""Transformers' own ``from_pretrained``, as it is while `weightlift.install` has not replaced it."""
+
+
+def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load a model of a `PreTrainedModel` class: natively, or where that is not sound, by Transformers' own code alone
+    in the process."""
+    if LOADING.writing:
+        return ORIGINAL.__func__(cls, name, *args, **kwargs)
+    try:
+        with LOADING.shared():
+            refuse(kwargs)
+            return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
+    except NotNative as reason:
+        reason.report(cls)
+    with LOADING.alone():
+        return ORIGINAL.__func__(cls, name, *args, **kwargs)
+
+
+class StandIn:
+    """Stands for a model class in its own ``from_pretrained``, for one load."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+        self._load: CurrentLoad | None = None
+        self._dtype = torch.float32
+        self._recorder: Recorder | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cls, name)
+
+    @property
+    def __name__(self) -> str:
+        return str(self._cls.__name__)
+
+    def get_init_context(self, dtype: torch.dtype, is_quantized: bool, *_: Any) -> list[Any]:
+        """What the constructor runs under: nothing."""
+        if is_quantized:
+            raise NotNative("a quantised model", "its quantiser replaces modules and makes tensors of its own")
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"{self.__name__} cannot be instantiated under `dtype={dtype}` as it's not a floating-point dtype"
+            )
+        self._dtype = dtype
+        return []
+
+    def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        self._load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
+        model, self._recorder = build(lambda: self._cls(config, *args, **kwargs), config, self._dtype, self._load)
+        return model
+
+    def _load_pretrained_model(
+        self, model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **_: Any
+    ) -> tuple[LoadStateDictInfo, None]:
+        assert self._recorder is not None and self._load is not None
+        if "disk" in (load_config.device_map or {}).values():
+            raise NotNative("offloading to disk", "the weights stay in their files, behind accelerate's hooks")
+        checkpoint = _open(state_dict, checkpoint_files, load_config)
+        return Filling(model, self._recorder, self._load, checkpoint, load_config).run(), None
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: LoadStateDictInfo) -> LoadStateDictInfo:
+        return loading_info
+
+
+def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpoint:
+    if state_dict is not None:
+        return open_checkpoint(state_dict)
+    if not files:
+        raise ValueError("Neither a state dict nor checkpoint files were found.")
+    index = load_config.sharded_metadata or {}
+    problems = [
+        Problem("the index names a file outside of its folder", file=name)
+        for name in sorted(set(index.get("weight_map", {}).values()))
+        if Path(name).is_absolute() or ".." in Path(name).parts
+    ]
+    if problems:
+        raise CheckpointError("cannot open the checkpoint", problems)
+    gathered = gather(tuple(Path(file).absolute() for file in files), is_index=False)
+    if gathered.problems:
+        if not load_config.weights_only and not files[0].endswith(".safetensors"):
+            raise NotNative("weights_only=False", "the pickle holds more than plain tensors")
+        kind = CheckpointNotFound if gathered.missing else CheckpointError
+        raise kind(f"cannot open the checkpoint {load_config.pretrained_model_name_or_path}", gathered.problems)
+    return Checkpoint(
+        str(load_config.pretrained_model_name_or_path),
+        gathered.entries,
+        files=tuple(contents.file for contents in gathered.contents),
+        extras=gathered.extras,
+        state_dict_metadata=gathered.state_dict_metadata,
+    )
+
+
+class Filling:
+    """Gives one deferred model its values."""
+
+    def __init__(
+        self, model: Any, recorder: Recorder, load: CurrentLoad, checkpoint: Checkpoint, load_config: Any
+    ) -> None:
+        self._model = model
+        self._recorder = recorder
+        self._load = load
+        self._checkpoint = checkpoint
+        self._config = load_config
+        self._options = LoadOptions.create(
+            strict=False,
+            ignore_mismatched=True,
+            copy=bool(load_config.disable_mmap),
+            seed=load.seed,
+            progress=None if is_progress_bar_enabled() else False,
+        )
+        tie(model)
+        inventory = Inventory.of(model)
+        self._state: dict[str, torch.Tensor | None] = {
+            slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent
+        }
+        self._extra_state = inventory.spec(lambda _: False).extra_state
+        self._plan_dtypes = _dtype_plan(load_config.dtype_plan, self._state)
+
+    def run(self) -> LoadStateDictInfo:
+        """Plan, report as Transformers does, initialise, read. Raises before anything is read what can be known."""
+        done = self._convert()
+        supplied, mismatched = self._supplied(done)
+        info = self._info(done, supplied, mismatched)
+        self._model._adjust_missing_and_unexpected_keys(info)
+        self._report(info)
+        tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
+        for parameter in self._model.parameters():  # Transformers makes every one anew
+            parameter.requires_grad_(parameter.is_floating_point())
+        extend(self._model, self._recorder, self._load, lambda: initialise(self._model, tensors))
+        decisions, subject = self._decide(done)
+        source = Bytes(
+            self._checkpoint.files,
+            {**self._checkpoint.tensors, **done.computed},
+            {name: self._checkpoint.extras[key] for name, key in done.extras.items()},
+        )
+        with outside_modes():
+            decisions = settled(decisions, source, self._options)
+        apply(decisions, subject, source, self._options)
+        self._finish(subject)
+        return info
+
+    def _convert(self) -> Conversion:
+        expected: dict[str, Any] = {**self._state, **dict.fromkeys(self._extra_state, torch.empty(0))}
+        transforms = self._config.weight_mapping or []
+        dtypes = {
+            name: self._plan_dtypes.get(name, tensor.dtype)
+            for name, tensor in self._state.items()
+            if tensor is not None
+        }
+        done = convert(self._model, self._checkpoint, transforms, expected, dtypes)
+        self._model._weight_conversions = [item for item in transforms if item.was_used()]
+        return done
+
+    def _supplied(self, done: Conversion) -> tuple[set[str], set[tuple[str, Any, Any]]]:
+        """The names that have their value from the checkpoint, ties included; and those whose shape differs."""
+        mismatched = set()
+        fitting: set[int] = set()
+        for name, offer in done.offers.items():
+            tensor = self._state[name]
+            assert tensor is not None
+            if offer.entry.shape == tuple(tensor.shape):
+                fitting.add(id(tensor))
+            else:
+                mismatched.add((name, torch.Size(offer.entry.shape), tensor.shape))
+        return {name for name, tensor in self._state.items() if id(tensor) in fitting}, mismatched
+
+    def _info(self, done: Conversion, supplied: set[str], mismatched: set[Any]) -> LoadStateDictInfo:
+        names = {name for name, _, _ in mismatched}
+        missing = {name for name in self._state if name not in supplied and name not in names}
+        return LoadStateDictInfo(
+            missing_keys=missing | (set(self._extra_state) - set(done.extras)),
+            unexpected_keys=done.unexpected,
+            mismatched_keys=mismatched,
+            error_msgs=[],
+            conversion_errors=done.errors,
+            skipped_pp_keys=set(),
+        )
+
+    def _report(self, info: LoadStateDictInfo) -> None:
+        """Log what Transformers logs; raise, before anything is read, what it raises afterwards."""
+        config = self._config
+        log_state_dict_report(
+            model=self._model,
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+            ignore_mismatched_sizes=True,
+            loading_info=info,
+            logger=modeling_utils.logger,
+        )
+        if info.mismatched_keys and not config.ignore_mismatched_sizes:
+            raise PlanError(
+                f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}; nothing was read",
+                [
+                    Problem(
+                        "the shapes differ",
+                        fqn=name,
+                        expected=f"{list(shape)} as the model has it",
+                        found=f"{list(found)} in the checkpoint",
+                        hint="pass ignore_mismatched_sizes=True to initialise it",
+                    )
+                    for name, found, shape in sorted(info.mismatched_keys)
+                ],
+            )
+
+    def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
+        inventory = Inventory.of(self._model)
+        subject = Subject(inventory, self._recorder)
+        spec = inventory.spec(lambda tensor: subject.record_of(tensor) is None)
+        supply = Supply(
+            self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
+        )
+        decisions = match(spec, supply, self._options)
+        devices = self._devices([row.fqn for row in decisions.rows])
+        return replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows)), subject
+
+    def _row(self, row: Row, devices: Mapping[str, str]) -> Row:
+        dtype = self._plan_dtypes.get(row.fqn, row.dtype) if row.action in (Action.LOADED, Action.TIED) else row.dtype
+        device = devices.get(row.fqn, row.device)
+        return row if dtype == row.dtype and device == row.device else replace(row, dtype=dtype, device=device)
+
+    def _devices(self, names: list[str]) -> dict[str, str]:
+        if self._config.device_map is None:
+            return {}
+        places = expand_device_map(self._config.device_map, names)
+        return {name: str(torch.device(place)) for name, place in places.items()}
+
+    def _finish(self, subject: Subject) -> None:
+        """The rest of what Transformers leaves behind: which ties turned out to be none."""
+        tied = getattr(self._model, "all_tied_weights_keys", {})
+        for target, source in list(tied.items()):
+            if self._model.get_parameter_or_buffer(target) is not self._model.get_parameter_or_buffer(source):
+                del tied[target]
+
+
+def _dtype_plan(plan: Mapping[str, torch.dtype] | None, names: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The names that the model wants in another dtype than it was built with, by the patterns of its class."""
+    if not plan:
+        return {}
+    pattern, groups, _ = core_model_loading.build_glob_alternation(list(plan))
+    found: dict[str, torch.dtype] = {}
+    for name in names:
+        if (match := re.search(pattern, name)) is not None and match.lastgroup is not None:
+            found[name] = plan[groups[match.lastgroup]]
+    return found
+
+
+def is_model_class(cls: Any) -> bool:
+    """True for a class of Transformers models."""
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel) and issubclass(cls, nn.Module)

@@ -1,0 +1,58 @@
+"""What is not loaded natively, and why: such loads go through Transformers' own code, alone in the process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import monkey_patching
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+_log = logging.getLogger("weightlift")
+
+_PARALLEL = "its tensors are distributed while they load"
+_KERNELS = "kernels of others replace classes of the process"
+REASONS: Mapping[str, str] = {
+    "gguf_file": "the format holds quantised blocks, which Transformers decodes",
+    "quantization_config": "its quantiser replaces modules and makes tensors of its own",
+    "tp_plan": _PARALLEL,
+    "tp_size": _PARALLEL,
+    "device_mesh": _PARALLEL,
+    "distributed_config": _PARALLEL,
+    "use_kernels": _KERNELS,
+    "kernel_config": _KERNELS,
+    "allow_all_kernels": _KERNELS,
+    "fusion_config": "it registers replacements of classes of the process",
+}
+"""Options of ``from_pretrained`` that make a load not native when they are given, and why."""
+
+
+class NotNative(Exception):
+    """A load that is left to the library it is for."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what, why)
+        self.what = what
+        self.why = why
+
+    def report(self, cls: Any) -> None:
+        """Say it, once for each load, at the level of information."""
+        _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, self.what, self.why)
+
+
+def refuse(kwargs: Mapping[str, Any]) -> None:
+    """Raise `NotNative` for what can be told from the arguments and the process."""
+    for name, why in REASONS.items():
+        if kwargs.get(name):
+            raise NotNative(f"{name}=", why)
+    implementation = kwargs.get("attn_implementation")
+    if isinstance(implementation, str) and "/" in implementation:
+        raise NotNative("attn_implementation from the hub", _KERNELS)
+    if is_deepspeed_zero3_enabled():
+        raise NotNative("DeepSpeed ZeRO-3", _PARALLEL)
+    if is_fsdp_enabled():
+        raise NotNative("FSDP with efficient loading", "other ranks get their weights from rank 0")
+    if monkey_patching.get_patch_mapping():
+        raise NotNative("registered class replacements", "Transformers swaps these classes while it builds")

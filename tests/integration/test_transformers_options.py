@@ -1,0 +1,274 @@
+"""What ``from_pretrained`` takes means the same through weightlift; what is missing, extra or of another shape is told
+as Transformers tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.parity.compare import FellBack, both, differences, named, native_only
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import weightlift as wl
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dtype": "auto"},
+    {"dtype": torch.bfloat16},
+    {"torch_dtype": "float16"},
+    {"device_map": "cpu"},
+    {"device_map": {"": "cpu"}},
+    {"device_map": "auto"},
+    {"device_map": {"model": "cpu", "lm_head": "cpu"}},
+    {"attn_implementation": "eager"},
+    {"use_safetensors": True},
+    {"disable_mmap": True},
+    {"low_cpu_mem_usage": True},
+    {"local_files_only": True},
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_option_means_the_same(llama: Path, options: dict[str, Any]) -> None:
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama, **options)
+    values = options != {"tie_word_embeddings": False}  # the head is missing then, and random
+    assert differences(ours, theirs, values=values) == []
+    assert info == expected
+    assert ours.generation_config == theirs.generation_config
+    assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
+
+
+def test_an_auto_class_picks_the_class(llama: Path, bert: Path) -> None:
+    with native_only():
+        assert type(wl.from_pretrained(AutoModelForCausalLM, llama)) is LlamaForCausalLM
+        model, info = wl.from_pretrained(AutoModel, bert, dtype=torch.bfloat16, output_loading_info=True)
+    assert type(model) is BertModel
+    assert model.dtype == torch.bfloat16
+    theirs, expected = AutoModel.from_pretrained(bert, dtype=torch.bfloat16, output_loading_info=True)
+    assert info == expected
+    assert set(named(model)) == set(named(theirs))
+
+
+def test_other_classes_are_refused() -> None:
+    with pytest.raises(TypeError, match="Transformers"):
+        wl.from_pretrained(dict, "somewhere")
+
+
+def test_a_configuration_and_a_state_dict(bert: Path) -> None:
+    config = BertConfig.from_pretrained(bert)
+    state = load_file(bert / "model.safetensors")
+    theirs = BertForMaskedLM.from_pretrained(None, config=config, state_dict=dict(state))
+    with native_only():
+        ours = wl.from_pretrained(BertForMaskedLM, None, config=config, state_dict=state)
+    assert differences(ours, theirs) == []
+
+
+@pytest.mark.parametrize(("variant", "subfolder"), [("fp16", ""), (None, "inner"), ("fp16", "inner")])
+def test_variant_and_subfolder(llama: Path, tmp_path: Path, variant: str | None, subfolder: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    model.save_pretrained(tmp_path / "there" / subfolder, variant=variant)
+    (ours, _), (theirs, _) = both(LlamaForCausalLM, tmp_path / "there", variant=variant, subfolder=subfolder)
+    assert differences(ours, theirs) == []
+
+
+def test_a_pickle(llama: Path) -> None:
+    state = load_file(llama / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # pickles hold both names of a tie
+    torch.save(state, llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama)
+    assert differences(ours, theirs) == []
+    assert info == expected
+
+
+def test_key_mapping(llama: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            state[name.replace("model.", "inner.", 1)] = state.pop(name)
+
+    rewrite(llama, change)
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama, key_mapping={"^inner": "model"})
+    assert differences(ours, theirs) == []
+    assert info == expected
+    assert expected["missing_keys"] == set()
+
+
+def test_a_head_on_a_base_checkpoint_and_back(bert: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (ours, info), (theirs, expected) = both(BertForSequenceClassification, bert)
+    assert differences(ours, theirs, values=False) == []
+    assert info == expected
+    BertModel.from_pretrained(bert).save_pretrained(tmp_path / "base")
+    (ours, info), (theirs, expected) = both(BertForMaskedLM, tmp_path / "base")
+    assert differences(ours, theirs, values=False) == []
+    assert info == expected
+    assert expected["missing_keys"]
+
+
+def test_missing_extra_and_misshapen_keys(bert: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        del state["bert.encoder.layer.0.output.dense.weight"]
+        del state["cls.predictions.bias"]
+        state["something.else"] = torch.zeros(3)
+        state["bert.encoder.layer.1.output.dense.bias"] = torch.zeros(5)
+
+    rewrite(bert, change)
+    (ours, info), (theirs, expected) = both(BertForMaskedLM, bert, ignore_mismatched_sizes=True)
+    assert info == expected
+    assert expected["mismatched_keys"]
+    assert differences(ours, theirs, values=False) == []
+    assert torch.equal(ours.bert.encoder.layer[1].output.dense.bias, torch.zeros(16))
+    assert 0.01 < ours.bert.encoder.layer[0].output.dense.weight.std() < 0.03
+    with pytest.raises(RuntimeError, match=r"\[16\] as the model has it; found \[5\]"):
+        wl.from_pretrained(BertForMaskedLM, bert)
+
+
+TIES = {
+    "source only": lambda state, source, target: state.update({source: state[source]}),
+    "target only": lambda state, source, target: state.update({target: state.pop(source)}),
+    "both, equal": lambda state, source, target: state.update({target: state[source].clone()}),
+    "both, different": lambda state, source, target: state.update({target: state[source] + 1}),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_are_symmetric(llama: Path, case: str, dtype: torch.dtype) -> None:
+    rewrite(llama, lambda state: TIES[case](state, "model.embed_tokens.weight", "lm_head.weight"))
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama, dtype=dtype)
+    assert differences(ours, theirs) == []
+    assert info == expected
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (case != "both, different")
+
+
+@pytest.mark.parametrize("present", ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_a_tie_of_more_than_two_names(tmp_path: Path, present: str) -> None:
+    torch.manual_seed(0)
+    config = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=64)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: state.update({present: state.pop("shared.weight")}))
+    (ours, info), (theirs, expected) = both(T5ForConditionalGeneration, tmp_path)
+    assert differences(ours, theirs) == []
+    assert info == expected
+
+
+def test_a_tie_that_the_checkpoint_lacks(llama: Path) -> None:
+    rewrite(llama, lambda state: state.pop("model.embed_tokens.weight"))
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama)
+    assert differences(ours, theirs, values=False) == []
+    assert info == expected
+    weight = ours.model.embed_tokens.weight
+    assert 0.015 < weight.std() < 0.025
+    assert bool((weight[LlamaConfig.from_pretrained(llama).pad_token_id or 0] != 0).any())
+
+
+def test_ties_that_the_caller_asks_for(llama: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama)
+    config.tie_word_embeddings = False
+    rewrite(llama, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"] + 1}))
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama, config=config)
+    assert differences(ours, theirs) == []
+    assert info == expected
+    assert ours.lm_head.weight is not ours.model.embed_tokens.weight
+
+
+def mixtral(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(folder, max_shard_size=8000)
+
+
+def test_merged_experts_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of the merged tensors come from the files: no tensor is read early for them."""
+    from weightlift.integrations import transformers_conversion
+
+    mixtral(tmp_path)
+    monkeypatch.setattr(transformers_conversion, "_computed", lambda *_: pytest.fail("computed"))
+    (ours, info), (theirs, expected) = both(MixtralForCausalLM, tmp_path)
+    assert differences(ours, theirs) == []
+    assert info == expected
+
+
+def test_a_converted_model_saves_as_it_was(tmp_path: Path) -> None:
+    mixtral(tmp_path / "first")
+    (ours, _), (theirs, _) = both(MixtralForCausalLM, tmp_path / "first")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    """The merge fails in Transformers as it does here, before anything is read."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: state.pop(next(name for name in state if ".experts.1." in name and "w1" in name)))
+    with pytest.raises(RuntimeError):
+        MixtralForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError):
+        wl.from_pretrained(MixtralForCausalLM, tmp_path)
+
+
+def test_what_is_not_native_is_still_right(llama: Path, tmp_path: Path) -> None:
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    theirs = LlamaForCausalLM.from_pretrained(llama, **options)
+    with pytest.raises(FellBack, match="offloading to disk"), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, llama, **options)
+    tokens = torch.arange(6)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_an_index_that_leads_out_of_its_folder(llama: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    model.save_pretrained(llama.parent / "sharded", max_shard_size=8000)
+    index = llama.parent / "sharded" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-00001', '"../llama/../sharded/model-00001'))
+    with pytest.raises(wl.CheckpointError, match="outside"):
+        wl.from_pretrained(LlamaForCausalLM, llama.parent / "sharded")
