@@ -11,7 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightlift.api import Deferred, LoadPlan, defer, load, plan
+    from weightlift.api import defer, load, plan
     from weightlift.capture import Declared, Input, Output, Records, capture, recorder, records
     from weightlift.checkpoint import Checkpoint, open_checkpoint
     from weightlift.checkpoint.entry import ShardFile, TensorEntry
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TransferError,
         WeightliftError,
     )
+    from weightlift.handles import Deferred, LoadPlan
     from weightlift.integrations import from_pretrained, install, uninstall
     from weightlift.plan.report import LoadReport
 
@@ -84,10 +85,10 @@ _HOMES = {
     "CurrentLoad": "weightlift.deferred.construct",
     "Declared": "weightlift.capture",
     "DeferError": "weightlift.errors",
-    "Deferred": "weightlift.api",
+    "Deferred": "weightlift.handles",
     "Input": "weightlift.capture",
     "LoadCancelled": "weightlift.errors",
-    "LoadPlan": "weightlift.api",
+    "LoadPlan": "weightlift.handles",
     "LoadReport": "weightlift.plan.report",
     "Output": "weightlift.capture",
     "PlanError": "weightlift.errors",

@@ -1,33 +1,25 @@
-"""`load`, `plan` and `defer`: the only file that sees every stage.
+"""`load`, `plan` and `defer`: the front door, which sees every stage.
 
     open_checkpoint → construct → offers (key mapping, state-dict hooks) → match → apply
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import Inventory, is_lazy
-from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.tape import needed, replays
-from weightlift.distributed.paper import MeshReport, on_mesh
+from weightlift.deferred.inventory import Inventory
+from weightlift.distributed.paper import on_mesh
 from weightlift.distributed.placing import MeshShape, Placements
 from weightlift.distributed.together import Together
-from weightlift.errors import PlanError, Problem
+from weightlift.handles import CheckpointSource, Deferred, LoadPlan, planned, trace_of
 from weightlift.options import (
     DEFAULT_RANK_PATIENCE_SECONDS,
     DeviceOption,
@@ -37,197 +29,10 @@ from weightlift.options import (
     Parallelize,
     ProgressOption,
 )
-from weightlift.plan.records import Decisions
-from weightlift.plan.report import LoadReport, as_json, report, table
-from weightlift.supply import decide
-from weightlift.transfer.accelerator import require_devices
-from weightlift.transfer.apply import apply
-from weightlift.transfer.subject import Bytes, Subject
-from weightlift.transfer.ties import settled
-from weightlift.transfer.trace import Trace, timed
+from weightlift.transfer.subject import Subject
+from weightlift.transfer.trace import timed
 
-_log = logging.getLogger("weightlift")
 _Module = TypeVar("_Module", bound=nn.Module)
-CheckpointSource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint
-
-
-class LoadPlan:
-    """What a load will do, decided from headers alone: print it, read it, execute it.
-
-    ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` plain data, ``plan.problems`` what
-    speaks against it, ``plan.ranks`` what every rank of a ``mesh_shape`` would do. A plan made from a callable holds
-    the deferred module and can be executed once.
-    Reading a plan is safe from any thread; ``execute`` is for one.
-    """
-
-    def __init__(
-        self,
-        decisions: Decisions,
-        subject: Subject,
-        source: Bytes,
-        options: LoadOptions,
-        take: Callable[[], Subject] | None = None,
-        trace: Trace | None = None,
-        together: Together | None = None,
-    ) -> None:
-        self.decisions = decisions
-        self._subject: Subject | None = subject
-        self._source = source
-        self._options = options
-        self._take = take  # uses up the handle that the plan was made from
-        self._trace = trace
-        self._together = together  # what there is to do besides when the module is spread over ranks
-        self.ranks: MeshReport | None = None
-        self._once = threading.Lock()
-        self._final: Decisions | None = None
-
-    @property
-    def report(self) -> LoadReport:
-        """The lists of loaded, tied, initialised, kept, missing, unexpected and mismatched names.
-
-        Once the plan was executed also what its checks found (``left_out``, names that were untied).
-        """
-        return report(self._final or self.decisions)
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What makes `execute` refuse; empty when it will not."""
-        return self.decisions.problems
-
-    def __str__(self) -> str:
-        return table(self.decisions) if self.ranks is None else f"{table(self.decisions)}\n\n{self.ranks}"
-
-    def __repr__(self) -> str:
-        return f"<LoadPlan of {self.decisions.module}: {str(self.report).splitlines()[0]}>"
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """The plan as JSON text: every tensor with action, key, file, byte range, dtypes and device."""
-        ranks = {} if self.ranks is None else {"mesh": self.ranks.as_json()}
-        return json.dumps(as_json(self.decisions) | ranks, indent=indent)
-
-    def execute(self) -> nn.Module:
-        """Carry the plan out and return the module, whole.
-
-        Raises PlanError when ``problems`` speak against it or tied names turn out to differ (nothing was changed),
-        TransferError when reading fails, LoadCancelled, RuntimeError on a second call.
-        """
-        if self.problems:
-            raise PlanError(
-                f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
-            )
-        with self._once:
-            if self._subject is None:
-                raise RuntimeError("this plan was executed already: its module has its values")
-        with contextlib.nullcontext() if self._together is None else self._together.loading():
-            with outside_modes(), timed(self._trace, "check", "devices and tied names"):
-                # Both may refuse; until then nothing is used up, so that the plan can be executed again.
-                require_devices(self.decisions)
-                settle = settled if self._together is None else self._together.settled
-                final = settle(self.decisions, self._source, self._options)
-            module = self._apply(final, self._used())
-        self._final = final
-        _log_outcome(final)
-        return module
-
-    def _used(self) -> Subject:
-        """The module, for this execution alone if it was built for the plan."""
-        with self._once:
-            subject = self._subject
-            if subject is None:
-                raise RuntimeError("this plan was executed already: its module has its values")
-            if not subject.existing:
-                self._subject = None
-        if self._take is not None:
-            self._take()
-        return subject
-
-    def _apply(self, final: Decisions, subject: Subject) -> nn.Module:
-        """Apply; the trace is written also of a load that fails, which is when one looks at it."""
-        trace = self._trace
-        carry_out = apply if self._together is None else self._together.execute
-        if trace is None or self._options.trace is None:
-            return carry_out(final, subject, self._source, self._options)
-        try:
-            return carry_out(final, subject, self._source, self._options, trace)
-        finally:
-            trace.sample()
-            trace.write(self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
-
-
-class Deferred:
-    """A module that was built without memory and without initialisation, and has no values yet.
-
-    The module itself stays inside until `load` or `materialize` has made it whole; either can be done once.
-    """
-
-    def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int | None) -> None:
-        self._subject: Subject | None = Subject(Inventory.of(module), recorder)
-        self._once = threading.Lock()
-        self._seed = seed
-        self.name = type(module).__qualname__
-        tensors = {id(slot.tensor): slot for slot in self._subject.inventory.slots}
-        parameters = [slot.tensor for slot in tensors.values() if slot.kind == "parameter" and not is_lazy(slot.tensor)]
-        buffers = [slot.tensor for slot in tensors.values() if slot.kind == "buffer" and not is_lazy(slot.tensor)]
-        self.numel = sum(tensor.numel() for tensor in parameters)
-        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in parameters)
-        self.buffer_nbytes = sum(tensor.numel() * tensor.element_size() for tensor in buffers)
-        self.forced = {} if recorder is None else dict(recorder.forced)
-
-    def __repr__(self) -> str:
-        return f"<Deferred {self.name}: {self.numel:,} parameters, {self.nbytes:,} bytes>"
-
-    def plan(
-        self,
-        ckpt: CheckpointSource,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        **options: Any,
-    ) -> LoadPlan:
-        """Plan loading ``ckpt`` into this module. The same options as `weightlift.load`; executing it uses this up."""
-        if options.get("seed") is None:
-            options["seed"] = self._seed
-        made = LoadOptions.create(**options)
-        trace, together = _trace(made), Together(made)
-        with together.planning():
-            with timed(trace, "open", "headers"):
-                checkpoint = together.open(
-                    lambda: open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-                )
-            return _plan(self._peek(), checkpoint, made, together, take=self._take, trace=trace)
-
-    def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
-        """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
-        return self.plan(ckpt, **options).execute()
-
-    def materialize(self) -> nn.Module:
-        """Run the recorded initialisers and return the module, initialised as its constructor meant.
-
-        Values that are sampled depend on the seed and the parameter's name alone, not on order or threads.
-        """
-        subject = self._take()
-        recorder = subject.recorder
-        if recorder is not None:
-            with outside_modes():
-                owned = _owned(subject)
-                recorder.label_samples(owned)
-                for replay in replays(needed(owned)):
-                    replay.run(recorder.seed)
-                for record in owned:
-                    record.memory()
-        return subject.inventory.module
-
-    def _peek(self) -> Subject:
-        if self._subject is None:
-            raise RuntimeError(f"this {self.name} has been loaded or materialised already")
-        return self._subject
-
-    def _take(self) -> Subject:
-        with self._once:
-            subject = self._peek()
-            self._subject = None
-            return subject
 
 
 def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferred:
@@ -301,7 +106,7 @@ def plan(
         process_group=process_group,
         rank_patience_seconds=rank_patience_seconds,
     )
-    record, together = _trace(options), Together(options)
+    record, together = trace_of(options), Together(options)
     with together.planning():
         options = together.seeded(options, seed)
         with timed(record, "open", "headers"):
@@ -310,7 +115,7 @@ def plan(
             )
         with timed(record, "construct", "the module"):
             subject = _subject(module, checkpoint, options)
-        made = _plan(subject, checkpoint, options, together, trace=record)
+        made = planned(subject, checkpoint, options, together, trace=record)
     if mesh_shape is not None:
         made.ranks = on_mesh(made.decisions, mesh_shape, placements)
     return made
@@ -413,40 +218,3 @@ def _subject(
     load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
     built, recorder = construct(module, load)
     return Subject(Inventory.of(built), recorder)
-
-
-def _trace(options: LoadOptions) -> Trace | None:
-    return None if options.trace is None else Trace()
-
-
-def _plan(
-    subject: Subject,
-    checkpoint: Checkpoint,
-    options: LoadOptions,
-    together: Together,
-    *,
-    take: Callable[[], Subject] | None = None,
-    trace: Trace | None = None,
-) -> LoadPlan:
-    with timed(trace, "plan", "headers against names"):
-        supplied = decide(subject, checkpoint, options)
-    decisions, subject = supplied.decisions, supplied.subject
-    digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
-    source = replace(supplied.source, digests=digests)
-    spread = together.settle(decisions, subject)
-    return LoadPlan(decisions, subject, source, options, take, trace, together if spread else None)
-
-
-def _owned(subject: Subject) -> list[Any]:
-    found = (subject.record_of(slot.tensor) for slot in subject.inventory.slots if not is_lazy(slot.tensor))
-    return list(dict.fromkeys(record for record in found if record is not None))
-
-
-def _log_outcome(decisions: Decisions) -> None:
-    """One record a load: INFO, or a warning that names what did not match. Of ties `settled` has told."""
-    summary = report(decisions)
-    warning = summary.warning()
-    _log.log(
-        logging.WARNING if warning else logging.INFO,
-        "%s into %s: %s", decisions.source, decisions.module, warning or summary.headline(),
-    )  # fmt: skip
