@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import weakref
@@ -20,7 +19,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
-from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
+from weightlift.deferred.calls import (
+    BIRTHS,
+    KINDS,
+    Birth,
+    Call,
+    Kind,
+    call_of,
+    is_plain,
+    result_of,
+    seeded_variant,
+    tensors_in,
+)  # fmt: skip
 from weightlift.deferred.defaults import DefaultDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
@@ -84,7 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs is None:
             kwargs = {}
-        if types and not all(map(_is_plain, types)):
+        if types and not all(map(is_plain, types)):
             return self._foreign(func, args, kwargs)
         if _stack_size():  # torch's own modes (fake tensors, tracing) lie below all others, and this is their call
             return func(*args, **kwargs)
@@ -246,7 +256,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.random:
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
-        return _result(func, targets)
+        return result_of(func, targets)
 
     def _is_dead_before(self, call: Call, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
         """True when the call defines every byte of the storage without reading any of them."""
@@ -399,16 +409,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shaped = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
         tensor.set_(grown.untyped_storage(), 0, size, shaped.stride())
         return tensor
-
-
-@functools.cache
-def _is_plain(kind: type) -> bool:
-    """True for tensor classes that leave ATen calls alone, as ``nn.Parameter`` does."""
-    return kind.__torch_dispatch__ in (_Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)  # type: ignore[attr-defined]
-
-
-def _result(func: Any, targets: list[torch.Tensor]) -> Any:
-    returns = func._schema.returns
-    if not returns:
-        return None
-    return targets[0] if len(returns) == 1 else tuple(targets)
