@@ -235,18 +235,3 @@ def call_of(func: Any) -> Call:
         call = Call(Kind.BIRTH) if func in BIRTHS else classify(func)
         KINDS[func] = call
     return call
-
-
-@functools.cache
-def is_plain(kind: type) -> bool:
-    """True for tensor classes that leave ATen calls alone, as ``nn.Parameter`` does."""
-    plain = (torch.Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)  # type: ignore[attr-defined]
-    return kind.__torch_dispatch__ in plain
-
-
-def result_of(func: Any, targets: list[torch.Tensor]) -> Any:
-    """What an in-place call on ``targets`` returns, by its schema."""
-    returns = func._schema.returns
-    if not returns:
-        return None
-    return targets[0] if len(returns) == 1 else tuple(targets)

@@ -19,27 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
-from weightlift.deferred.calls import (
-    BIRTHS,
-    KINDS,
-    Birth,
-    Call,
-    Kind,
-    call_of,
-    is_plain,
-    result_of,
-    seeded_variant,
-    tensors_in,
-)  # fmt: skip
+from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
 from weightlift.deferred.defaults import DefaultDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
+from weightlift.deferred.schema import is_plain, result_of
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.shapes import Result, infer, is_short_range
 from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
 
 _log = logging.getLogger("weightlift.deferred")
-_Tensor = torch.Tensor
 _push_mode = torch._C._push_on_torch_dispatch_stack
 _pop_mode = torch._C._pop_torch_dispatch_stack
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -142,7 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             (device is not None and device.type != "cpu")
             or kwargs.get("layout", torch.strided) not in (None, torch.strided)
             or kwargs.get("pin_memory")
-            or (args and type(args[0]) is not list and isinstance(args[0], _Tensor) and args[0].device.type != "cpu")
+            or (args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu")
         ):
             return self._now(func, call_of(func), args, kwargs)
         birth = BIRTHS[func](*args, **kwargs)
@@ -305,7 +294,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freeze(self, value: Any, reads: dict[Record, Node | None]) -> Any:
         """Replace tensors by references; note which versions are read. Memory from elsewhere is copied now."""
-        if isinstance(value, _Tensor):
+        if isinstance(value, torch.Tensor):
             record = self.record_of(value)
             if record is None:
                 return value.detach().clone() if value.numel() else value.detach()
