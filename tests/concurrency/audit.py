@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "numpy")
 PLAIN = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device)
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,13 @@ async def _in_loop(scenario: Scenario, files: Files) -> list[str]:
 
 
 def _forked(scenario: Scenario, files: Files) -> list[str]:
-    """A child that is forked while other threads load must be able to load."""
+    """A child that is forked while other threads load must be able to load.
+
+    Not into a module that it builds ordinarily: torch's OpenMP (libgomp) may hang in a child whose parent has used it,
+    whoever asks, and an ordinary ``orthogonal_`` does.
+    """
+    if scenario.kind == "existing":
+        scenario = replace(scenario, kind="tied")
     pid = os.fork()
     if pid == 0:
         code = 3
