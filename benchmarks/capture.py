@@ -159,7 +159,7 @@ def main() -> None:
     with torch.no_grad():
         bystander_floor(arguments.rounds)
         measure(256, 6, 56, arguments.rounds, 5)
-        measure(768, 6, 256, max(arguments.rounds // 5, 10), 1)
+        measure(768, 4, 128, max(arguments.rounds // 5, 10), 1)
     if arguments.compile:
         compiled(arguments.rounds)
 

@@ -9,6 +9,7 @@
     ├── PlanError              (RuntimeError)       the module and the checkpoint do not fit; nothing was changed
     ├── TransferError          (RuntimeError)       reading or copying failed
     ├── RanksError             (RuntimeError)       another rank failed, is gone, or loads something else
+    ├── CaptureError           (RuntimeError)       what was to be captured isn't there, or did not run as it should
     └── LoadCancelled                               the ``cancel`` event was set
 
 Problems are collected and raised once: ``error.problems`` holds every one of them as a `Problem`.
