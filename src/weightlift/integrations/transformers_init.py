@@ -25,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
+from weightlift.integrations.transformers_options import NotNative
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
 
@@ -63,6 +64,10 @@ def _without_dtypes(config: Any) -> Callable[[nn.Module, torch.dtype], None]:
             for inner in parts:
                 if id(inner) in used and inner is not None:
                     inner.__dict__["dtype"] = item.__dict__["dtype"]
+        others = {str(found[key][0].__dict__["dtype"]) for key in used} - {"None", str(dtype), str(dtype)[6:]}
+        if others:
+            why = "Transformers builds it under a default dtype of its own"
+            raise NotNative(f"a sub-model in {', '.join(others)}", why)
         for module in model.modules():
             for item in _configs(getattr(module, "config", None), set()):
                 if id(item) not in found and item.__dict__.get("dtype") is None:
