@@ -196,13 +196,22 @@ def test_1_two_thousand_requests() -> None:
 
 @contextlib.contextmanager
 def safe_collector() -> Iterator[None]:
-    """What ``install()`` is to do, undone again."""
+    """What ``install()`` does, undone again."""
     before = output_capturing._active_collector
-    output_capturing._active_collector = SafeCollector()
+    wl.install()
     try:
+        assert isinstance(output_capturing._active_collector, SafeCollector)
         yield
     finally:
-        output_capturing._active_collector = before
+        wl.uninstall()
+    assert output_capturing._active_collector is before
+
+
+def test_a_forward_that_began_before_install_ends_well() -> None:
+    token = output_capturing._active_collector.set({})
+    with safe_collector():
+        output_capturing._active_collector.reset(token)
+    assert output_capturing._active_collector.get() is None
 
 
 def test_1_transformers_own_flag_with_the_safe_collector() -> None:

@@ -1,7 +1,8 @@
 """The drop-in: programs that call ``from_pretrained`` somewhere deep inside load through weightlift, unchanged.
 
-`install` is the one place where an attribute of another library is replaced, because the user asks for it. It replaces
-``transformers.PreTrainedModel.from_pretrained`` and nothing else; model classes inherit it and Auto classes call it.
+`install` is the one place where attributes of another library are replaced, because the user asks for it. It replaces
+``transformers.PreTrainedModel.from_pretrained`` (model classes inherit it, Auto classes call it), the collector behind
+Transformers' own ``output_hidden_states=True``, which mixes up threads while anything compiles, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def install() -> None:
         from_pretrained.__doc__ = ORIGINAL.__func__.__doc__
         from_pretrained.__wrapped__ = ORIGINAL.__func__  # type: ignore[attr-defined]
         _replace(_model_class(), "from_pretrained", classmethod(from_pretrained))
+        _replace_collector()
 
 
 def uninstall() -> None:
@@ -40,6 +42,14 @@ def uninstall() -> None:
         while _undo:
             owner, name, was = _undo.pop()
             setattr(owner, name, was)
+
+
+def _replace_collector() -> None:
+    from transformers.utils import output_capturing
+
+    from weightlift.integrations.transformers_capture import SafeCollector
+
+    _replace(output_capturing, "_active_collector", SafeCollector(output_capturing._active_collector))
 
 
 def _model_class() -> Any:

@@ -120,8 +120,9 @@ class SafeCollector:
     in the context; only code that is being traced uses another place, which belongs to its thread.
     """
 
-    def __init__(self, name: str = "output_collector") -> None:
-        self._in_context: ContextVar[Any] = ContextVar(name, default=None)
+    def __init__(self, original: Any = None) -> None:
+        self._original = original
+        self._in_context: ContextVar[Any] = ContextVar("output_collector", default=None)
         self._in_trace = threading.local()
 
     def get(self) -> Any:
@@ -139,5 +140,7 @@ class SafeCollector:
     def reset(self, token: Any) -> None:
         if token is None:
             self._in_trace.value = None
-        else:
+        elif getattr(token, "var", None) is self._in_context or self._original is None:
             self._in_context.reset(token)
+        else:  # the forward began before this object took its place
+            self._original.reset(token)
