@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.capture.nets import Answer, Attention, Layer, Net, hooks_on, same, states, x
-from tests.capture.test_threads import run_threads
+from tests.capture.test_capture_threads import run_threads
 from torch import nn
 
 import weightlift as wl
