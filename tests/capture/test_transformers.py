@@ -11,8 +11,8 @@ import pytest
 import torch
 from tests.capture.architectures import ARCHITECTURES, Architecture, build, expected
 from tests.capture.nets import hooks_on, same
-from tests.capture.test_compiled import compiling_elsewhere, fresh  # noqa: F401  (a fixture)
 from tests.capture.test_capture_threads import run_threads
+from tests.capture.test_compiled import compiling_elsewhere, fresh  # noqa: F401  (a fixture)
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
