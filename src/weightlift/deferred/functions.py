@@ -132,6 +132,7 @@ class FunctionRecorder(TorchFunctionMode):
         for tensor in tensors:
             record = self._recorder.record_of(tensor)
             if record is not None:
+                self._recorder.settle_readers(tensor, func)  # before somebody writes there
                 record.pinned = True
         return func(*args, **kwargs)
 

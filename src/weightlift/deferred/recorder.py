@@ -332,10 +332,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in call_of(func).written:
             target = kwargs.get(name) if isinstance(name, str) else args[name]
             for tensor in tensors_in(target):
-                self._settle_readers(tensor, func)
+                self.settle_readers(tensor, func)
         return func(*args, **kwargs)
 
-    def _settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
+    def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
         """Run what has to read this memory before it is changed at once."""
         record = self.record_of(tensor)
         if record is not None and (readers := live_readers(record)):

@@ -171,7 +171,7 @@ class StandIns:
         version = dict(node.deps).get(source.record)
         if source.record is record and _same_place(source, here) and version is self._first.get(record):
             return OWN  # copied onto itself
-        if source.record in self._offers and version is self._first[source.record] and not source.record.pinned:
+        if source.record in self._offers and version is self._first[source.record]:
             return self._first_value(source)
         return None
 

@@ -90,6 +90,14 @@ def test_memory_that_was_handed_out_is_not_written_to_late():
     assert not pending(recorder, tensor)
 
 
+def test_memory_that_is_handed_out_has_been_read_before():
+    with recording() as recorder:
+        tensor = torch.full((30_000,), 2.0)
+        taken = tensor + 1
+        tensor.numpy()[:] = 0
+    assert torch.equal(finished(recorder, taken), torch.full((30_000,), 3.0))
+
+
 def test_an_overwritten_history_is_dropped():
     with recording() as recorder:
         tensor = torch.empty(10).normal_()

@@ -28,6 +28,13 @@ def test_small_reservations_share_a_block_and_do_not_overlap():
     assert all(start % 64 == 0 for start, _ in spans)
 
 
+def test_a_full_arena_is_followed_by_another():
+    reservations = Reservations()
+    made = [reservations.reserve(900_000) for _ in range(40)]
+    assert all(len(buffer) == 900_000 and offset + 900_000 <= block.size_bytes for buffer, block, offset in made)
+    assert 2 <= len({id(block) for _, block, _ in made}) <= 4
+
+
 def test_a_large_reservation_has_its_own_block():
     reservations = Reservations()
     _, first, _ = reservations.reserve(1 << 20)

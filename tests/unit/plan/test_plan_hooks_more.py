@@ -131,6 +131,20 @@ def test_attributes_that_share_a_parameters_memory_still_do(options):
     assert got.weight.data_ptr() == got.weight_orig.data_ptr()
 
 
+@pytest.mark.parametrize("look", [lambda t: torch.from_numpy(t.numpy() * 2), lambda t: torch.tensor(t.tolist())])
+def test_an_override_that_looks_past_aten(look):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3))
+
+        def _load_from_state_dict(self, state, prefix, *args):
+            state[prefix + "a"] = look(state[prefix + "a"])
+            super()._load_from_state_dict(state, prefix, *args)
+
+    both_ways(Looking, {"a": torch.rand(3)})
+
+
 def test_values_that_a_hook_keeps():
     """What a hook puts away outside the module has its value, not a stand-in's zeros."""
     kept = []
