@@ -21,7 +21,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _huge(nbytes: int) -> mmap.mmap:
-    block = mmap.mmap(-1, nbytes + _HUGE)
+    block = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
