@@ -27,6 +27,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.records import Decisions
 from weightlift.plan.report import LoadReport, as_json, report, table
 from weightlift.supply import decide
+from weightlift.transfer import trace_page
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
@@ -137,7 +138,7 @@ class LoadPlan:
             return carry_out(final, subject, self._source, self._options, trace)
         finally:
             trace.sample()
-            trace.write(self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
+            trace_page.write(trace, self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
 
 
 class Deferred:

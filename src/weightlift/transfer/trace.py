@@ -6,14 +6,12 @@ and nothing is read until the load is over. Times are seconds since the trace be
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -101,17 +99,6 @@ class Trace:
             for sample in self.samples
         ]  # fmt: skip
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": self.choices}
-
-    def write(self, path: str | os.PathLike[str], *, title: str) -> None:
-        """A page (``.html``) or Chrome trace events (any other suffix). Raises OSError."""
-        target = Path(path)
-        if target.suffix.lower() in (".html", ".htm"):
-            from weightlift.transfer.trace_page import page
-
-            text = page(self, title=title)
-        else:
-            text = json.dumps(self.chrome_events())
-        target.write_text(text, encoding="utf-8")
 
 
 def timed(trace: Trace | None, kind: str, name: str, nbytes: int = 0) -> AbstractContextManager[None]:

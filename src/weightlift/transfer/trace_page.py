@@ -1,12 +1,14 @@
-"""A trace as one self-contained page: timeline, bytes in flight, throughput, memory, the slowest tensors."""
+"""A trace as a file: Chrome trace events, or one self-contained page with a timeline, throughput and memory."""
 
 from __future__ import annotations
 
 import functools
 import html
 import json
+import os
 import time
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ import torch
 from weightlift.transfer.trace import Trace
 
 _CEILING_BYTES = 32 << 20
+
+
+def write(trace: Trace, path: str | os.PathLike[str], *, title: str) -> None:
+    """Write a page (``.html``) or Chrome trace events (any other suffix). Raises OSError."""
+    target = Path(path)
+    as_page = target.suffix.lower() in (".html", ".htm")
+    text = page(trace, title=title) if as_page else json.dumps(trace.chrome_events())
+    target.write_text(text, encoding="utf-8")
 
 
 def page(trace: Trace, *, title: str) -> str:
