@@ -82,7 +82,7 @@ def parallel_read(folder: Path, *, direct: bool = False, threads: int = 0) -> Re
 
 
 def plain_conversion(source: torch.dtype, target: torch.dtype, folder: Path) -> Ready:
-    """Two threads convert the mapped files into huge pages: no reading of headers, no module."""
+    """As many threads as cores convert the mapped files into huge pages: no reading of headers, no module."""
     files = _files(folder)
     maps = {file: _mapped(file) for file in files}
     work = _pieces(files)

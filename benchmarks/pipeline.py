@@ -60,7 +60,6 @@ def _ours(folder: Path) -> Any:
 
 
 def _theirs(folder: Path) -> Any:
-    os.environ["HF_ENABLE_PARALLEL_LOADING"] = "yes"
     return _class().from_pretrained(folder, torch_dtype=FP16)
 
 

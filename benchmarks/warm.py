@@ -20,7 +20,7 @@ CASES = (
         "up-cast", "warm, bf16 → fp32, 1.2 B Llama", partial(llama.write, dtype=BF16),
         {
             **peers.contenders(FP32),
-            f"{CEILING}two-thread conversion": partial(ceilings.plain_conversion, BF16, FP32),
+            f"{CEILING}parallel conversion": partial(ceilings.plain_conversion, BF16, FP32),
         },
         target="≥ 1.5× transformers, ≥ 80% of the ceiling",
     ),
@@ -28,7 +28,7 @@ CASES = (
         "down-cast", "warm, fp32 → bf16, 1.2 B Llama", partial(llama.write, dtype=FP32),
         {
             **peers.contenders(BF16),
-            f"{CEILING}two-thread conversion": partial(ceilings.plain_conversion, FP32, BF16),
+            f"{CEILING}parallel conversion": partial(ceilings.plain_conversion, FP32, BF16),
         },
         target="≥ 1.5× transformers, ≥ 80% of the ceiling",
     ),

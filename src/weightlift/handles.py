@@ -191,8 +191,10 @@ class Deferred:
     def materialize(self) -> nn.Module:
         """Run the recorded initialisers and return the module, initialised as its constructor meant.
 
-        Values that are sampled depend on the seed and the parameter's name alone, not on order or threads.
+        Values that are sampled depend on the seed and the parameter's name alone, not on order or threads. Raises
+        PlanError, and uses nothing up, where the constructor built on ``meta``.
         """
+        self._refuse_meta()
         subject = self._take()
         recorder = subject.recorder
         if recorder is not None:
@@ -204,6 +206,21 @@ class Deferred:
                 for record in owned:
                     record.memory()
         return subject.inventory.module
+
+    def _refuse_meta(self) -> None:
+        """What was built on ``meta`` has no initialiser that could run."""
+        slots = self._peek().inventory.slots
+        problems = [
+            Problem(
+                f"the {slot.kind} was built without a value, on meta",
+                fqn=slot.fqn,
+                hint="build it outside torch.device('meta'), or load it from a checkpoint",
+            )
+            for slot in slots
+            if not is_lazy(slot.tensor) and slot.tensor.is_meta
+        ]
+        if problems:
+            raise PlanError(f"{self.name} cannot be materialised; nothing was changed", problems)
 
     def _peek(self) -> Subject:
         if self._subject is None:

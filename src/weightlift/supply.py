@@ -107,11 +107,12 @@ class _Matching:
             found = (Unexpected(offer.key, name, offer.entry) for name, offer in self._offers.items())
             others = (Unexpected(key, name) for name, key in self._others.items())
             listed = (*found, *others)
+        left = set(unexpected)
         self._supply = replace(
             supply,
             excused={*supply.excused, *(name for name in refused.announced_missing if name not in still)},
             hook_missing=tuple(name for name in supply.hook_missing if name in still),
-            unexpected=tuple(item for item in listed if item.name in set(unexpected)),
+            unexpected=tuple(item for item in listed if item.name in left),
         )
         return replace(
             self.decisions(),

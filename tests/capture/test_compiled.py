@@ -100,6 +100,8 @@ def test_modes_and_replaced_layers_are_followed() -> None:
     check(fast, net)
     net.head.weight = nn.Parameter(torch.zeros(8, 8))
     check(fast, net)
+    net.head = nn.Linear(8, 8)  # no tap lies there
+    check(fast, net)
     assert not breaks()
 
 

@@ -240,3 +240,23 @@ def test_readers_meanwhile_get_old_or_new(tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert right
+
+
+def test_a_manifest_that_cannot_be_placed_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Net()
+    wl.save(old, tmp_path, manifest=True)
+    replace, calls = os.replace, []
+
+    def fail_the_second(*args: str) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "made to fail")
+        replace(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail_the_second)
+        with pytest.raises(wl.WeightliftError):
+            wl.save(Net(), tmp_path, manifest=True)
+    assert same(wl.load(Net, tmp_path, verify=True), old)

@@ -138,3 +138,17 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "no such file" in done.stderr
+
+
+def test_the_streams_and_errors_of_a_program_are_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys, weightlift as wl\nprint(sys.stdout.errors)\nraise wl.CheckpointError('mine', [])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift.cli.main", "run", str(script)],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "strict"
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "CheckpointError" in done.stderr

@@ -24,7 +24,6 @@ class Regions:
     def __init__(self, root: nn.Module, sites: dict[int, Sites], cell: Any) -> None:
         self._cell = cell
         self._sites = sites
-        self._hooks: dict[Any, Any] = {}
         self._runners: dict[Any, tuple[Callable[..., Any], Any]] = {}
         outside: dict[int, Sites] = {}
         self._inside: dict[int, dict[int, Sites]] = {}
@@ -33,11 +32,11 @@ class Regions:
             outside.setdefault(module, Sites([]))
         self._root = root
         self._outside = outside
-        self._inner: list[nn.Module] = []
+        self._inner: list[Twin] = []  # of what lies inside compiled modules
         self._lock = threading.Lock()
         self._twins: dict[tuple[bool, ...], Twin] = {}
         twin = build_twin(root, outside, cell, None, self._forward_of)
-        self._originals = (*twin.originals, *self._inner)
+        self._originals = (*twin.originals, *(module for inner in self._inner for module in inner.originals))
         self._twins[self._flags()] = twin
 
     def twin(self) -> Twin | None:
@@ -47,7 +46,7 @@ class Regions:
             twin = self._twins.get(flags)
             if twin is None:
                 twin = self._twins[flags] = build_twin(self._root, self._outside, self._cell, None, self._forward_of)
-        return twin if twin.stands() else None
+        return twin if twin.stands() and all(inner.stands() for inner in self._inner) else None
 
     def _flags(self) -> tuple[bool, ...]:
         return tuple([module.training for module in self._originals])
@@ -98,7 +97,7 @@ class Regions:
             self._runners[kind] = _compile_like(outer, _runner(inner_cell)), inner_cell
         runner, inner_cell = self._runners[kind]
         twin = build_twin(module, relative, inner_cell, None)
-        self._inner += twin.originals
+        self._inner.append(twin)
         cell = self._cell
 
         def forward(*args: Any, **kwargs: Any) -> Any:

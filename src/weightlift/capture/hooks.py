@@ -60,8 +60,9 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
         return None
     sessions = open_sessions.get()
     if not sessions:
-        _elsewhere.add(id(module))
-        if id(module) not in _after:
+        if id(module) in _after:
+            _elsewhere.add(id(module))
+        else:
             _drop_copied(module)
         return None
     if output is _NOTHING:

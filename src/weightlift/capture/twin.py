@@ -52,10 +52,12 @@ class Twin:
 
     root: nn.Module
     originals: tuple[nn.Module, ...]
-    links: tuple[tuple[nn.Module, str, nn.Module], ...]
+    links: tuple[tuple[nn.Module, str, nn.Module | None], ...]
 
     def stands(self) -> bool:
-        """Whether every copied link is still what it was."""
+        """Whether the children of every copied module are still what they were."""
+        if sum([len(module._modules) for module in self.originals]) != len(self.links):
+            return False
         return all(parent._modules.get(name) is child for parent, name, child in self.links)
 
 
@@ -71,7 +73,7 @@ def build_twin(
     """
     made: dict[int, nn.Module] = {}
     originals: list[nn.Module] = []
-    links: list[tuple[nn.Module, str, nn.Module]] = []
+    links: list[tuple[nn.Module, str, nn.Module | None]] = []
 
     def make(outer: nn.Module) -> nn.Module:
         module = original(outer)
@@ -97,7 +99,7 @@ def build_twin(
             _stand(copied, own, cell)
         made[id(module)] = copied
         originals.append(module)
-        links.extend((module, name, module._modules[name]) for name in replaced)  # type: ignore[misc]
+        links.extend((module, name, child) for name, child in module._modules.items())
         return copied
 
     return Twin(make(root), tuple(originals), tuple(links))

@@ -244,7 +244,7 @@ class _Saving:
         moved: list[str] = []
         placed: list[str] = []
         try:
-            if not (len(self._new) == 1 and set(self._old) <= set(new)):  # else one rename does it all
+            if not (len(new) == 1 and set(self._old) <= set(new)):  # else one rename does it all
                 for file in sorted(self._old, key=lambda file: file != self._index_name):
                     os.rename(self._folder / file, self._hidden(file, "old"))
                     moved.append(file)

@@ -24,19 +24,22 @@ _COMMANDS = {
     "demo": "make a checkpoint, load it in four threads at once, check and time it",
 }
 
+_PROGRAM = "run"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    # Keys may hold any character, and a pipe's encoding may be ASCII.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="weightlift", description="Puts checkpoint weights into PyTorch modules.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     wanted = next((word for word in words if not word.startswith("-")), None)
+    if wanted != _PROGRAM:
+        # Keys may hold any character, and a pipe's encoding may be ASCII.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
+    if arguments.command == _PROGRAM:
+        # Somebody else's program: what it raises is its own, and so are the streams.
+        return int(importlib.import_module("weightlift.cli.run").run(arguments))
     return _run(arguments)
 
 

@@ -10,8 +10,6 @@ import os
 import runpy
 import sys
 
-from weightlift.cli.arguments import UsageError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything after the script or module belongs to the program."""
@@ -26,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.integrations import install
 
     if not arguments.module and not os.path.exists(arguments.program):
-        raise UsageError(f"no such file: {arguments.program}")
+        print(f"weightlift run: no such file: {arguments.program}", file=sys.stderr)
+        return 2
     install()
     sys.argv[:] = [arguments.program, *arguments.arguments]
     if arguments.module:

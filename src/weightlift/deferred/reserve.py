@@ -2,8 +2,8 @@
 
 On Linux a reservation is an anonymous private mapping with ``MAP_NORESERVE``: an ordinary, zero-filled address range
 whose pages come into being when touched. Small reservations share arenas, so that tens of thousands of tensors do not
-need as many mappings (``vm.max_map_count`` is 65,530 by default). Elsewhere, and where the system refuses to reserve,
-the same buffers come from a plain anonymous mapping.
+need as many mappings (``vm.max_map_count`` is 65,530 by default). Elsewhere the same
+buffers come from a plain anonymous mapping.
 
 With ``WEIGHTLIFT_GUARD_RESERVATIONS=1`` in the environment at import, reservations are inaccessible until they are
 opened: an access that the recorder did not see is then a segmentation fault instead of a silent zero. The same kind of

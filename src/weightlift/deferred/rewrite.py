@@ -113,8 +113,8 @@ class _Rehearsal:
         return self
 
     def _walk(self) -> None:
-        self._label()
         self._born = set(self._recorder.records.values())
+        self._label()
         for module in self._special:
             self._doubles.of(module)
         state: OrderedDict[str, Any] = OrderedDict(self._given.extras)
@@ -128,6 +128,7 @@ class _Rehearsal:
         self._doubles.dissolve()
         self._stand_ins.dissolve()
         self._loads.clear()
+        self._give_values_to_what_is_left()
 
     def _label(self) -> None:
         """What a hook looks at has the value that it would have had anyway."""
@@ -292,8 +293,6 @@ class _Rehearsal:
         wanted += [f"{prefix}_extra_state" for prefix, module in modules if has_extra_state(module)]
         result.excused = set(wanted) - set(self._loads) - set(result.extras) - set(self.missing)
         result.early = self._stand_ins.early
-        self.__exit__()
-        self._give_values_to_what_is_left()
         return result
 
     def _slots_after(self) -> tuple[list[Slot], list[tuple[str, nn.Module]]]:

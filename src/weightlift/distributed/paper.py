@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +66,13 @@ class MeshReport:
     files: tuple[FileCost, ...]
     checkpoint_bytes: int
     result_bytes: int
+    sent_bytes: int
+    """What rank 0 would send with ``source_rank=0``: loaded values that the others hold."""
 
     @property
     def read_bytes(self) -> int:
         """Bytes that all ranks together read."""
         return sum(rank.read_bytes for rank in self.ranks)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that rank 0 would send with ``source_rank=0``: what the others hold."""
-        return sum(rank.memory_bytes for rank in self.ranks[1:])
 
     def __str__(self) -> str:
         count = len(self.ranks)
@@ -247,14 +245,14 @@ class _Totals:
         self._of_file: dict[Path | None, tuple[Any, Any]] = {}
         self._checkpoint_bytes = 0
         self._result_bytes = 0
+        self._sent_bytes = 0
 
     def add(self, item: Wanted, costs: _Class) -> None:
         """One more tensor."""
         self._memory += costs.memory
-        nbytes = item.dtype.itemsize
-        for extent in item.shape:
-            nbytes *= extent
-        self._result_bytes += nbytes
+        self._result_bytes += item.dtype.itemsize * math.prod(item.shape)
+        if item.parts:
+            self._sent_bytes += int(costs.memory[1:].sum())
         for piece, (piece_read, piece_requests) in zip(item.parts, costs.parts, strict=True):
             self._checkpoint_bytes += piece.entry.nbytes
             path = piece.entry.file
@@ -272,8 +270,8 @@ class _Totals:
         for path, (file_read, file_requests) in self._of_file.items():
             read += file_read
             requests += file_requests
-            files += file_requests > 0
             if path is not None:
+                files += file_requests > 0
                 asking = int((file_requests > 0).sum())
                 costs.append(
                     FileCost(path, sizes.get(path, 0), int(file_read.sum()), int(file_requests.sum()), asking)
@@ -282,4 +280,4 @@ class _Totals:
             RankCost(rank, place, int(self._memory[rank]), int(read[rank]), int(requests[rank]), int(files[rank]))
             for rank, place in enumerate(places)
         )
-        return MeshReport(mesh, ranks, tuple(costs), self._checkpoint_bytes, self._result_bytes)
+        return MeshReport(mesh, ranks, tuple(costs), self._checkpoint_bytes, self._result_bytes, self._sent_bytes)

@@ -49,16 +49,6 @@ class Homes:
     homes: tuple[Home, ...]
     device: torch.device | None
 
-    @property
-    def sharded(self) -> tuple[Home, ...]:
-        """The homes of which a rank holds a part."""
-        return tuple(home for home in self.homes if home.layout is not None)
-
-    @property
-    def whole(self) -> tuple[Home, ...]:
-        """The homes that every rank holds whole."""
-        return tuple(home for home in self.homes if home.layout is None)
-
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """True for a DTensor, without importing torch.distributed for everything else."""

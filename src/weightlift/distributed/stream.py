@@ -18,6 +18,7 @@ import torch
 from weightlift.distributed.fill import part_of, row_jobs
 from weightlift.distributed.layout import Box
 from weightlift.distributed.team import Team
+from weightlift.errors import LoadCancelled
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Row
 from weightlift.strides import row_major
@@ -150,6 +151,8 @@ class Stream:
             for want in sorted(wants, key=lambda want: want.target):
                 tensor = next(waiting[want.target])
                 for box in self._cut(want):
+                    if self._options.cancel is not None and self._options.cancel.is_set():
+                        raise LoadCancelled
                     self._receive_one(part_of(tensor, box.at, box.sizes), want, broadcast=want.target in common)
                     done += box.numel * want.dtype.itemsize
                     reporter.update(done)

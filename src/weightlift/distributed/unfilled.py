@@ -16,6 +16,7 @@ from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
+from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
 
@@ -43,8 +44,9 @@ def _leave(tensor: torch.Tensor, row: Row, subject: Subject) -> None:
     if record is not None:
         record.last = None
         record.memory()
-    if tensor.dtype != row.dtype:
-        tensor.data = torch.empty(tensor.shape, dtype=row.dtype)  # untouched, so it takes no memory either
+    if tensor.dtype != row.dtype or not same_device(tensor.device, torch.device(row.device)):
+        # Zeros that nobody touches take no memory on a CPU, unless they are few.
+        tensor.data = torch.zeros(tensor.shape, dtype=row.dtype, device=row.device)
 
 
 def _computed(row: Row) -> Row:

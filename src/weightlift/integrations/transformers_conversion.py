@@ -19,7 +19,7 @@ from transformers import core_model_loading as core
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
-from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.memory import entry_of
 from weightlift.plan.records import Offer
 
 
@@ -113,8 +113,8 @@ def _convert_group(
     for target, value in values.items():
         key = f"{target} (computed by {', '.join(type(item).__name__ for item in group.converter.operations)})"
         done.computed[key] = value
-        entry = TensorEntry(key, tuple(value.shape), value.dtype, None, 0, value.numel() * value.element_size())
-        done.offers[target] = Offer(target, ", ".join(k for keys in group.keys.values() for k in keys), entry)
+        sources = ", ".join(k for keys in group.keys.values() for k in keys)
+        done.offers[target] = Offer(target, sources, entry_of(key, value))
 
 
 def _run(model: Any, converter: Any, name: str, tensors: Mapping[str, list[Any]]) -> dict[str, Any]:

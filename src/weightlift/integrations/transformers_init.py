@@ -93,7 +93,7 @@ def _configs(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _configs(item, seen)
 
 
-def tie(model: Any) -> dict[int, torch.Tensor]:
+def tie(model: Any) -> None:
     """Make sure that the names which the model calls tied share one tensor.
 
     Its constructor ties them, unless another thread's load has ``tie_weights`` replaced at that moment.
@@ -104,7 +104,6 @@ def tie(model: Any) -> dict[int, torch.Tensor]:
         module = model.get_submodule(owner)
         if getattr(module, name) is not tensor:
             setattr(module, name, tensor)
-    return {}
 
 
 def initialise(model: Any, supplied: set[int]) -> None:

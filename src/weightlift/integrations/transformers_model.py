@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import core_model_loading, modeling_utils
 from transformers.integrations.accelerate import expand_device_map
 from transformers.modeling_utils import PreTrainedModel
@@ -178,7 +177,7 @@ class Filling:
         with outside_modes():
             decisions = settled(decisions, source, self._options)
         apply(decisions, subject, source, self._options)
-        self._finish(subject)
+        self._finish()
         return info
 
     def _convert(self) -> Conversion:
@@ -230,7 +229,8 @@ class Filling:
         )
         if info.mismatched_keys and not config.ignore_mismatched_sizes:
             raise PlanError(
-                f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}; nothing was read",
+                f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}; "
+                "nothing was changed",
                 [
                     Problem(
                         "the shapes differ",
@@ -265,7 +265,7 @@ class Filling:
         places = expand_device_map(self._config.device_map, names)
         return {name: str(torch.device(place)) for name, place in places.items()}
 
-    def _finish(self, subject: Subject) -> None:
+    def _finish(self) -> None:
         """The rest of what Transformers leaves behind: which ties turned out to be none."""
         tied = getattr(self._model, "all_tied_weights_keys", {})
         for target, source in list(tied.items()):
@@ -283,8 +283,3 @@ def _dtype_plan(plan: Mapping[str, torch.dtype] | None, names: Mapping[str, Any]
         if (match := re.search(pattern, name)) is not None and match.lastgroup is not None:
             found[name] = plan[groups[match.lastgroup]]
     return found
-
-
-def is_model_class(cls: Any) -> bool:
-    """True for a class of Transformers models."""
-    return isinstance(cls, type) and issubclass(cls, PreTrainedModel) and issubclass(cls, nn.Module)

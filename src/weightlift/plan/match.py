@@ -17,6 +17,8 @@ from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
 
+_HINTS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Supply:
@@ -264,10 +266,11 @@ def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
 
 
 def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for row in rows:
         if row.missing and not row.excused:
-            near = nearest_names(row.fqn, unexpected)
+            # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
+            near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
             problems.append(
                 Problem(
                     f"the {row.kind} is missing in the checkpoint",
@@ -282,7 +285,10 @@ def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Pr
 
 def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:
     """What was built on ``meta`` and gets no value. A name that strict finds missing is not told twice."""
-    provided = {row.target for row in rows if row.entries or row.tied_to is not None}
+    mismatched = {row.fqn for row in rows if row.action is Action.MISMATCHED}
+    provided = {
+        row.target for row in rows if row.entries or (row.tied_to is not None and row.tied_to not in mismatched)
+    }
     told = {row.fqn for row in rows if row.missing and not row.excused} if options.strict else set()
     return [
         Problem(

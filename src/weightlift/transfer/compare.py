@@ -31,13 +31,12 @@ def same_values(
     memory_budget_bytes: int | None,
     progress: Progress = False,
     cancel: threading.Event | None = None,
-    copy: bool = False,
     source: Source | None = None,
 ) -> list[bool]:
     """For every pair whether shapes and values agree, bit by bit, so that equal NaNs are equal and -0.0 is not 0.0.
 
     With two dtypes both are converted to a common one first; there any NaN equals any NaN. The same range of the same
-    file is not read. ``copy`` is taken so that callers can pass the keywords of `run`; it changes nothing.
+    file is not read.
 
     Raises:
         CheckpointChanged, TransferError, LoadCancelled, KeyboardInterrupt: as `run`; nothing is ever written.

@@ -70,7 +70,7 @@ class Executor:
         or `LoadCancelled`."""
         try:
             if isinstance(work, Task):
-                with timed(self._trace, "init", work.fqn, work.nbytes):
+                with timed(self._trace, work.kind, work.fqn, work.nbytes):
                     work.run()
                 return work.nbytes
             if isinstance(work, Direct):
@@ -106,14 +106,14 @@ class Executor:
         if device is not None:
             self._block_to_device(block, handle, device)
             return
-        with _Held(self._cores) as cores:
+        with self._cores:
             staging = self._staging.take()
             try:
                 with timed(self._trace, "read", self._name(block), block.nbytes):
                     for view, start in _places(block, staging):
                         done = _read_cached(handle, view, start)
                         if done < len(view):
-                            with cores.released():
+                            with _Released(self._cores):
                                 self._read(handle, view, start, done, block)
                 self._mark(block.cuts)
                 with timed(self._trace, "convert", self._name(block), block.nbytes):
@@ -187,7 +187,8 @@ class Executor:
     def _problems(self, work: Work, error: Exception | None) -> list[Problem]:
         what = "" if error is None else f"{type(error).__name__}: {error}"
         if isinstance(work, Task):
-            return [Problem(f"its initialiser failed: {what}", fqn=work.fqn)]
+            failed = "its initialiser" if work.kind == "init" else "hashing it"
+            return [Problem(f"{failed} failed: {what}", fqn=work.fqn)]
         index = work.job if isinstance(work, Direct) else work.cuts[0].job
         job = self._jobs[index]
         if isinstance(work, Block) and len(work.cuts) > 1:
@@ -198,25 +199,9 @@ class Executor:
         return [Problem(f"{verb} failed: {what}", job.entry.key, job.fqn, work.file, work.start, work.end)]
 
 
-class _Held:
-    """A semaphore held for a block of code, that can be let go of for a while."""
-
-    def __init__(self, semaphore: threading.Semaphore) -> None:
-        self._semaphore = semaphore
-
-    def __enter__(self) -> _Held:
-        self._semaphore.acquire()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._semaphore.release()
-
-    def released(self) -> _Released:
-        """Let go for a block of code, and take it again on every way out."""
-        return _Released(self._semaphore)
-
-
 class _Released:
+    """A semaphore let go of for a block of code, and taken again on every way out."""
+
     def __init__(self, semaphore: threading.Semaphore) -> None:
         self._semaphore = semaphore
 

@@ -30,7 +30,7 @@ class Hashing:
         self._cancel = cancel
         self._problems: list[Problem] = []
         self.tasks = tuple(
-            Task(str(file.path), file.size_bytes, self._task(file, digests[file.path]))
+            Task(str(file.path), file.size_bytes, self._task(file, digests[file.path]), "hash")
             for file in files
             if file.path in digests
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from weightlift.deferred.inventory import Slot, is_lazy, storage_of
+from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
@@ -46,8 +47,12 @@ def fits(row: Row, tensor: torch.Tensor) -> bool:
 
 
 def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised and contiguous."""
-    return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    """Uninitialised and contiguous. Raises TransferError where the system has no more memory."""
+    try:
+        return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        problem = Problem(f"no memory for a tensor of shape {list(shape)}: {error}")
+        raise TransferError("loading failed", [problem]) from error
 
 
 def homes(members: Iterable[Member]) -> dict[int, Home]:

@@ -29,8 +29,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work that reads no file, such as running a recorded initialiser. ``nbytes`` is its share of the progress."""
+    """Work beside the pieces: running a recorded initialiser ("init"), or hashing a file ("hash"). ``nbytes`` is its
+    share of the progress."""
 
     fqn: str
     nbytes: int
     run: Callable[[], None]
+    kind: str = "init"

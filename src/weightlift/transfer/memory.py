@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 
+from weightlift import dtypes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.strides import row_major
 
@@ -29,17 +30,16 @@ _COPYABLE = frozenset({
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
 })  # fmt: skip
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def carrier(dtype: torch.dtype) -> torch.dtype:
     """The dtype as which a tensor is copied unconverted: itself, or an integer of its size where torch has no copy."""
-    return dtype if dtype in _COPYABLE else _CARRIERS[dtype.itemsize]
+    return dtype if dtype in _COPYABLE else dtypes.carrier(dtype.itemsize)
 
 
 def bits(dtype: torch.dtype) -> torch.dtype:
     """The integer dtype of the same size (complex128 for 16 bytes), to compare bits by."""
-    return _CARRIERS[dtype.itemsize]
+    return dtypes.carrier(dtype.itemsize)
 
 
 class FileMapping:

@@ -18,7 +18,7 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class Span:
     """One stretch of work of one thread. ``kind``: open, construct, plan, check, map, read, convert, copy, init,
-    assign. ``nbytes`` is what it moved (0 for none)."""
+    hash, assign. ``nbytes`` is what it moved (0 for none)."""
 
     kind: str
     name: str

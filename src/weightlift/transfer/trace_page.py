@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from weightlift.ambient import outside_modes
+from weightlift.transfer.convert import copy_serially
 from weightlift.transfer.trace import Trace
 
 _CEILING_BYTES = 32 << 20
@@ -54,10 +56,11 @@ def _data(trace: Trace, title: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def copy_bandwidth() -> float:
     """Bytes a second that one thread copies from memory to memory here; measured once a process, in about 20 ms."""
-    source, target = (torch.zeros(_CEILING_BYTES, dtype=torch.uint8) for _ in range(2))
     best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
+    with outside_modes():
+        source, target = (torch.zeros(_CEILING_BYTES, dtype=torch.uint8, device="cpu") for _ in range(2))
+        for _ in range(3):
+            start = time.perf_counter()
+            copy_serially([target], [source])
+            best = min(best, time.perf_counter() - start)
     return _CEILING_BYTES / best

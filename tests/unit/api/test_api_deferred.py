@@ -328,3 +328,16 @@ def test_forced_counts_what_a_seed_makes_run_at_once():
 
     forced = wl.defer(Seeding).forced
     assert list(forced.values()) == [10_000] and "normal_ at test_api_deferred.py:" in next(iter(forced))
+
+
+def test_what_was_built_on_meta_cannot_be_materialised():
+    def build():
+        with torch.device("meta"):
+            return nn.Linear(3, 2)
+
+    handle = wl.defer(build)
+    with pytest.raises(wl.PlanError, match="weight"):
+        handle.materialize()
+    state = nn.Linear(3, 2).state_dict()
+    loaded = handle.load(state)  # nothing was used up
+    assert torch.equal(loaded.weight, state["weight"])

@@ -312,3 +312,19 @@ class Doubling(nn.Module):
     def _load_from_state_dict(self, state, prefix, *args):
         state[prefix + "a"] = state[prefix + "a"].t().contiguous().t() * 2
         super()._load_from_state_dict(state, prefix, *args)
+
+
+def test_what_a_post_hook_of_a_refused_plan_keeps_has_its_values():
+    kept: list[torch.Tensor] = []
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(300, 300))
+            self.other = nn.Parameter(torch.zeros(2))
+            self.register_load_state_dict_post_hook(lambda m, _: kept.append(m.weight.detach() * 2 + 1))
+
+    with pytest.raises(wl.PlanError):
+        wl.load(Keeps, {"weight": torch.ones(300, 300)})
+    assert kept
+    assert all(float(value.min()) >= 1.0 for value in kept)

@@ -381,3 +381,22 @@ def test_ties_of_a_module_on_meta():
 def test_deferred_counts_a_tie_once():
     deferred = wl.defer(three)
     assert (deferred.numel, deferred.nbytes) == (24, 96)
+
+
+def test_a_mismatched_tie_gives_a_meta_tensor_no_value():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n = nn.Parameter(torch.zeros(2))
+            with torch.device("meta"):
+                self.e = nn.Embedding(4, 3)
+                self.h = nn.Linear(3, 4, bias=False)
+            self.h.weight = self.e.weight
+
+    module = Tied()
+    state = {"e.weight": torch.ones(5, 5), "n": torch.ones(2)}
+    plan = wl.plan(module, state, strict=False, ignore_mismatched=True)
+    assert any(problem.fqn in ("e.weight", "h.weight") for problem in plan.problems)
+    with pytest.raises(wl.PlanError):
+        plan.execute()
+    assert torch.equal(module.n, torch.zeros(2))

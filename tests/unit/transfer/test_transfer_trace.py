@@ -85,3 +85,11 @@ def test_without_a_trace_nothing_is_recorded(folder: Path, monkeypatch: pytest.M
     wl.load(Net, folder, copy=True, dtype=torch.float16)
     with pytest.raises(AssertionError, match="a trace was made"):
         wl.load(Net, folder, trace=folder / "trace.json")
+
+
+def test_hashing_is_no_initialiser(folder: Path) -> None:
+    wl.save(Net(), folder, manifest=True)
+    path = folder / "trace.json"
+    wl.load(Net, folder, verify=True, trace=path)
+    assert len(_events(path, "hash")) == 1
+    assert _events(path, "init") == []
