@@ -1,4 +1,4 @@
-"""``python -m benchmarks [CASE …] [--rounds 5] [--scale 1.0] [--out FOLDER]``: all cases, or some."""
+"""``python -m benchmarks [CASE …] [--list] [--rounds 5] [--scale 1.0] [--out FOLDER]``: all cases, or some."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main() -> None:
     """Run, print the table, write the files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="weightlift beside its peers")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases.FILES)}; all when none is given")
+    parser.add_argument("--list", action="store_true", help="name the cases and what each demands, and measure nothing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
     parser.add_argument("--out", type=Path, help="write results.json, results.md and results.svg there")
@@ -28,6 +29,9 @@ def main() -> None:
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     wanted = [cases.find(name) for name in arguments.cases or cases.FILES]
+    if arguments.list:
+        print("\n".join(f"{case.name:14} {case.title}: {case.target}" for case in wanted))
+        return
     results = [
         result
         for case in wanted

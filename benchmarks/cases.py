@@ -13,6 +13,7 @@ FILES = {
     "tensors-18k": "small_tensors", "tensors-91k": "small_tensors",
     "ordinary": "ordinary_module",
     "threads": "threads",
+    "sizes": "sizes",
     "pipeline": "pipeline",
     "fresh-process": "fresh_process",
     "accelerator": "accelerator",

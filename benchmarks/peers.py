@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import llama
+from benchmarks import llama, own_formats
 from benchmarks.harness import OURS, Ready, touch
 
 Load = Callable[[Path, torch.dtype], nn.Module]
@@ -29,6 +29,16 @@ def weightlift(folder: Path, dtype: torch.dtype, *, copy: bool = False) -> nn.Mo
     import weightlift as wl
 
     return wl.from_pretrained(_class(), folder, dtype=dtype, **({"copy": True} if copy else {}))  # type: ignore[no-any-return]
+
+
+def weightlift_load(folder: Path, dtype: torch.dtype, *, copy: bool = False) -> nn.Module:
+    """The bare module, as the readers of tensors below give it: no generation config, no loading info."""
+    from transformers import AutoConfig
+
+    import weightlift as wl
+
+    config = AutoConfig.from_pretrained(folder)
+    return wl.load(lambda: _class().from_config(config), folder, dtype=dtype, copy=copy)
 
 
 def transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -91,11 +101,15 @@ def runai(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 LOADS: dict[str, Load] = {
     OURS: weightlift,
+    f"{OURS}.load": weightlift_load,
     "transformers": transformers,
     "accelerate": accelerate,
     "safetensors": safetensors,
     "fastsafetensors": fastsafetensors,
     "runai-model-streamer": runai,
+    "tensorizer": own_formats.tensorizer,
+    "flashpack": own_formats.flashpack,
+    "torch.distributed.checkpoint": own_formats.distributed_checkpoint,
 }
 
 
@@ -104,15 +118,19 @@ def contenders(dtype: torch.dtype, names: tuple[str, ...] = tuple(LOADS)) -> dic
     return {name: partial(_ready, LOADS[name], dtype) for name in names}
 
 
+_COPYING = (
+    "accelerate", "fastsafetensors", "runai-model-streamer", "tensorizer", "flashpack", "torch.distributed.checkpoint",
+)  # fmt: skip
+
+
 def copying(dtype: torch.dtype) -> dict[str, Callable[[Path], Ready]]:
     """The same where every tensor must end in memory of its own: those that map are told to copy."""
     loads: dict[str, Load] = {
         OURS: partial(weightlift, copy=True),
+        f"{OURS}.load": partial(weightlift_load, copy=True),
         "transformers": lambda folder, dtype: _own(transformers(folder, dtype)),
         "safetensors": lambda folder, dtype: _own(safetensors(folder, dtype)),
-        "accelerate": accelerate,
-        "fastsafetensors": fastsafetensors,
-        "runai-model-streamer": runai,
+        **{name: LOADS[name] for name in _COPYING},
     }
     return {name: partial(_ready, load, dtype) for name, load in loads.items()}
 

@@ -15,7 +15,7 @@ from benchmarks.harness import CEILING, OURS, Result
 
 _PEERS = (
     "torch", "transformers", "diffusers", "accelerate", "safetensors", "fastsafetensors", "runai-model-streamer",
-    "instanttensor",
+    "tensorizer", "flashpack", "instanttensor",
 )  # fmt: skip
 
 
@@ -58,20 +58,32 @@ def as_markdown(results: list[Result], where: dict[str, str], date: str) -> str:
     lines = [f"Measured on {date}: " + "; ".join(f"{name} {value}" for name, value in where.items()) + ".", ""]
     for result in results:
         lines += [f"### {result.case}: {result.title}", "", f"Demanded: {result.target}.", ""]
-        lines += ["| | median | range | × ours (median of pairs, range) | own memory above start |", "|-|-:|-:|-:|-:|"]
-        for name in sorted(result.seconds, key=result.median):
-            times = result.seconds[name]
-            label = f"**{name}**" if name == OURS else name
-            ratio = "" if name == OURS or OURS not in result.seconds else _ratio(result.ratios(name))
-            peak = max(result.peak_bytes[name]) / 1e6
-            lines.append(
-                f"| {label} | {statistics.median(times):.3f} s | {min(times):.3f}–{max(times):.3f} | {ratio} | "
-                f"{peak:,.0f} MB |"
-            )
+        lines += ["| | " + " | ".join(_COLUMNS) + " |", "|-|" + "-:|" * len(_COLUMNS)]
+        lines += [_row(result, name) for name in sorted(result.seconds, key=result.median)]
         lines += [""]
         lines += [f"- {name} did not run: {why}" for name, why in result.failed.items()]
         lines += [""] if result.failed else []
     return "\n".join(lines)
+
+
+_COLUMNS = (
+    "median", "range", "× ours (median of pairs, range)", "of the ceiling", "first in its process",
+    "own memory above start",
+)  # fmt: skip
+
+
+def _row(result: Result, name: str) -> str:
+    times, ceiling = result.seconds[name], result.ceiling()
+    cells = (
+        f"**{name}**" if name == OURS else name,
+        f"{statistics.median(times):.3f} s",
+        f"{min(times):.3f}–{max(times):.3f}",
+        "" if name == OURS or OURS not in result.seconds else _ratio(result.ratios(name)),
+        "" if ceiling is None or name.startswith(CEILING) else f"{ceiling / result.median(name):.0%}",
+        f"{statistics.median(result.first[name]):.3f} s",
+        f"{max(result.peak_bytes[name]) / 1e6:,.0f} MB",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def _ratio(ratios: list[float]) -> str:

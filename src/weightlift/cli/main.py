@@ -1,4 +1,4 @@
-"""``weightlift``: inspect, plan, load, verify, run, demo.
+"""``weightlift``: inspect, plan, load, verify, run, demo, bench.
 
 Exit codes: 0; 1 when a checkpoint is broken, does not fit or can't be read; 2 for a wrong command line; 130 for Ctrl-C.
 A command is imported when it is run, so that ``--help`` costs none of them.
@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": "check every rule of the format, and the index against the shard files",
     "run": "run a Python program whose from_pretrained calls go through weightlift",
     "demo": "make a checkpoint, load it in four threads at once, check and time it",
+    "bench": "time loading beside its peers, case by case, on this machine",
 }
 
 _PROGRAM = "run"

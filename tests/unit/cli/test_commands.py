@@ -310,3 +310,19 @@ def test_ctrl_c_is_130(here):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_bench_runs_a_case_and_writes_its_results(here, tmp_path):
+    out = tmp_path / "out"
+    done = child("bench", "ordinary", "--rounds", "1", "--scale", "0.001", "--out", str(out), cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "**weightlift**" in done.stdout
+    (result,) = json.loads((out / "results.json").read_text())["results"]
+    assert result["failed"] == {} and set(result["seconds"]) == {"weightlift", "construct + load_state_dict"}
+    assert "ordinary" in (out / "results.md").read_text() and "<svg" in (out / "results.svg").read_text()
+
+
+def test_bench_knows_its_cases_and_says_so(here):
+    done = child("bench", "--list", cwd=here)
+    assert done.returncode == 0 and "same-dtype" in done.stdout
+    assert child("bench", "no-such-case", cwd=here).returncode == 2

@@ -1,0 +1,34 @@
+"""``weightlift bench``: the benchmark suite, which lies beside the source and not in the installed package."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import weightlift
+from weightlift.cli.arguments import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m benchmarks``."""
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases; all when none is given")
+    parser.add_argument("--list", action="store_true", help="name the cases and what each demands, and measure nothing")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each contender of a case runs (5)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json, .md and .svg there")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are made (a few GB; removed again)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the suite in a process of its own; its exit code is this one's."""
+    root = Path(weightlift.__file__).parents[2]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise UsageError("the benchmarks are part of the source, not of the installed package: run it in a clone")
+    words = [*arguments.cases, "--rounds", str(arguments.rounds), "--scale", str(arguments.scale)]
+    words += ["--list"] * arguments.list
+    for name in ("out", "folder"):
+        path: Path | None = getattr(arguments, name)
+        words += [] if path is None else [f"--{name}", str(path.absolute())]
+    return subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=root, check=False).returncode
