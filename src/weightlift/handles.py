@@ -199,7 +199,7 @@ class Deferred:
         recorder = subject.recorder
         if recorder is not None:
             with outside_modes():
-                owned = _owned(subject)
+                owned = subject.records()
                 recorder.label_samples(owned)
                 for replay in replays(needed(owned)):
                     replay.run(recorder.seed)
@@ -256,11 +256,6 @@ def planned(
     source = replace(supplied.source, digests=digests)
     spread = together.settle(decisions, subject)
     return LoadPlan(decisions, subject, source, options, take, trace, together if spread else None)
-
-
-def _owned(subject: Subject) -> list[Any]:
-    found = (subject.record_of(slot.tensor) for slot in subject.inventory.slots if not is_lazy(slot.tensor))
-    return list(dict.fromkeys(record for record in found if record is not None))
 
 
 def _log_outcome(decisions: Decisions) -> None:

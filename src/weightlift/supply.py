@@ -5,6 +5,7 @@ The one place where headers, tapes and names meet before anything is decided; `w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.keys import extras_of, metadata_of, offers_of, renamed
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer, Unexpected
+from weightlift.strides import row_major
 from weightlift.transfer.subject import Bytes, Subject
 
 
@@ -223,18 +225,14 @@ def _refitted(spec: ModuleSpec, refits: Mapping[str, Refit]) -> ModuleSpec:
 
 
 def _refit(item: TensorSpec, refit: Refit, storage: int) -> TensorSpec:
-    stride, step = [], 1
-    for extent in reversed(refit.shape):
-        stride.append(step)
-        step *= extent
     return replace(
         item,
         shape=refit.shape,
         dtype=refit.dtype,
         storage=storage,
         offset=0,
-        stride=tuple(reversed(stride)),
-        storage_bytes=step * refit.dtype.itemsize,
+        stride=row_major(refit.shape),
+        storage_bytes=math.prod(refit.shape) * refit.dtype.itemsize,
         lazy=False,
         in_place=False,
     )

@@ -17,10 +17,10 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.schema import is_plain
 from weightlift.deferred.tape import Node, Record, TensorRef
 
 _aten = torch.ops.aten
-_PLAIN_DISPATCH = (torch.Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ class StandIns:
     def _own_like(self, tensor: torch.Tensor) -> torch.Tensor:
         made = self._own_data(tensor)
         if type(tensor) is not torch.Tensor:
-            plain = type(tensor).__torch_dispatch__ in _PLAIN_DISPATCH
-            kind = type(tensor) if plain else nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+            fallback = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+            kind = type(tensor) if is_plain(type(tensor)) else fallback
             made = torch.Tensor._make_subclass(kind, made, tensor.requires_grad)
         elif tensor.requires_grad and tensor.is_leaf:
             made.requires_grad_()
@@ -98,9 +98,8 @@ class StandIns:
             return tensor.detach().clone()
         if tensor.numel() == 0:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if type(tensor).__torch_dispatch__ not in _PLAIN_DISPATCH or tensor.device.type != "cpu" or (
-            tensor.is_conj() or tensor.is_neg()
-        ):  # fmt: skip
+        odd = not is_plain(type(tensor)) or tensor.is_conj() or tensor.is_neg()
+        if odd or tensor.device.type != "cpu":
             return self._own_values(tensor)
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:

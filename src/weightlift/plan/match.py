@@ -101,7 +101,7 @@ def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ..
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    return [row.fqn for row in rows if row.missing and not row.excused]
+    return [row.fqn for row in rows if row.lacking]
 
 
 def _storage_groups(tensors: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
@@ -268,7 +268,7 @@ def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
 def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
     problems: list[Problem] = []
     for row in rows:
-        if row.missing and not row.excused:
+        if row.lacking:
             # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
             near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
             problems.append(
@@ -289,7 +289,7 @@ def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) 
     provided = {
         row.target for row in rows if row.entries or (row.tied_to is not None and row.tied_to not in mismatched)
     }
-    told = {row.fqn for row in rows if row.missing and not row.excused} if options.strict else set()
+    told = {row.fqn for row in rows if row.lacking} if options.strict else set()
     return [
         Problem(
             f"the {row.kind} was built without a value, on meta, and nothing provides one",

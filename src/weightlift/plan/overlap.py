@@ -32,7 +32,7 @@ def overlays(
     ``fitting`` is the offer of each group that has one. Only one of two tensors may be written; the other is compared
     with it. Where that can't be done a problem is added.
     """
-    if len(fitting) < 2:
+    if len(fitting) < 2 or not share_memory([item for item, _ in fitting.values()]):
         return {}
     found: dict[int, tuple[TensorSpec, Offer]] = {}
     written: list[tuple[TensorSpec, Offer]] = []

@@ -104,6 +104,11 @@ class Row:
         return count
 
     @property
+    def lacking(self) -> bool:
+        """Missing, and not meant to be."""
+        return self.missing and not self.excused
+
+    @property
     def cast(self) -> bool:
         """True when a loaded value changes its dtype on the way."""
         return any(entry.dtype != self.dtype for entry in self.entries)

@@ -16,7 +16,6 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of, users_of
-from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record, needed, replays
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -199,7 +198,7 @@ class _Application:
                 records[record] = None
         if not records:
             return []
-        recorder.label_samples(self._owned(recorder))
+        recorder.label_samples(self._subject.records())
         nodes = needed(records, supplied)
         in_part = {row.fqn for row, slot in self._partly_read(supplied)}
         tasks = []
@@ -221,11 +220,6 @@ class _Application:
             for row, slot in members
             if row.in_place and (record := self._subject.record_of(slot.tensor)) is not None and record not in supplied
         ]
-
-    def _owned(self, recorder: Recorder) -> list[Record]:
-        slots = self._subject.inventory.slots
-        found = (recorder.record_of(slot.tensor) for slot in slots if not is_lazy(slot.tensor))
-        return list(dict.fromkeys(record for record in found if record is not None))
 
     # -- assignment ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from weightlift.checkpoint.entry import ShardFile
 from weightlift.checkpoint.integrity import Digest
 from weightlift.deferred.doubles import Change
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
 
@@ -31,6 +31,11 @@ class Subject:
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The tape of a tensor, if it has one."""
         return None if self.recorder is None else self.recorder.record_of(tensor)
+
+    def records(self) -> list[Record]:
+        """The tapes of all parameters and buffers, each once."""
+        found = (self.record_of(slot.tensor) for slot in self.inventory.slots if not is_lazy(slot.tensor))
+        return list(dict.fromkeys(record for record in found if record is not None))
 
 
 @dataclass(frozen=True, slots=True)
