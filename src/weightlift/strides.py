@@ -15,7 +15,13 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether elements lie one after the other; strides of dimensions of size 1 say nothing."""
-    return all(size == 1 or a == b for size, a, b in zip(shape, stride, row_major(shape), strict=True))
+    step = 1
+    for dim in range(len(shape) - 1, -1, -1):
+        if shape[dim] != 1:
+            if stride[dim] != step:
+                return False
+            step *= shape[dim] or 1
+    return True
 
 
 def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:

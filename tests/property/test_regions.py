@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.memory import entry_of
 from weightlift.plan import regions
-from weightlift.plan.regions import Region, composed, fault_of, local_parts, part, whole
+from weightlift.plan.parts import composed, fault_of, local_parts, part
+from weightlift.plan.regions import Region, whole
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
 from weightlift.transfer.memory import in_memory
@@ -201,3 +203,20 @@ def test_parts_of_several_dtypes_are_no_offer():
               for k, d, at in [("a", torch.float32, 0), ("b", torch.float16, 2)]]  # fmt: skip
     with pytest.raises(ValueError, match="dtypes"):
         composed("x", (4,), pieces)
+
+
+def test_a_part_whose_elements_share_a_place_is_an_overlap():
+    entry = TensorEntry("a", (4,), torch.float32, None, 0, 16)
+    assert fault_of([part(entry, Region((4,), (0,), 0))], (4,)) == "two of them overlap"
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_unsqueeze_is_torchs(dim):
+    dense = TensorEntry("a", (2, 3), torch.float32, None, 8, 32)
+    strided = regions.transpose(dense, 0, 1)
+    memory = torch.arange(8.0)
+    for entry in (dense, strided):
+        view = torch.as_strided(memory, entry.shape, entry.stride or (3, 1), 2)
+        got = regions.unsqueeze(entry, dim)
+        found = torch.as_strided(memory, got.shape, got.stride or view.unsqueeze(dim).stride(), got.start // 4)
+        assert torch.equal(found, view.unsqueeze(dim))

@@ -18,8 +18,9 @@ from weightlift.distributed.budget import Budget
 from weightlift.distributed.layout import Box
 from weightlift.distributed.shapes import Home, place
 from weightlift.options import LoadOptions
+from weightlift.plan.parts import local_parts, part
 from weightlift.plan.records import Action, Part, Row
-from weightlift.plan.regions import Region, local_parts, part, whole
+from weightlift.plan.regions import Region, whole
 from weightlift.strides import is_row_major
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job, Task

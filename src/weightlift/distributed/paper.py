@@ -16,8 +16,9 @@ from weightlift.checkpoint.entry import TensorEntry
 from weightlift.distributed.fill import row_parts
 from weightlift.distributed.layout import Box, Layout, coordinates
 from weightlift.distributed.placing import Mesh, MeshShape, Placements, placer
+from weightlift.plan.parts import local_parts, part
 from weightlift.plan.records import Action, Decisions, Part
-from weightlift.plan.regions import local_parts, part, whole
+from weightlift.plan.regions import whole
 from weightlift.plan.report import human_bytes
 from weightlift.strides import row_major
 from weightlift.transfer.combs import cost

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.plan.parts import composed, part
 from weightlift.plan.records import Offer
-from weightlift.plan.regions import Region, composed, narrow, part, permute, reshape
+from weightlift.plan.regions import Region, narrow, permute, reshape, unsqueeze
 from weightlift.strides import row_major
 
 aten = torch.ops.aten
@@ -160,13 +161,7 @@ def _t(tensor: Traced) -> Traced:
 
 
 def _unsqueeze(tensor: Traced, dim: int) -> Traced:
-    dim %= tensor.dim() + 1
-    shape = (*tensor.shape[:dim], 1, *tensor.shape[dim:])
-    boxes = [
-        Box((*box.start[:dim], 0, *box.start[dim:]), _shaped(box.entry, (*box.size[:dim], 1, *box.size[dim:])))
-        for box in tensor.boxes
-    ]
-    return Traced.of(shape, tensor.dtype, boxes)
+    return _stack([tensor], dim)
 
 
 def _squeeze(tensor: Traced, dim: Any = None) -> Traced:
@@ -194,7 +189,16 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
 
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
-    return _cat([_unsqueeze(tensor, dim) for tensor in tensors], dim)
+    first = tensors[0]
+    if any(tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in tensors):
+        raise NotTraceable("a stack of several shapes or dtypes")
+    dim %= first.dim() + 1
+    boxes = [
+        Box((*box.start[:dim], index, *box.start[dim:]), unsqueeze(box.entry, dim))
+        for index, tensor in enumerate(tensors)
+        for box in tensor.boxes
+    ]
+    return Traced.of((*first.shape[:dim], len(tensors), *first.shape[dim:]), first.dtype, boxes)
 
 
 # -- reshapes ---------------------------------------------------------------------------------------------------------

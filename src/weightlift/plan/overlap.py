@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from weightlift.deferred.inventory import TensorSpec
 from weightlift.errors import Problem
+from weightlift.plan.parts import overlap, within
 from weightlift.plan.records import Offer
-from weightlift.plan.regions import Region, overlap, within
+from weightlift.plan.regions import Region
 from weightlift.strides import is_row_major, span_elements
 
 Fitting = Mapping[int, tuple[TensorSpec, Offer]]

@@ -29,7 +29,7 @@ class Part:
 
     ``entry`` describes the wanted elements (its start, shape and stride, within ``key``'s bytes); its tensor in memory,
     if it has no file, is found under ``entry.key``. ``stride`` and ``offset`` give the region, of ``entry.shape``, in
-    elements of the destination as if that were row-major. `weightlift.plan.regions` makes these.
+    elements of the destination as if that were row-major. `weightlift.plan.parts` makes these.
     """
 
     key: str

@@ -1,26 +1,18 @@
-"""Views of what lies in a checkpoint, and regions of what is to be filled: pure arithmetic, no tensor is touched.
+"""Strided views of what lies in a checkpoint and of what is to be filled: pure arithmetic, no tensor is touched.
 
-A destination that is made of several tensors of a checkpoint (fused experts, joined q, k and v), or of pieces of one (a
-rank's local shard), is a tuple of `Part`. Each takes the elements that a derived `TensorEntry` describes to a region of
-the destination, which is counted as if it were row-major. ``narrow``, ``permute``, ``transpose`` and ``reshape`` mean
-what they mean in torch, for entries and for regions alike::
-
-    down = [part(entry, select(whole((8, 16, 4)), 0, expert)) for expert, entry in enumerate(entries)]  # stacked
-    half = local_parts(down, (8, 16, 4), start=(4, 0, 0), size=(4, 16, 4))  # the second half of the experts
+``narrow``, ``select``, ``permute``, ``transpose`` and ``reshape`` mean what they mean in torch, for entries of a
+checkpoint and for regions of a destination alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd, prod
+from math import prod
 from typing import TypeVar
 
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.plan.records import Offer, Part
 from weightlift.strides import is_row_major, row_major, span_elements
-
-_LARGEST_CHECKED = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,63 +34,72 @@ def whole(shape: Sequence[int]) -> Region:
 
 def narrow(view: View, dim: int, start: int, length: int) -> View:
     """``view.narrow(dim, start, length)``. Raises ValueError outside the view."""
-    found: Region = _region(view)
+    found: Region = region_of(view)
     dim = _dim(found, dim)
     if not (start >= 0 and length >= 0 and start + length <= found.shape[dim]):
         raise ValueError(f"narrow({dim}, {start}, {length}) of a view of shape {found.shape}")
     shape = (*found.shape[:dim], length, *found.shape[dim + 1 :])
-    return _like(view, Region(shape, found.stride, found.offset + start * found.stride[dim]))
+    return as_view(view, Region(shape, found.stride, found.offset + start * found.stride[dim]))
 
 
 def select(view: View, dim: int, index: int) -> View:
     """``view.select(dim, index)``: one dimension fewer. Raises ValueError outside the view."""
-    found: Region = _region(view)
+    found: Region = region_of(view)
     dim = _dim(found, dim)
     if not 0 <= index < found.shape[dim]:
         raise ValueError(f"select({dim}, {index}) of a view of shape {found.shape}")
     shape = (*found.shape[:dim], *found.shape[dim + 1 :])
     stride = (*found.stride[:dim], *found.stride[dim + 1 :])
-    return _like(view, Region(shape, stride, found.offset + index * found.stride[dim]))
+    return as_view(view, Region(shape, stride, found.offset + index * found.stride[dim]))
 
 
 def every(view: View, dim: int, start: int, step: int) -> View:
     """``view[start::step]`` along ``dim``, with a positive step. Raises ValueError outside the view."""
-    found: Region = _region(view)
+    found: Region = region_of(view)
     dim = _dim(found, dim)
     if step < 1 or not 0 <= start <= found.shape[dim]:
         raise ValueError(f"[{start}::{step}] along {dim} of a view of shape {found.shape}")
     shape = (*found.shape[:dim], len(range(start, found.shape[dim], step)), *found.shape[dim + 1 :])
     stride = (*found.stride[:dim], found.stride[dim] * step, *found.stride[dim + 1 :])
-    return _like(view, Region(shape, stride, found.offset + start * found.stride[dim]))
+    return as_view(view, Region(shape, stride, found.offset + start * found.stride[dim]))
 
 
 def permute(view: View, dims: Sequence[int]) -> View:
     """``view.permute(dims)``. Raises ValueError when ``dims`` is not a permutation."""
-    found: Region = _region(view)
+    found: Region = region_of(view)
     order = [_dim(found, dim) for dim in dims]
     if sorted(order) != list(range(len(found.shape))):
         raise ValueError(f"permute{tuple(dims)} of a view of shape {found.shape}")
     shape = tuple(found.shape[dim] for dim in order)
-    return _like(view, Region(shape, tuple(found.stride[dim] for dim in order), found.offset))
+    return as_view(view, Region(shape, tuple(found.stride[dim] for dim in order), found.offset))
 
 
 def transpose(view: View, first: int, second: int) -> View:
     """``view.transpose(first, second)``."""
-    found: Region = _region(view)
+    found: Region = region_of(view)
     order = list(range(len(found.shape)))
     first, second = _dim(found, first), _dim(found, second)
     order[first], order[second] = order[second], order[first]
     return permute(view, order)
 
 
+def unsqueeze(entry: TensorEntry, dim: int) -> TensorEntry:
+    """``entry.unsqueeze(dim)``."""
+    dim %= len(entry.shape) + 1
+    shape = (*entry.shape[:dim], 1, *entry.shape[dim:])
+    stride = None if entry.stride is None else (*entry.stride[:dim], 1, *entry.stride[dim:])
+    # Not `dataclasses.replace`: this is called for every expert of every layer.
+    return TensorEntry(entry.key, shape, entry.dtype, entry.file, entry.start, entry.end, stride)
+
+
 def reshape(view: View, shape: Sequence[int]) -> View | None:
     """``view.view(shape)``; None where only a copy has that shape (torch's ``view`` raises there). One extent may be
     -1. Raises ValueError when the numbers of elements differ.
     """
-    found: Region = _region(view)
+    found: Region = region_of(view)
     wanted = _inferred(shape, prod(found.shape))
     if 0 in wanted:
-        return _like(view, Region(wanted, row_major(wanted), found.offset))
+        return as_view(view, Region(wanted, row_major(wanted), found.offset))
     blocks = _blocks(found)
     stride = []
     size, step = blocks.pop(0) if blocks else (1, 1)
@@ -109,116 +110,18 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
             return None
         size //= extent
         stride.append(size * step)
-    return _like(view, Region(wanted, tuple(stride), found.offset))
+    return as_view(view, Region(wanted, tuple(stride), found.offset))
 
 
-def within(entry: TensorEntry, region: Region) -> TensorEntry | None:
-    """The elements of ``entry`` that ``region`` takes of it, counted as if it were row-major; None where that is no
-    strided view of what the entry itself is."""
-    if entry.stride is None:
-        return _like(entry, region)
-    contiguous = replace(entry, shape=region.shape, stride=None)
-    try:
-        item, owners = _separated(part(contiguous, region), entry.shape)
-    except ValueError:
-        return None
-    placed = _placed(item, owners, entry.shape, (0,) * len(entry.shape), _region(entry))
-    return reshape(_like(entry, Region(placed.shape, placed.stride, placed.offset)), region.shape)
-
-
-def overlap(regions: Sequence[Region]) -> bool:
-    """Whether two of the regions, or two elements of one, share a place; as exact as `fault_of`."""
-    filled = [region for region in regions if 0 not in region.shape]
-    total = max((found.offset + span_elements(found.shape, found.stride) for found in filled), default=0)
-    return _overlap([_joined(found) for found in filled], total)
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
-
-
-def part(entry: TensorEntry, region: Region, *, key: str | None = None) -> Part:
-    """Take ``entry`` to ``region``, element by element. ``key`` is what messages call it (None: the entry's).
-
-    Raises ValueError when the shapes differ.
-    """
-    if entry.shape != region.shape:
-        raise ValueError(f"{entry.key} of shape {entry.shape} does not fill a region of shape {region.shape}")
-    return Part(entry.key if key is None else key, entry, region.shape, region.stride, region.offset)
-
-
-def composed(name: str, shape: Sequence[int], parts: Iterable[Part], *, key: str | None = None) -> Offer:
-    """An offer under ``name`` whose value of ``shape`` is made of ``parts`` of one dtype.
-
-    ``key`` stands for it in messages (None: the keys of all parts). Raises ValueError when the parts overlap, leave a
-    hole, or have several dtypes.
-    """
-    parts = tuple(parts)
-    keys = dict.fromkeys(item.key for item in parts)
-    dtypes = {item.entry.dtype for item in parts}
-    if len(dtypes) != 1:
-        raise ValueError(f"the parts of {name} have {len(dtypes)} dtypes")
-    if (fault := fault_of(parts, shape)) is not None:
-        raise ValueError(f"the parts of {name}: {fault}")
-    dtype = dtypes.pop()
-    key = ", ".join(keys) if key is None else key
-    entry = TensorEntry(key, tuple(shape), dtype, None, 0, prod(shape) * dtype.itemsize)
-    return Offer(name, key, entry, parts=parts)
-
-
-def local_parts(
-    parts: Sequence[Part],
-    shape: Sequence[int],
-    *,
-    start: Sequence[int],
-    size: Sequence[int],
-    local: Region | None = None,
-) -> tuple[Part, ...]:
-    """The parts of one box of a destination, such as a rank's local shard.
-
-    ``parts`` make a tensor of ``shape`` (a whole tensor ``entry`` is ``[part(entry, whole(entry.shape))]``); the box is
-    ``[start, start + size)`` in every dimension. ``local`` is the region of the local tensor that the box fills (None:
-    all of it). Where a shard is several boxes, join what this gives for each of them.
-    """
-    target = whole(size) if local is None else local
-    if target.shape != tuple(size):
-        raise ValueError(f"a box of {tuple(size)} does not fill a region of shape {target.shape}")
-    return tuple(
-        _placed(piece, owners, shape, start, target)
-        for item in parts
-        for piece, owners in _clipped(item, tuple(shape), tuple(start), tuple(size))
-    )
-
-
-def fault_of(parts: Sequence[Part], shape: Sequence[int]) -> str | None:
-    """What is wrong with ``parts`` of a destination of ``shape``: an overlap, a hole, a place outside. None: nothing.
-
-    Exact up to four million units, a unit being the longest run that divides all regions evenly; beyond that elements
-    are counted only.
-    """
-    total = prod(shape)
-    regions = [Region(item.shape, item.stride, item.offset) for item in parts if 0 not in item.shape]
-    for item in parts:
-        if item.entry.shape != item.shape:
-            return f"{item.key} of shape {item.entry.shape} for a region of shape {item.shape}"
-    for found in regions:
-        if found.offset < 0 or found.offset + span_elements(found.shape, found.stride) > total:
-            return "one lies outside of the destination"
-    count = sum(prod(found.shape) for found in regions)
-    if count != total:
-        return f"they have {count:,} elements, the destination {total:,}"
-    return "two of them overlap" if _overlap([_joined(found) for found in regions], total) else None
-
-
-# -- inner workings ---------------------------------------------------------------------------------------------------
-
-
-def _region(view: TensorEntry | Region) -> Region:
+def region_of(view: TensorEntry | Region) -> Region:
+    """A view as a region; an entry's begins at 0."""
     if isinstance(view, Region):
         return view
     return Region(view.shape, row_major(view.shape) if view.stride is None else view.stride, 0)
 
 
-def _like(view: View, region: Region) -> View:
+def as_view(view: View, region: Region) -> View:
+    """``region`` as a view of the kind of ``view``, which it is counted from the start of."""
     if isinstance(view, Region):
         return region
     itemsize = view.dtype.itemsize
@@ -256,143 +159,8 @@ def _blocks(view: Region) -> list[tuple[int, int]]:
     return blocks
 
 
-def _joined(view: Region) -> Region:
+def joined(view: Region) -> Region:
     """The same elements in the order of memory, with as few dimensions as can be."""
     order = sorted(range(len(view.shape)), key=lambda dim: -view.stride[dim])
     blocks = _blocks(Region(tuple(view.shape[dim] for dim in order), tuple(view.stride[dim] for dim in order)))
     return Region(tuple(size for size, _ in blocks), tuple(step for _, step in blocks), view.offset)
-
-
-def _overlap(regions: Sequence[Region], total: int) -> bool:
-    """Whether two elements of joined regions share a place."""
-    unit = total
-    for found in regions:
-        run = found.shape[-1] if found.stride and found.stride[-1] == 1 else 1
-        outer = found.stride[:-1] if found.stride and found.stride[-1] == 1 else found.stride
-        unit = gcd(unit, run, found.offset, *outer)
-    if total == 0 or total // unit > _LARGEST_CHECKED:
-        return False
-    seen = bytearray(total // unit)
-    for found in regions:
-        shape, stride = found.shape, tuple(step // unit for step in found.stride)
-        if found.stride and found.stride[-1] == 1:
-            shape, stride = (*shape[:-1], shape[-1] // unit), (*stride[:-1], 1)
-        if not shape:
-            shape, stride = (1,), (1,)
-        for low in _starts(shape[:-1], stride[:-1], found.offset // unit):
-            places = slice(low, low + (shape[-1] - 1) * stride[-1] + 1, stride[-1] or 1)
-            if stride[-1] == 0 or any(seen[places]):
-                return True
-            seen[places] = b"\1" * shape[-1]
-    return False
-
-
-def _starts(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Iterator[int]:
-    if not shape:
-        yield offset
-        return
-    for index in range(shape[0]):
-        yield from _starts(shape[1:], stride[1:], offset + index * stride[0])
-
-
-_Indices = tuple[int, ...]  # for each dimension of a part the destination's that it belongs to; -1: its extent is 1
-
-
-def _clipped(
-    item: Part, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]
-) -> Iterator[tuple[Part, _Indices]]:
-    """The pieces of a part that lie in a box, each with the owners of its dimensions."""
-    if 0 in item.shape or 0 in size:
-        return
-    item, owners = _separated(item, shape)
-    pieces = [item]
-    for dim, (low, extent) in enumerate(zip(start, size, strict=True)):
-        mine = sorted((i for i, owner in enumerate(owners) if owner == dim), key=lambda i: -item.stride[i])
-        pieces = [cut for piece in pieces for cut in _between(piece, mine, shape, dim, low, low + extent)]
-    for piece in pieces:
-        yield piece, owners
-
-
-def _between(
-    item: Part, mine: Sequence[int], shape: tuple[int, ...], dim: int, low: int, high: int
-) -> Iterator[Part]:
-    """What of a part has its index of ``dim`` within ``low:high``; ``mine`` are its own dimensions for that one, the
-    one with the largest stride first."""
-    step = row_major(shape)[dim]
-    first = item.offset // step % shape[dim]
-    last = first + sum((item.shape[i] - 1) * item.stride[i] // step for i in mine)
-    if low <= first and last < high:
-        yield item
-        return
-    if last < low or first >= high or not mine:
-        return
-    outer, inner = mine[0], mine[1:]
-    stride = item.stride[outer] // step
-    spread = last - first - (item.shape[outer] - 1) * stride
-    # Those that lie inside with all that hangs on them go as one piece, each of the others by itself.
-    begin = min(max(-(-(low - first) // stride), 0), item.shape[outer])
-    end = max(min((high - 1 - spread - first) // stride + 1, item.shape[outer]), begin)
-    if end > begin:
-        yield _sliced(item, outer, begin, end - begin)
-    for index in (*range(begin), *range(end, item.shape[outer])):
-        if first + index * stride + spread >= low and first + index * stride < high:
-            yield from _between(_sliced(item, outer, index, 1), inner, shape, dim, low, high)
-
-
-def _sliced(item: Part, dim: int, start: int, length: int) -> Part:
-    found = narrow(Region(item.shape, item.stride, item.offset), dim, start, length)
-    return part(narrow(item.entry, dim, start, length), found, key=item.key)
-
-
-def _separated(item: Part, shape: tuple[int, ...]) -> tuple[Part, _Indices]:
-    """A part none of whose dimensions runs across several of the destination's, and for each of its own which one it
-    belongs to."""
-    steps = row_major(shape)
-    owners: list[int] = []
-    dim = 0
-    while dim < len(item.shape):
-        extent, step = item.shape[dim], item.stride[dim]
-        if extent == 1:
-            owners.append(-1)
-            dim += 1
-            continue
-        owner = min(i for i, size in enumerate(steps) if size <= step and shape[i] > 1)
-        if step % steps[owner]:
-            raise _unruly(item, shape)
-        room = shape[owner] - item.offset // steps[owner] % shape[owner]
-        if (extent - 1) * step // steps[owner] < room:
-            owners.append(owner)
-            dim += 1
-            continue
-        inner = shape[owner] * steps[owner] // step
-        if extent % inner or shape[owner] * steps[owner] % step or item.offset // steps[owner] % shape[owner]:
-            raise _unruly(item, shape)
-        split = (*item.shape[:dim], extent // inner, inner, *item.shape[dim + 1 :])
-        found = reshape(Region(item.shape, item.stride, item.offset), split)
-        entry = reshape(item.entry, split)
-        assert found is not None and entry is not None
-        item = part(entry, found, key=item.key)
-    for owner, (steps_of, room) in enumerate(zip(steps, shape, strict=True)):
-        mine = [i for i, of in enumerate(owners) if of == owner]
-        last = sum((item.shape[i] - 1) * item.stride[i] for i in mine) // steps_of
-        if item.offset // steps_of % room + last >= room:
-            raise _unruly(item, shape)
-    return item, tuple(owners)
-
-
-def _unruly(item: Part, shape: Sequence[int]) -> ValueError:
-    return ValueError(f"{item.key} fills a region that does not follow the dimensions of {tuple(shape)}")
-
-
-def _placed(item: Part, owners: _Indices, shape: Sequence[int], start: Sequence[int], target: Region) -> Part:
-    """A piece of a destination of ``shape``, in the coordinates of a box that begins at ``start`` and lies at
-    ``target``."""
-    steps = row_major(shape)
-    offset = target.offset
-    for dim, step in enumerate(steps):
-        offset += (item.offset // step % shape[dim] - start[dim]) * target.stride[dim]
-    stride = tuple(
-        0 if owner < 0 else step // steps[owner] * target.stride[owner]
-        for owner, step in zip(owners, item.stride, strict=True)
-    )
-    return part(item.entry, Region(item.shape, stride, offset), key=item.key)

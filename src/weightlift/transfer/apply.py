@@ -19,8 +19,8 @@ from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of, 
 from weightlift.deferred.tape import Record, needed, replays
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
+from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
-from weightlift.plan.regions import fault_of
 from weightlift.strides import is_row_major
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish

@@ -89,7 +89,8 @@ def test_meshes_that_can_not_be(path, mesh_shape, placements, text):
 def test_parts_of_a_row_are_shared_out(path):
     from weightlift.checkpoint.entry import TensorEntry
     from weightlift.distributed.paper import Wanted, work_out
-    from weightlift.plan.regions import part, select, whole
+    from weightlift.plan.parts import part
+    from weightlift.plan.regions import select, whole
 
     entries = [TensorEntry(str(i), (4, 8), torch.float32, path, i * 128, i * 128 + 128) for i in range(6)]
     parts = tuple(part(entry, select(whole((6, 4, 8)), 0, i)) for i, entry in enumerate(entries))

@@ -14,8 +14,9 @@ from weightlift.errors import TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan import regions
 from weightlift.plan.match import Supply, match
+from weightlift.plan.parts import composed, local_parts, part
 from weightlift.plan.records import Offer
-from weightlift.plan.regions import composed, local_parts, part, whole
+from weightlift.plan.regions import whole
 from weightlift.plan.report import as_json, report, table
 from weightlift.transfer.apply import apply
 from weightlift.transfer.jobs import Job
