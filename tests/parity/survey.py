@@ -1,7 +1,8 @@
 """The whole list of model types, or a part of it, with a time limit for each and a count at the end.
 
-``python -m tests.parity.survey [--first N] [--last N] [--only NAME …] [--seconds 300] [--out FILE]``: one line of JSON for
-each model type, written as it is done, so that a run that was stopped can be taken up where it was; then the figures.
+``python -m tests.parity.survey [--first N] [--last N] [--only NAME …] [--seconds 300] [--out FILE]``: one line of JSON
+for each model type, written as it is done, so that a run that was stopped can be taken up where it was; then the
+figures.
 """
 
 from __future__ import annotations
