@@ -1,4 +1,4 @@
-"""A tied embedding of 256,000 × 2,304 without its head in the checkpoint: nothing is initialised but what is missing."""
+"""A tied embedding of 256,000 × 2,304 without its head in the checkpoint: nothing is initialised in vain."""
 
 from __future__ import annotations
 
