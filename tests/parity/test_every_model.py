@@ -17,7 +17,7 @@ from tests.parity.compare import DTYPES, both, differences, save_in_two
 # Ties, sub-models, merged experts, split projections, buffers, encoder-decoders, audio, vision, frozen and fp32 parts.
 SELECTED = (
     "bert", "llama", "gpt2", "gptj", "t5", "bart", "mixtral", "qwen2_moe", "deepseek_v3", "clip", "llava", "colpali",
-    "vit", "swin", "wav2vec2", "whisper", "mamba", "gemma3_text", "switch_transformers", "xlnet", "hrm_text",
+    "vit", "swin", "wav2vec2", "whisper", "mamba", "gemma3_text", "sam3_video", "switch_transformers", "xlnet", "hrm_text",
 )  # fmt: skip
 
 
