@@ -205,6 +205,19 @@ def test_a_tie_that_the_checkpoint_lacks(llama: Path) -> None:
     assert bool((weight[LlamaConfig.from_pretrained(llama).pad_token_id or 0] != 0).any())
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_tie_of_another_shape(llama: Path, name: str) -> None:
+    """Neither name is missing: the one of another shape counts as there, and the other is tied to it."""
+    rewrite(llama, lambda state: state.pop("model.embed_tokens.weight"))
+    rewrite(llama, lambda state: state.update({name: torch.zeros(65, 16)}))
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, llama, ignore_mismatched_sizes=True)
+    if name == "model.embed_tokens.weight":  # Transformers leaves the other on meta
+        assert differences(ours, theirs, values=False) == []
+    assert not any(parameter.is_meta for parameter in ours.parameters())
+    assert info == expected
+    assert expected["missing_keys"] == set()
+
+
 def test_ties_that_the_caller_asks_for(llama: Path) -> None:
     config = LlamaConfig.from_pretrained(llama)
     config.tie_word_embeddings = False

@@ -70,8 +70,10 @@ _BACKBONE = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8,
              "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
 _PLAIN_BACKBONE = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False,
                    "backbone_config": {**_BACKBONE, "out_features": ["stage4"]}}  # fmt: skip
-_SEGMENTING_BACKBONE = {**_PLAIN_BACKBONE, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
-                        "backbone_config": {**_BACKBONE, "out_features": ["stage1", "stage2", "stage3", "stage4"]}}  # fmt: skip
+_SEGMENTING_BACKBONE = {
+    **_PLAIN_BACKBONE, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
+    "backbone_config": {**_BACKBONE, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+}  # fmt: skip
 _IMAGE_TOKENS = {"<image>": 4, "IMGIMGAZ": 5, "IMGIMGBZ": 6}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BY_LAYER_TYPE = {"sliding_attention": _ROPE, "full_attention": _ROPE}
@@ -200,6 +202,12 @@ def classes_of(model_type: str) -> tuple[type, ...]:
         and name in getattr(module, "__all__", (name,))
         and not name.endswith("PreTrainedModel")
     )
+
+
+def heads_first(model_type: str) -> tuple[type, ...]:
+    """The classes of a model type, those with a head in front."""
+    classes = classes_of(model_type)
+    return tuple(sorted(classes, key=lambda cls: "For" not in cls.__name__ and "LMHead" not in cls.__name__))
 
 
 MODEL_TYPES = tuple(sorted(CONFIG_MAPPING_NAMES))

@@ -213,8 +213,9 @@ class Filling:
         return {name for name, tensor in self._state.items() if id(tensor) in fitting}, mismatched
 
     def _info(self, done: Conversion, supplied: set[str], mismatched: set[Any]) -> LoadStateDictInfo:
-        names = {name for name, _, _ in mismatched}
-        missing = {name for name in self._state if name not in supplied and name not in names}
+        # To Transformers a name of another shape is there, and so are those tied to it.
+        there = {id(self._state[name]) for name in supplied.union(name for name, _, _ in mismatched)}
+        missing = {name for name, tensor in self._state.items() if id(tensor) not in there}
         return LoadStateDictInfo(
             missing_keys=missing | (set(self._extra_state) - set(done.extras)),
             unexpected_keys=done.unexpected,
