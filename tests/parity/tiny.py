@@ -19,8 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.integrations.transformers_init import build
@@ -101,6 +107,9 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling_mm_model": {"vision_config.text_hidden_size": 32},
     "inkling_vision": {"text_hidden_size": 32},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -185,13 +194,14 @@ def _module_of(model_type: str) -> Any:
 
 @functools.cache
 def classes_of(model_type: str) -> tuple[type, ...]:
-    """Every model class of a model type: those of its module that name its configuration as theirs."""
+    """Every model class of a model type: those of its module that name its configuration as theirs; where there are
+    none, the classes of another type that the Auto classes take for it."""
     config_class = CONFIG_MAPPING[model_type]
     try:
         module = _module_of(model_type)
     except ModuleNotFoundError:
-        return ()
-    return tuple(
+        return _borrowed(model_type)
+    found = tuple(
         cls
         for name, cls in sorted(vars(module).items())
         if inspect.isclass(cls)
@@ -202,6 +212,20 @@ def classes_of(model_type: str) -> tuple[type, ...]:
         and name in getattr(module, "__all__", (name,))
         and not name.endswith("PreTrainedModel")
     )
+    return found or _borrowed(model_type)
+
+
+_MAPPINGS = (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def _borrowed(model_type: str) -> tuple[type, ...]:
+    names = (
+        names
+        for mapping in _MAPPINGS
+        if (names := mapping.get(model_type)) is not None
+    )
+    found = [name for item in names for name in ([item] if isinstance(item, str) else item)]
+    return tuple(getattr(transformers, name) for name in dict.fromkeys(found) if "Timm" not in name)
 
 
 def heads_first(model_type: str) -> tuple[type, ...]:
