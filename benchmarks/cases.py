@@ -10,6 +10,7 @@ FILES = {
     "same-dtype": "warm", "up-cast": "warm", "down-cast": "warm", "copy": "warm",
     "cold": "cold",
     "experts": "experts",
+    "tied": "tied", "tied-up-cast": "tied",
     "tensors-18k": "small_tensors", "tensors-91k": "small_tensors", "layers-18k": "small_tensors",
     "ordinary": "ordinary_module",
     "threads": "threads",

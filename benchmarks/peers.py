@@ -28,7 +28,7 @@ def _class() -> Any:
 def weightlift(folder: Path, dtype: torch.dtype, *, copy: bool = False) -> nn.Module:
     import weightlift as wl
 
-    return wl.from_pretrained(_class(), folder, dtype=dtype, **({"copy": True} if copy else {}))  # type: ignore[no-any-return]
+    return wl.from_pretrained(_class(), folder, dtype=dtype, **({"disable_mmap": True} if copy else {}))  # type: ignore[no-any-return]
 
 
 def weightlift_load(folder: Path, dtype: torch.dtype, *, copy: bool = False) -> nn.Module:

@@ -18,6 +18,7 @@ from tests.parity.compare import DTYPES, both, differences, save_in_two
 SELECTED = (
     "bert", "llama", "gpt2", "gptj", "t5", "bart", "mixtral", "qwen2_moe", "deepseek_v3", "clip", "llava", "colpali",
     "vit", "swin", "wav2vec2", "whisper", "mamba", "gemma3_text", "switch_transformers", "xlnet", "hrm_text",
+    "sam3_video",
 )  # fmt: skip
 
 
@@ -61,9 +62,7 @@ def check(model_type: str, cls: Any, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("model_type", SELECTED)
 def test_a_model_of_each_kind_is_the_same(model_type: str, tmp_path: Path) -> None:
-    heads = [cls for cls in tiny.classes_of(model_type) if "For" in cls.__name__ or "LMHead" in cls.__name__]
-    cls = (heads or tiny.classes_of(model_type))[0]
-    assert check(model_type, cls, tmp_path) == []
+    assert check(model_type, tiny.heads_first(model_type)[0], tmp_path) == []
 
 
 @pytest.mark.full

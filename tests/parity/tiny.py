@@ -2,27 +2,36 @@
 
 Sizes are recognised by the names of the configuration's fields; a table of exceptions is kept for what those names
 don't tell. Where the shrunk configuration can't be built, groups of sizes are left at their defaults, one after the
-other, until it can; a trial costs no memory, as it is built deferred.
+other, until it can; where none of that helps, every size by itself is shrunk with which it still can. A trial costs no
+memory, as it is built deferred.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.integrations.transformers_init import build
 
-LARGEST = 100_000_000
+LARGEST = 300_000_000
 
 # Group, field names, value. The first pattern that matches decides.
 _SIZES: list[tuple[str, str, int]] = [
@@ -39,6 +48,7 @@ _SIZES: list[tuple[str, str, int]] = [
     ("experts", r"(num_local_experts|n_routed_experts|num_experts|moe_num_experts|num_moe_experts)$", 4),
     ("experts", r"(num_experts_per_tok|num_experts_per_token|moe_topk|top_k_experts|moe_k|num_selected_experts)$", 2),
     ("experts", r"^(n_group|topk_group)$", 1),
+    ("filters", r"^(num_filters|n_filters|base_channels)$", 8),
     ("hidden", r"(moe_intermediate_size|intermediate_size|ffn_dim|d_ff|dim_feedforward|n_inner|ffn_hidden_size)$", 48),
     ("hidden", r"(encoder_ffn_dim|decoder_ffn_dim|hidden_dim_ffn|mlp_dim|d_inner|intermediate_dim)$", 48),
     ("hidden", r"(^|_)(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|embedding_size|emb_dim|embedding_dim)$", 32),
@@ -66,13 +76,49 @@ _BACKBONE = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8,
              "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
 _PLAIN_BACKBONE = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False,
                    "backbone_config": {**_BACKBONE, "out_features": ["stage4"]}}  # fmt: skip
+_SEGMENTING_BACKBONE = {
+    **_PLAIN_BACKBONE, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
+    "backbone_config": {**_BACKBONE, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+}  # fmt: skip
+_IMAGE_TOKENS = {"<image>": 4, "IMGIMGAZ": 5, "IMGIMGBZ": 6}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_BY_LAYER_TYPE = {"sliding_attention": _ROPE, "full_attention": _ROPE}
+# A name with a dot is of a sub-configuration.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "bridgetower": {"contrastive_hidden_size": 16, "hidden_size": 64, "logit_scale_init_value": 2.6},
+    "chameleon": {"vocabulary_map": _IMAGE_TOKENS},
+    "cohere_compass": {"text_config.rope_parameters": _BY_LAYER_TYPE},
+    "cohere_compass_text": {"rope_parameters": _BY_LAYER_TYPE},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.model_type": "", "attn_config.kv_n_heads": 2},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2,
+                        "text_config.moe_intermediate_size": 16},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config.base_channels": 32},
+    "emu3_vqgan": {"base_channels": 32},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
+    "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
+    "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "alpha": 1000.0}},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "alpha": 1000.0}},
+    "inkling_mm_model": {"vision_config.text_hidden_size": 32},
+    "inkling_vision": {"text_hidden_size": 32},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
     "esm": {"vocab_size": 64, "pad_token_id": 1},
-    "detr": _PLAIN_BACKBONE,
-    "conditional_detr": _PLAIN_BACKBONE,
+    "detr": _SEGMENTING_BACKBONE,
+    "conditional_detr": _SEGMENTING_BACKBONE,
     "deformable_detr": {**_PLAIN_BACKBONE, "backbone_config": _BACKBONE},
     "dab-detr": _PLAIN_BACKBONE,
     "table-transformer": _PLAIN_BACKBONE,
@@ -148,13 +194,14 @@ def _module_of(model_type: str) -> Any:
 
 @functools.cache
 def classes_of(model_type: str) -> tuple[type, ...]:
-    """Every model class of a model type: those of its module that name its configuration as theirs."""
+    """Every model class of a model type: those of its module that name its configuration as theirs; where there are
+    none, the classes of another type that the Auto classes take for it."""
     config_class = CONFIG_MAPPING[model_type]
     try:
         module = _module_of(model_type)
     except ModuleNotFoundError:
-        return ()
-    return tuple(
+        return _borrowed(model_type)
+    found = tuple(
         cls
         for name, cls in sorted(vars(module).items())
         if inspect.isclass(cls)
@@ -165,6 +212,26 @@ def classes_of(model_type: str) -> tuple[type, ...]:
         and name in getattr(module, "__all__", (name,))
         and not name.endswith("PreTrainedModel")
     )
+    return found or _borrowed(model_type)
+
+
+_MAPPINGS = (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def _borrowed(model_type: str) -> tuple[type, ...]:
+    names = (
+        names
+        for mapping in _MAPPINGS
+        if (names := mapping.get(model_type)) is not None
+    )
+    found = [name for item in names for name in ([item] if isinstance(item, str) else item)]
+    return tuple(getattr(transformers, name) for name in dict.fromkeys(found) if "Timm" not in name)
+
+
+def heads_first(model_type: str) -> tuple[type, ...]:
+    """The classes of a model type, those with a head in front."""
+    classes = classes_of(model_type)
+    return tuple(sorted(classes, key=lambda cls: "For" not in cls.__name__ and "LMHead" not in cls.__name__))
 
 
 MODEL_TYPES = tuple(sorted(CONFIG_MAPPING_NAMES))
@@ -180,8 +247,7 @@ def tiny_config(model_type: str, cls: type) -> Any:
     for left in attempts:
         try:
             fields = _shrunk(default, left)
-            fields.update(_EXCEPTIONS.get(model_type, {}))
-            config = config_class(**fields)
+            config = config_class(**_with(fields, model_type))
             numel = _numel(cls, copied(config))
             if numel > LARGEST:
                 raise ValueError(f"{numel:,} parameters")
@@ -193,7 +259,67 @@ def tiny_config(model_type: str, cls: type) -> Any:
             _left_of[model_type] = left
             return config
     assert first is not None
-    raise first
+    try:
+        return _one_by_one(default, cls, model_type)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise error from first
+
+
+def _with(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The fields with the exceptions of a model type."""
+    for name, value in _EXCEPTIONS.get(model_type, {}).items():
+        *path, last = name.split(".")
+        place = fields
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return fields
+
+
+def _one_by_one(default: Any, cls: type, model_type: str) -> Any:
+    """The default configuration with every change that leaves it buildable, tried by halves. Raises the error of the
+    default one when that can't be built, and ValueError when the result is too large."""
+    whole = _with(default.to_dict(), model_type)
+    fixed = {tuple(name.split(".")) for name in _EXCEPTIONS.get(model_type, {})}
+    kept: list[tuple[tuple[str, ...], Any]] = []
+
+    def made(changes: list[tuple[tuple[str, ...], Any]]) -> tuple[Any, int]:
+        fields = copy.deepcopy(whole)
+        for path, value in changes:
+            place = fields
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = value
+        config = type(default)(**fields)
+        return config, _numel(cls, copied(config))
+
+    def add(changes: list[tuple[tuple[str, ...], Any]]) -> None:
+        try:
+            made(kept + changes)
+        except Exception:
+            middle = len(changes) // 2
+            if middle:
+                add(changes[:middle])
+                add(changes[middle:])
+        else:
+            kept.extend(changes)
+
+    made([])
+    add([item for item in _flat(_shrunk(default, ())) if item[0] not in fixed and item[0][-1] != "model_type"])
+    config, numel = made(kept)
+    if numel > LARGEST:
+        raise ValueError(f"{numel:,} parameters")
+    return config
+
+
+def _flat(fields: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def _numel(cls: type, config: Any) -> int:

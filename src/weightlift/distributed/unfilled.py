@@ -29,14 +29,23 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
     if subject.recorder is None:
         return subject.inventory.module
     with outside_modes():
+        untied: dict[int, nn.Parameter] = {}
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
             if slot.kind == "parameter" and not is_lazy(slot.tensor):
                 _leave(slot.tensor, row, subject)
+                if row.untied:
+                    slot.put(untied.setdefault(row.target, _another(slot.tensor, row)))
         rows = tuple(_computed(row) for row in decisions.rows if row.kind == "buffer")
         slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
         inventory = replace(subject.inventory, slots=slots)
         left = replace(decisions, rows=rows, checks=())
         return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
+
+
+def _another(tensor: torch.Tensor, row: Row) -> nn.Parameter:
+    """A parameter of its own for a name that leaves its tie."""
+    values = torch.zeros(tensor.shape, dtype=row.dtype, device=row.device)
+    return nn.Parameter(values, requires_grad=tensor.requires_grad)
 
 
 def _leave(tensor: torch.Tensor, row: Row, subject: Subject) -> None:

@@ -16,8 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, add_generation_mixin_to_remote_model
 
 from weightlift.integrations.exclusive import LOADING
-from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained
-from weightlift.integrations.transformers_options import NotNative, refuse
+from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained, native_or_alone
 
 
 def handles(cls: Any) -> bool:
@@ -143,13 +142,10 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
         "__qualname__": cls.__qualname__,
         "config_class": cls.config_class,
     }
-    try:
-        with LOADING.shared():
-            refuse(kwargs)
-            return _Building(cls.__name__, (cls,), body).from_pretrained(name, *args, **kwargs)  # type: ignore[attr-defined]
-    except NotNative as reason:
-        reason.report(cls)
-    with LOADING.alone():
-        return cls.from_pretrained(name, *args, **kwargs)
-
-
+    subclass: Any = _Building(cls.__name__, (cls,), body)
+    return native_or_alone(
+        cls,
+        kwargs,
+        lambda: subclass.from_pretrained(name, *args, **kwargs),
+        lambda: cls.from_pretrained(name, *args, **kwargs),
+    )

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -28,52 +29,68 @@ from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.transformers_options import NotNative
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
+_MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code__
 
 
 def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad) -> tuple[Any, Recorder]:
     """Run a constructor deferred. ``config`` is the load's own copy, ``dtype`` the default dtype for it."""
-    restore = _without_dtypes(config)
-    model, recorder = construct(make, load, default_dtype=dtype, answers={torch.tensor: _meta_if_asked})
+    dtypes = _Dtypes(config)
+    model, recorder = construct(make, load, default_dtype=dtype, answers={torch.tensor: dtypes.answer})
     assert recorder is not None
-    restore(model, dtype)
+    dtypes.restore(model, dtype)
     return model, recorder
 
 
-def _meta_if_asked(frame: FrameType, args: Any, kwargs: Any) -> Any:
-    """``torch.tensor([])`` in the function that finds out whether this thread builds on meta."""
-    if frame.f_code is _ASKS_FOR_META:
-        return torch.empty(0, device="meta")
-    return NotImplemented
-
-
-def _without_dtypes(config: Any) -> Callable[[nn.Module, torch.dtype], None]:
-    """Take the dtypes out of a configuration; what is returned puts them back once the model is there.
+class _Dtypes:
+    """The dtypes of a configuration, which are taken out of it while its model is built, and put back afterwards.
 
     A constructor that fails needs no such care: nobody else has the configuration.
     """
-    known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
-    found = {id(item): (item, item.__dict__.pop("dtype")) for item in known}
 
-    def restore(model: nn.Module, dtype: torch.dtype) -> None:
-        # Making a sub-model from a configuration sets its dtype and those of its parts: to None now, which tells them.
-        used = {key for key, (item, _) in found.items() if "dtype" in item.__dict__}
-        for item, value in found.values():
+    def __init__(self, config: Any) -> None:
+        known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
+        self._found = {id(item): (item, item.__dict__.pop("dtype")) for item in known}
+        self._made: list[Any] = []  # the configurations that sub-models were made from, in that order
+
+    def answer(self, frame: FrameType, args: Any, kwargs: Any) -> Any:
+        """``torch.tensor([])`` in the function that finds out whether this thread builds on meta: it does.
+
+        Every constructor of a model comes to that question, so this is where to see what it was made from.
+        """
+        if frame.f_code is not _ASKS_FOR_META:
+            return NotImplemented
+        makers, at = [], frame.f_back
+        while at is not None:
+            if at.f_code is _MAKES_SUB_MODEL:
+                makers.append(at.f_locals["config"])
+            at = at.f_back
+        for config in reversed(makers):
+            if all(config is not other for other in self._made):
+                self._made.append(config)
+        return torch.empty(0, device="meta")
+
+    def restore(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give every configuration the dtype that Transformers would have left it with: making a sub-model from one
+        passes its dtype on to its parts. Raises NotNative where a sub-model is to be built in another dtype."""
+        for item, value in self._found.values():
             item.__dict__["dtype"] = value
-        for key, (item, _) in found.items():
-            parts = [getattr(item, name, None) for name in item.sub_configs] if key in used else []
-            for inner in parts:
-                if id(inner) in used and inner is not None:
-                    inner.__dict__["dtype"] = item.__dict__["dtype"]
-        others = {str(found[key][0].__dict__["dtype"]) for key in used} - {"None", str(dtype), str(dtype)[6:]}
-        if others:
+        others = set()
+        for config in self._made:
+            if id(config) not in self._found:
+                continue
+            own = config.__dict__["dtype"]
+            others.add(str(own).removeprefix("torch."))
+            for name in config.sub_configs:
+                part = getattr(config, name, None)
+                if id(part) in self._found:
+                    part.__dict__["dtype"] = own
+        if others := others - {"None", str(dtype).removeprefix("torch.")}:
             why = "Transformers builds it under a default dtype of its own"
-            raise NotNative(f"a sub-model in {', '.join(others)}", why)
+            raise NotNative(f"a sub-model in {', '.join(sorted(others))}", why)
         for module in model.modules():
             for item in _configs(getattr(module, "config", None), set()):
-                if id(item) not in found and item.__dict__.get("dtype") is None:
+                if id(item) not in self._found and item.__dict__.get("dtype") is None:
                     item.__dict__["dtype"] = dtype  # a copy that the constructor made
-
-    return restore
 
 
 def _configs(value: Any, seen: set[int]) -> Iterator[Any]:

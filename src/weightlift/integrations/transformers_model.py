@@ -8,7 +8,7 @@ the loading of the weights. Nothing of Transformers is replaced for that.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from weightlift.checkpoint.gather import gather
 from weightlift.deferred.construct import CurrentLoad, extend
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
+from weightlift.distributed.environment import another_rank_loads
+from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import LOADING
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
+from weightlift.integrations.transformers_offload import Offload
 from weightlift.integrations.transformers_options import NotNative, refuse
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -45,16 +48,28 @@ ORIGINAL: Any = PreTrainedModel.__dict__["from_pretrained"]
 def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a model of a `PreTrainedModel` class: natively, or where that is not sound, by Transformers' own code alone
     in the process."""
+    return native_or_alone(
+        cls,
+        kwargs,
+        lambda: ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs),
+        lambda: ORIGINAL.__func__(cls, name, *args, **kwargs),
+    )
+
+
+def native_or_alone(
+    cls: Any, kwargs: Mapping[str, Any], native: Callable[[], Any], original: Callable[[], Any]
+) -> Any:
+    """``native()`` beside other loads; where that turns out not to be sound, ``original()`` while no other runs."""
     if LOADING.writing:
-        return ORIGINAL.__func__(cls, name, *args, **kwargs)
+        return original()
     try:
         with LOADING.shared():
             refuse(kwargs)
-            return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
+            return native()
     except NotNative as reason:
         reason.report(cls)
     with LOADING.alone():
-        return ORIGINAL.__func__(cls, name, *args, **kwargs)
+        return original()
 
 
 class StandIn:
@@ -91,12 +106,14 @@ class StandIn:
 
     def _load_pretrained_model(
         self, model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **_: Any
-    ) -> tuple[LoadStateDictInfo, None]:
+    ) -> tuple[LoadStateDictInfo, Any]:
         assert self._recorder is not None and self._load is not None
-        if "disk" in (load_config.device_map or {}).values():
-            raise NotNative("offloading to disk", "the weights stay in their files, behind accelerate's hooks")
+        offload = None
+        if "disk" in (load_config.device_map or {}).values() and not another_rank_loads():
+            offload = Offload(model, checkpoint_files, load_config)
         checkpoint = _open(state_dict, checkpoint_files, load_config)
-        return Filling(model, self._recorder, self._load, checkpoint, load_config).run(), None
+        filling = Filling(model, self._recorder, self._load, checkpoint, load_config, offload)
+        return filling.run(), None if offload is None else offload.index
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: LoadStateDictInfo) -> LoadStateDictInfo:
@@ -135,13 +152,21 @@ class Filling:
     """Gives one deferred model its values."""
 
     def __init__(
-        self, model: Any, recorder: Recorder, load: CurrentLoad, checkpoint: Checkpoint, load_config: Any
+        self,
+        model: Any,
+        recorder: Recorder,
+        load: CurrentLoad,
+        checkpoint: Checkpoint,
+        load_config: Any,
+        offload: Offload | None,
     ) -> None:
         self._model = model
         self._recorder = recorder
         self._load = load
         self._checkpoint = checkpoint
         self._config = load_config
+        self._offload = offload
+        self._unfilled = another_rank_loads()  # accelerate sends this rank its parameters
         self._options = LoadOptions.create(
             strict=False,
             ignore_mismatched=True,
@@ -164,6 +189,7 @@ class Filling:
         info = self._info(done, supplied, mismatched)
         self._model._adjust_missing_and_unexpected_keys(info)
         self._report(info)
+        supplied = set(self._state) if self._unfilled else supplied
         tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
         for parameter in self._model.parameters():  # Transformers makes every one anew
             parameter.requires_grad_(parameter.is_floating_point())
@@ -176,9 +202,20 @@ class Filling:
         )
         with outside_modes():
             decisions = settled(decisions, source, self._options)
-        apply(decisions, subject, source, self._options)
+        self._carry_out(decisions, subject, source)
         self._finish()
         return info
+
+    def _carry_out(self, decisions: Decisions, subject: Subject, source: Bytes) -> None:
+        if self._unfilled:
+            leave_unfilled(decisions, subject, source, self._options)
+        elif self._offload is None:
+            apply(decisions, subject, source, self._options)
+        else:
+            rest, others = self._offload.split(decisions, subject)
+            self._offload.write(decisions, subject, self._checkpoint, source, self._options)
+            apply(rest, others, source, self._options)
+            self._offload.leave()
 
     def _convert(self) -> Conversion:
         expected: dict[str, Any] = {**self._state, **dict.fromkeys(self._extra_state, torch.empty(0))}
@@ -206,8 +243,9 @@ class Filling:
         return {name for name, tensor in self._state.items() if id(tensor) in fitting}, mismatched
 
     def _info(self, done: Conversion, supplied: set[str], mismatched: set[Any]) -> LoadStateDictInfo:
-        names = {name for name, _, _ in mismatched}
-        missing = {name for name in self._state if name not in supplied and name not in names}
+        # To Transformers a name of another shape is there, and so are those tied to it.
+        there = {id(self._state[name]) for name in supplied.union(name for name, _, _ in mismatched)}
+        missing = {name for name, tensor in self._state.items() if id(tensor) not in there}
         return LoadStateDictInfo(
             missing_keys=missing | (set(self._extra_state) - set(done.extras)),
             unexpected_keys=done.unexpected,
@@ -263,7 +301,7 @@ class Filling:
         if self._config.device_map is None:
             return {}
         places = expand_device_map(self._config.device_map, names)
-        return {name: str(torch.device(place)) for name, place in places.items()}
+        return {name: str(torch.device("cpu" if place == "disk" else place)) for name, place in places.items()}
 
     def _finish(self) -> None:
         """The rest of what Transformers leaves behind: which ties turned out to be none."""

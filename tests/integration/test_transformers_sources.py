@@ -1,0 +1,87 @@
+"""Where models come from: hub ids in a local cache, code that a repository brings along, adapters on a base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.concurrency import audit
+from tests.parity.compare import differences, native_only
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import weightlift as wl
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_hub_ids_and_code_of_repositories(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.hub_program"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == []
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA adapter of a tied Llama."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def adapted(cls: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
+    theirs, expected = cls.from_pretrained(folder, output_loading_info=True, **options)
+    with native_only():
+        ours, info = wl.from_pretrained(cls, folder, output_loading_info=True, **options)
+    assert info == expected
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, AutoModelForCausalLM])
+def test_an_adapter_and_its_base(adapter: Path, cls: Any, dtype: torch.dtype) -> None:
+    """The base model natively, then Transformers' own loading of the adapter, which patches nothing."""
+    ours, theirs = adapted(cls, adapter, dtype=dtype)
+    assert differences(ours, theirs) == []
+    assert any("lora_A.default" in name for name, _ in ours.named_parameters())
+    assert ours.peft_config.keys() == theirs.peft_config.keys()
+    tokens = torch.arange(6)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_adapters_by_name_and_from_threads(adapter: Path) -> None:
+    ours, theirs = adapted(LlamaForCausalLM, adapter, adapter_name="mine")
+    assert differences(ours, theirs) == []
+    before, attributes = audit.ambient(), audit.attributes()
+    with ThreadPoolExecutor(8) as pool, native_only():
+        models = list(
+            pool.map(lambda _: wl.from_pretrained(LlamaForCausalLM, adapter, adapter_name="mine"), range(40))
+        )
+    assert [differences(model, theirs) for model in models] == [[]] * 40
+    after = audit.ambient()
+    after["rng"] = before["rng"]  # peft draws what it then overwrites
+    assert audit.differences(before, after) == []
+    assert audit.differences(attributes, audit.attributes()) == []
