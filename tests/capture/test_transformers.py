@@ -89,6 +89,23 @@ def test_names_layers_and_options() -> None:
         pass
 
 
+@torch.no_grad()
+def test_modules_beside_what_the_model_itself_declares() -> None:
+    model, other = llama(), ids(1)
+    with wl.capture(model, "hidden_states", layers="layers.*") as got:
+        model(ids())
+        model(other)
+    for name, count in (("hidden_states", 5), ("layers", 4)):
+        assert [len(values) for values in got.forwards(name)] == [count, count]
+    with (
+        pytest.raises(wl.CaptureError, match=r"layers\.1.*none in 1 of 2 forwards"),
+        wl.capture(model, "attentions", layers="layers.*"),
+    ):
+        model(other)
+        model.layers[1] = LlamaDecoderLayer(model.config, 1).eval()
+        model(other)
+
+
 def test_attention_that_gives_no_weights() -> None:
     model = llama(attention="sdpa")
     with pytest.raises(wl.CaptureError, match="attn_implementation='eager'"), wl.capture(model, "attentions"):

@@ -35,7 +35,8 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         chosen = [Selected(fqn, session.modules[key]) for fqn, key in template.chosen[number]]
         problems += _fired(session, root, name, tap, chosen, fired)
     problems += _written(session.entries, template)
-    problems += _detached(session)
+    if session.detached:
+        problems += _detached(session)
     for fqn in sorted(session.checkpointed):
         hint = "turn checkpointing off there: its recomputation would not see the edit"
         problems.append(Problem("an output was edited within torch.utils.checkpoint", fqn=fqn, hint=hint))

@@ -103,7 +103,8 @@ def remove(session: Session) -> None:
             if count == 0:
                 del _before[key]
                 _take_off_before(modules[key])
-        session.elsewhere = _elsewhere.intersection(session.after)
+        if _elsewhere:
+            session.elsewhere = _elsewhere.intersection(session.after)
         for key in session.after:
             count = _after[key] = _after[key] - 1
             if count == 0:

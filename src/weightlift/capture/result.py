@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from weightlift.capture.taps import Declared
 from weightlift.errors import CaptureError, Problem
 
 
@@ -127,12 +126,10 @@ def no_such_calls(name: str, fqn: str, missing: Sequence[int], count: int) -> Pr
     )
 
 
-def choose_layers(entries: Sequence[Entry], tap: Declared) -> list[Entry]:
+def choose_layers(entries: Sequence[Entry], layers: Sequence[int]) -> list[Entry]:
     """Of one forward's entries of a declared key, those that ``layers`` selects."""
-    if tap.layers is None:
-        return list(entries)
     count = len(entries)
-    wanted = {layer % count for layer in tap.layers if -count <= layer < count} if count else set()
+    wanted = {layer % count for layer in layers if -count <= layer < count} if count else set()
     return [entry for number, entry in enumerate(entries) if number in wanted]
 
 
