@@ -104,8 +104,12 @@ def off(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Cal
 
 def bystander(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
     holder = wl.capture(one, hidden=wl.Output("**", expect="maybe"))
-    contextvars.Context().run(holder.__enter__)  # open as long as the tree lives
-    return nothing(one, two, inputs)
+    contextvars.Context().run(holder.__enter__)
+
+    def beside() -> object:
+        return holder and one(inputs)  # the capture stays open as long as this call is known
+
+    return beside, partial(two, inputs)
 
 
 def on(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:

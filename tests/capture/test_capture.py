@@ -18,6 +18,7 @@ from tests.capture.nets import Attention, Layer, Mixed, Net, hooks_on, same, sta
 from torch import nn
 
 import weightlift as wl
+from weightlift.capture import hooks
 
 
 def test_outputs_inputs_and_elements() -> None:
@@ -311,6 +312,26 @@ def test_a_generator_may_end_elsewhere() -> None:
     contextvars.copy_context().run(next, generator)
     contextvars.copy_context().run(lambda: list(generator))
     assert hooks_on(net) == 0
+
+
+def test_a_capture_that_is_dropped_while_open_leaves_nothing() -> None:
+    net, value = Net(), x()
+    dropped = wl.capture(net, hidden="layers.*")
+    context = contextvars.copy_context()
+    context.run(dropped.__enter__)
+    assert hooks_on(net) > 0
+    del dropped
+    assert hooks_on(net) == 0
+    context.run(net, value)
+    dropped = wl.capture(net, hidden="layers.*")
+    contextvars.copy_context().run(dropped.__enter__)
+    with hooks._lock:  # the collector may come while this thread is at work on the hooks: the next one removes them
+        del dropped
+    assert hooks_on(net) > 0
+    with wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert same(got["hidden"], states(net, value))
+    assert hooks_on(net) == 0 and not hooks._abandoned
 
 
 def test_memory_is_flat() -> None:

@@ -106,6 +106,76 @@ def test_modules_beside_what_the_model_itself_declares() -> None:
         model(other)
 
 
+@torch.no_grad()
+def test_layers_that_are_not_there() -> None:
+    model, inputs = llama(), ids()
+    there = wl.Declared("hidden_states", layers=[-5, 4])
+    wanted = wl.Declared("hidden_states", layers=[0, 99, -6])
+    message = r"no such layers.*expected layers of -5 to 4; found 99, -6"
+    with pytest.raises(wl.CaptureError, match=message) as caught, wl.capture(model, there=there, states=wanted):
+        model(inputs)
+        model(inputs)
+    assert len(caught.value.problems) == 1
+    record = wl.recorder(model, states=wanted)
+    with pytest.raises(wl.CaptureError, match=message):
+        record(inputs)
+    _, got = torch.compile(record, backend="eager")(inputs, use_cache=False)
+    with pytest.raises(wl.CaptureError, match=message):
+        got["states"]
+    with wl.capture(model, states=wl.Declared("hidden_states", layers=[0, 99], expect="maybe")) as got:
+        model(inputs)
+    assert len(got["states"]) == 1
+    with pytest.raises(wl.CaptureError, match="sequence of whole numbers"):
+        wl.Declared("hidden_states", layers=[])
+    with pytest.raises(TypeError, match="calls"):
+        wl.Declared("hidden_states", calls=[0])
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@torch.no_grad()
+def test_declared_outputs_within_layers_compiled_one_by_one(how: str) -> None:
+    model, reference, inputs = llama(lm=True), llama(lm=True), ids()
+    reference.load_state_dict(model.state_dict())
+    theirs = reference(inputs, output_hidden_states=True, output_attentions=True)
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        if how == "wrapped":
+            layers[number] = torch.compile(layer, backend="eager")
+        else:
+            layer.compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    inner = wl.Output("model.layers.*.mlp")
+    record = wl.recorder(
+        model, "hidden_states", "attentions", ends=wl.Declared("attentions", layers=[0, -1]), mlp=inner
+    )
+    for _ in range(2):
+        out, got = record(inputs, use_cache=False)
+        assert torch.allclose(out.logits, theirs.logits, atol=1e-5)
+        for name in ("hidden_states", "attentions"):
+            assert len(got[name]) == len(getattr(theirs, name))
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[name], getattr(theirs, name)))
+        assert list(got.named("ends")) == ["model.layers.0.self_attn", "model.layers.3.self_attn"]
+        assert list(got.named("mlp")) == [f"model.layers.{number}.mlp" for number in range(4)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "layers share what is compiled"
+
+
+@torch.no_grad()
+def test_declared_outputs_of_a_sub_model_that_was_compiled() -> None:
+    model, inputs = llama(lm=True), ids()
+    theirs = model(inputs, output_hidden_states=True, output_attentions=True)
+    model.model.compile(backend="eager")
+    last = wl.Declared("hidden_states", layers=[-1], tokens=-1)
+    record = wl.recorder(model, "hidden_states", "attentions", last=last, mlp="model.layers.1.mlp")
+    _, got = record(inputs, use_cache=False)
+    for name in ("hidden_states", "attentions"):
+        assert len(got[name]) == len(getattr(theirs, name))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[name], getattr(theirs, name)))
+    assert torch.allclose(got["last"][0], theirs.hidden_states[-1][:, -1], atol=1e-5)
+    assert list(got.named("attentions")) == [f"model.layers.{number}.self_attn" for number in range(4)]
+    with pytest.raises(wl.CaptureError, match="inside compiled code"), wl.capture(model, "hidden_states"):
+        model(inputs)
+
+
 def test_attention_that_gives_no_weights() -> None:
     model = llama(attention="sdpa")
     with pytest.raises(wl.CaptureError, match="attn_implementation='eager'"), wl.capture(model, "attentions"):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.declared import Scope, Site
-from weightlift.capture.result import Entry, absent, choose_layers
+from weightlift.capture.result import Entry, absent, no_such_layers, places
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id, running
 from weightlift.capture.taps import Declared, Output
@@ -213,23 +213,38 @@ class Gather(Action):
         forward = session.end(self)
         if forward is not None and forward.gathered is not None and self.taps:
             root = forward.root
-            for number, entries in self.gathered(forward.gathered, output):
+            for number, entries, lacking in self.gathered(forward.gathered, output):
+                if lacking is not None:
+                    self._lacks(session, number, *lacking)
                 for entry in entries:
                     entry.forward = root or forward
                 session.entries.extend(entries)
                 session.fired[self.sites[number]].append(root)
         return output
 
-    def gathered(self, lists: dict[str, list[Entry]], output: Any) -> list[tuple[int, list[Entry]]]:
-        """For each tap its entries of the forward that ended with ``output``."""
+    def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
+        key = next(key for key, other, _, _ in self.taps if other == number)
+        problem = no_such_layers(key, self.scope.fqn, missing, count)
+        if problem not in session.problems:
+            session.problems.append(problem)
+
+    def gathered(
+        self, lists: dict[str, list[Entry]], output: Any
+    ) -> list[tuple[int, list[Entry], tuple[list[int], int] | None]]:
+        """For each tap its entries of the forward that ended with ``output``, and which layers it lacks of how many."""
         result = []
         for key, number, tap, recipe in self.taps:
             entries = lists.get(key, [])
             if key == "hidden_states" and entries and self.scope.last:
                 entries = [*entries[:-1], self._last(entries[-1], output)]
+            lacking = None
             if tap.layers is not None:
-                entries = choose_layers(entries, tap.layers)
-            result.append((number, [_finished(entry, number, recipe) for entry in entries]))
+                count = len(entries)
+                wanted, missing = places(tap.layers, count)
+                if missing and tap.expect != "maybe":
+                    lacking = missing, count
+                entries = [entry for place, entry in enumerate(entries) if place in wanted]
+            result.append((number, [_finished(entry, number, recipe) for entry in entries], lacking))
         return result
 
     def _last(self, entry: Entry, output: Any) -> Entry:
@@ -283,21 +298,27 @@ class GiveDeclared(Action):
         return output
 
 
+def given(site: Site, output: Any) -> Any:
+    """Of what a module returned, what belongs to the site."""
+    return take(output, site.index) if isinstance(output, tuple) else output
+
+
+def first_of(args: Any, kwargs: Any) -> Any:
+    """The first argument of a call."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def gather_site(site: Site, lists: dict[str, list[Entry]], gather: Gather, args: Any, kwargs: Any, output: Any) -> bool:
     """Adds what a module gives to the running sub-model's lists, as Transformers' own capture does."""
     values = lists.setdefault(site.key, [])
     limits = gather.limits[site.key]
     if site.initial and not values:
-        first = args[0] if args else next(iter(kwargs.values()))
+        first = first_of(args, kwargs)
         values.append(Entry(-1, f"{site.fqn}:input", first, None, _version(first)))
         if limits is not None:
             _let_go(values, limits)
-    value = output
-    if isinstance(output, tuple):
-        value = take(output, site.index)
-        if value is None:
-            return False
-    elif value is None and site.key == "hidden_states":
+    value = given(site, output)
+    if value is None and (site.key == "hidden_states" or isinstance(output, tuple)):
         return False
     values.append(Entry(-1, site.fqn, value, None, _version(value)))
     if limits is not None:

@@ -65,6 +65,12 @@ class Capture:
             session.forget()
         return own
 
+    def __del__(self) -> None:
+        session = self.__dict__.get("_session")
+        if session is not None:  # dropped while it was open: nobody can close it any more
+            session.closed = True
+            hooks.abandon(session)
+
 
 def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
     key: Any = declared, tuple(taps.items())

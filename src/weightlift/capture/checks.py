@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from weightlift.capture.result import Entry, no_such_calls, places
+from weightlift.capture.result import Entry, Recorded, no_such_calls, no_such_layers, places
 from weightlift.capture.select import Selected, children, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
@@ -185,16 +184,19 @@ def _detached(session: Session) -> list[Problem]:
 
 
 def settle_recorded(
-    raw: Sequence[tuple[int, str, Any]], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
+    raw: Sequence[Recorded], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
 ) -> tuple[list[Entry], list[Problem]]:
     """The same for one call of a recorder: ``raw`` is in call order, ``expected`` names each tap's modules."""
     counts: dict[tuple[int, str], int] = {}
     entries = []
+    problems = []
     for number, fqn, value in raw:
+        if fqn is None:  # not a value, but what a declared tap lacks
+            problems.append(no_such_layers(expected[number][1], "", *value))
+            continue
         call = counts.get((number, fqn), 0)
         counts[number, fqn] = call + 1
         entries.append(Entry(number, fqn, value, call=call))
-    problems = []
     for number, name, tap, fqns in expected:
         if isinstance(tap, Declared):
             if tap.expect != "maybe" and tap.layers is None and not any(entry.tap == number for entry in entries):

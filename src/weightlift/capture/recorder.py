@@ -19,7 +19,7 @@ from weightlift.capture.checks import settle_recorded
 from weightlift.capture.compiled import Regions
 from weightlift.capture.declared import Wanted
 from weightlift.capture.regions import region_of
-from weightlift.capture.result import Entry, Records
+from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Selected, compiled_wrapper, original
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps
 from weightlift.capture.template import awaited, resolve_taps
@@ -56,7 +56,7 @@ class Built:
         flags = tuple([module.training for module in self.train_twin.originals])
         return replace(self, mixed_twin=twin, mixed_flags=flags)
 
-    def settle(self, raw: Sequence[tuple[int, str, Any]]) -> tuple[list[Entry], list[Problem]]:
+    def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]:
         """Entries of what a call through a twin recorded, and what is wrong with them."""
         return settle_recorded(raw, self.expected, stopped=self.left >= 0)
 
