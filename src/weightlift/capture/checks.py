@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from weightlift.capture.result import Entry, Recorded, no_such_calls, no_such_layers, places
-from weightlift.capture.select import Selected, children, original
+from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template
@@ -115,7 +115,7 @@ def _missed(fired: Sequence[Forward | None], done: Sequence[Forward]) -> list[Fo
 
 def _why(session: Session, root: nn.Module, item: Selected) -> str:
     """The likeliest reason why a module's hook did not see it run."""
-    now = _at(root, item.fqn)
+    now = at(root, item.fqn)
     if now is not item.module:
         other = "nothing" if now is None else f"another {type(original(now)).__name__}"
         return f"it was replaced while the capture was open: {other} stands under its name now"
@@ -129,13 +129,6 @@ def _why(session: Session, root: nn.Module, item: Selected) -> str:
     if not session.forwards and not any(session.fired):
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
     return f"if it is skipped on purpose, give expect='some'; if it was compiled: {_COMPILED}"
-
-
-def _at(root: nn.Module, fqn: str) -> nn.Module | None:
-    module: nn.Module | None = root
-    for name in fqn.split(".") if fqn else []:
-        module = None if module is None else children(module).get(name)
-    return module
 
 
 def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:

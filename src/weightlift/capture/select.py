@@ -48,6 +48,25 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return original(module)._modules
 
 
+def path_to(root: nn.Module, fqn: str) -> Iterator[Selected]:
+    """The modules from the root to ``fqn``, both included, as far as they exist."""
+    module: nn.Module = root
+    yield Selected("", root)
+    done = ""
+    for name in fqn.split(".") if fqn else []:
+        child = children(module).get(name)
+        if child is None:
+            return
+        module, done = child, f"{done}.{name}" if done else name
+        yield Selected(done, module)
+
+
+def at(root: nn.Module, fqn: str) -> nn.Module | None:
+    """What stands under a name now."""
+    *_, last = path_to(root, fqn)
+    return last.module if last.fqn == fqn else None
+
+
 def walk(root: nn.Module) -> Iterator[Selected]:
     """Every module once, under the first of its names, parents first; wrappers instead of what they wrap."""
     seen: set[int] = set()

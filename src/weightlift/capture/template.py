@@ -11,8 +11,8 @@ from torch import nn
 
 from weightlift.capture.actions import Action, Gather, GiveDeclared, Root, TakeInput, TakeOutput, Tapping
 from weightlift.capture.declared import Wanted, resolve
-from weightlift.capture.regions import compiled_in_place, inside_compiled, path_to
-from weightlift.capture.select import Selected, Watch, select
+from weightlift.capture.regions import compiled_in_place, inside_compiled, names_of
+from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap
 from weightlift.errors import CaptureError, Problem
@@ -42,9 +42,7 @@ class Template:
         self.givers = _givers(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
         # Only what is not the model itself is on the way to compiled code that a capture could miss.
-        fqns = {item.fqn for items in chosen.values() for item in items}
-        fqns |= {site.fqn for site in wanted.sites} if wanted is not None else set()
-        ways = {id(item.module): item.module for fqn in fqns for item in path_to(model, fqn)}
+        ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
         self._ways = tuple(weakref.ref(module) for module in ways.values())
         self._references = tuple((key, weakref.ref(module)) for key, module in self._modules.items())
         self._modules.clear()
