@@ -98,6 +98,14 @@ def test_parts_are_copied_and_options_applied() -> None:
     assert net.layers[0].out.weight.grad is not None
 
 
+def test_another_device() -> None:
+    net, value = Net(), x()
+    with wl.capture(net, moved=wl.Output("layers.*", device="meta"), stays="layers.*") as got:
+        out = net(value)
+    assert [tensor.device.type for tensor in got["moved"]] == ["meta"] * 3
+    assert same(got["stays"], states(net, value)) and out.device.type == "cpu"
+
+
 def test_stop_leaves_the_forward() -> None:
     net = Net()
     ran = []
