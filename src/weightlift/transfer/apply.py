@@ -177,7 +177,8 @@ class _Application:
         """Take over what is not read anyway, and return the memory of the rest. Initialisers of storages that are read
         in part have run by now."""
         read = {row.fqn: slot.tensor.numel() for row, slot in loaded}
-        filled, moving = [], []
+        filled: list[Home] = []
+        moving: list[Home] = []
         for home in self._homes.values():
             whole = any(read.get(row.fqn) == home.flat.numel() for row, _ in home.members)
             (filled if whole else moving).append(home)
