@@ -1,19 +1,33 @@
-"""What capturing costs, in pairs: each round runs both sides in turn, and the ratio of a round is what counts.
+"""What capturing costs, beside the same forward done in other ways.
 
-Run: ``python benchmarks/capture.py``. CPU time of one thread, torch with one thread. A small forward (batch 2, 56
-tokens) and a larger one. Prints the median of the rounds' ratios with a 95 % interval of that median (bootstrap).
+Run: ``python benchmarks/capture.py``. CPU time of one thread, torch with one thread.
 
-  off          a model that was captured before, beside one that never was: no hook is left
-  bystander    a forward in a context that captures nothing while another context holds a capture open
-  on           ``wl.capture`` around the forward, beside hooks written by hand, put on and taken off around it
-  Transformers ``wl.capture(model, "hidden_states")`` beside ``output_hidden_states=True``
-  compiled     ``torch.compile(wl.recorder(…))`` beside ``torch.compile(model)`` (``--compile``)
+How it is measured, so that the order, the place in memory and the machine's drift decide nothing:
+
+- A case compares two calls, pair by pair; which of the two runs first is drawn anew for each pair, as often the one as
+  the other.
+- Both sides run module trees of their own that share every parameter and buffer, so no weight lies better than
+  another. The trees are copied afresh for each block of pairs, and a draw says which side gets which.
+- Reported is the median of the pairs' ratios. Its 95 % interval comes from a bootstrap that draws whole blocks, and
+  pairs within them: what a block has in common counts once.
+- ``nothing`` compares two sides that do the same. It says what the method sees where there is nothing to see.
+
+The cases:
+
+  nothing       a model that was never captured beside another
+  off           a model that has been captured, beside one that never was
+  bystander     a forward in a context that captures nothing while another context holds a capture open
+  on            ``wl.capture`` around the forward, beside hooks written by hand, put on before and taken off after it
+  on, standing  the same, beside hooks written by hand that stay on their model for ever
+  declared      ``wl.capture(model, "hidden_states")`` beside Transformers' own ``output_hidden_states=True``
+  compiled      ``torch.compile(wl.recorder(…))`` beside ``torch.compile(model)``, and beside Transformers' own flag
 """
 
 from __future__ import annotations
 
 import argparse
 import contextvars
+import copy
 import gc
 import os
 import platform
@@ -31,9 +45,11 @@ import weightlift as wl
 from weightlift.capture.hooks import HOOK_ID
 
 Call = Callable[[], object]
+Sides = Callable[[nn.Module, nn.Module, torch.Tensor], tuple[Call, Call]]
+PAIRS_PER_BLOCK = 10
 
 
-def model_of(width: int, layers: int) -> nn.Module:
+def llama(width: int, layers: int) -> nn.Module:
     config = LlamaConfig(
         hidden_size=width, intermediate_size=width * 3, num_hidden_layers=layers, num_attention_heads=width // 64,
         num_key_value_heads=width // 64, vocab_size=1000, use_cache=False,
@@ -42,7 +58,13 @@ def model_of(width: int, layers: int) -> nn.Module:
     return LlamaModel(config).eval()
 
 
-def by_hand(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+def tree_of(model: nn.Module) -> nn.Module:
+    """Modules of its own around the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def by_hand(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     seen: list[torch.Tensor] = []
     handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in model.layers]
     try:
@@ -50,7 +72,7 @@ def by_hand(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return tuple(seen)
 
 
 def captured(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -65,103 +87,185 @@ def declared(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]
     return got["hidden_states"]
 
 
-def seconds(call: Call, repeats: int) -> float:
-    start = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return time.thread_time() - start
+def their_flag(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    states: tuple[torch.Tensor, ...] = model(inputs, output_hidden_states=True).hidden_states
+    return states
 
 
-def paired(name: str, first: Call, second: Call, rounds: int, repeats: int) -> tuple[float, float]:
-    """Prints and returns the cost of a call of each; ``second`` is what ``first`` is compared with."""
-    for _ in range(3):
-        first(), second()
-    ratios, ones, twos = [], [], []
-    gc.collect()
-    for number in range(rounds):
-        if number % 2:
-            one, two = seconds(first, repeats), seconds(second, repeats)
-        else:
-            two, one = seconds(second, repeats), seconds(first, repeats)
-        ratios.append(one / two)
-        ones.append(one / repeats)
-        twos.append(two / repeats)
-    low, high = interval(ratios)
-    one, two = statistics.median(ones), statistics.median(twos)
-    print(
-        f"  {name:13} {one * 1e3:8.3f} ms  beside {two * 1e3:8.3f} ms   {statistics.median(ratios):.4f}×"
-        f"  [{low:.4f}, {high:.4f}]"
-    )
-    return one, two
+def nothing(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    return partial(one, inputs), partial(two, inputs)
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return medians[25], medians[974]
+def off(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    captured(one, inputs)
+    assert hooks_on(one) == 0
+    return nothing(one, two, inputs)
+
+
+def bystander(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    holder = wl.capture(one, hidden=wl.Output("**", expect="maybe"))
+    contextvars.Context().run(holder.__enter__)
+
+    def beside() -> object:
+        return holder and one(inputs)  # the capture stays open as long as this call is known
+
+    return beside, partial(two, inputs)
+
+
+def on(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    return partial(captured, one, inputs), partial(by_hand, two, inputs)
+
+
+def on_standing(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    seen: list[torch.Tensor] = []
+    for layer in two.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def standing() -> tuple[torch.Tensor, ...]:
+        seen.clear()
+        two(inputs)
+        return tuple(seen)
+
+    return partial(captured, one, inputs), standing
+
+
+def own_flag(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    return partial(declared, one, inputs), partial(their_flag, two, inputs)
+
+
+def compiled(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    return partial(torch.compile(wl.recorder(one, hidden="layers.*")), inputs), partial(torch.compile(two), inputs)
+
+
+def compiled_flag(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    record = torch.compile(wl.recorder(one, "hidden_states"))
+    return partial(record, inputs), partial(torch.compile(two), inputs, output_hidden_states=True)
 
 
 def hooks_on(model: nn.Module) -> int:
     return sum(HOOK_ID in module._forward_hooks or HOOK_ID in module._forward_pre_hooks for module in model.modules())
 
 
-def measure(width: int, layers: int, tokens: int, rounds: int, repeats: int) -> None:
-    print(f"Llama, width {width}, {layers} layers, batch 2, {tokens} tokens; {rounds} rounds of {repeats}")
-    inputs = torch.randint(0, 1000, (2, tokens))
-    model, never = model_of(width, layers), model_of(width, layers)
-    captured(model, inputs)
-    print(f"  hooks left after a capture: {hooks_on(model)}")
-    paired("off", lambda: model(inputs), lambda: never(inputs), rounds, repeats)
-    elsewhere = contextvars.Context()
-    holder = wl.capture(model, hidden=wl.Output("layers.*", expect="maybe"))
-    elsewhere.run(holder.__enter__)
-    count = hooks_on(model)
-    one, two = paired("bystander", lambda: model(inputs), lambda: never(inputs), rounds, repeats)
-    print(f"  {'':13} {(one - two) / count * 1e6:.2f} µs for each of {count} hooked modules")
-    elsewhere.run(holder.__exit__, None, None, None)
-    paired("on", lambda: captured(model, inputs), lambda: by_hand(never, inputs), rounds, repeats)
-    own = model_of(width, layers)
-    theirs = partial(own, inputs, output_hidden_states=True)
-    paired("Transformers", lambda: declared(model, inputs), theirs, rounds, repeats)
+def seconds(call: Call) -> float:
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
 
 
-def bystander_floor(rounds: int) -> None:
+class Pairs:
+    """The times of one case, block by block; ``first`` is what is compared with ``second``."""
+
+    def __init__(self) -> None:
+        self.blocks: list[list[tuple[float, float]]] = []
+
+    def block(self, first: Call, second: Call, draw: random.Random) -> None:
+        for _ in range(3):
+            first(), second()
+        orders = [True, False] * (PAIRS_PER_BLOCK // 2)
+        draw.shuffle(orders)
+        pairs = []
+        gc.collect()
+        gc.disable()
+        try:
+            for first_comes_first in orders:
+                if first_comes_first:
+                    one, two = seconds(first), seconds(second)
+                else:
+                    two, one = seconds(second), seconds(first)
+                pairs.append((one, two))
+        finally:
+            gc.enable()
+        self.blocks.append(pairs)
+
+    def summary(self) -> tuple[float, float, float]:
+        """The median ratio and the ends of its 95 % interval."""
+        ratios = [[one / two for one, two in block] for block in self.blocks]
+        draw = random.Random(0)
+        medians = []
+        for _ in range(1000):
+            drawn = [draw.choices(block, k=len(block)) for block in draw.choices(ratios, k=len(ratios))]
+            medians.append(statistics.median([ratio for block in drawn for ratio in block]))
+        medians.sort()
+        return statistics.median([ratio for block in ratios for ratio in block]), medians[25], medians[974]
+
+    def times(self) -> tuple[float, float]:
+        pairs = [pair for block in self.blocks for pair in block]
+        return statistics.median([one for one, _ in pairs]), statistics.median([two for _, two in pairs])
+
+
+def compare(name: str, model: nn.Module, inputs: torch.Tensor, sides: Sides, blocks: int) -> Pairs:
+    """Prints and returns what a case costs. ``blocks`` is rounded up to an even number."""
+    draw = random.Random(name)
+    pairs = Pairs()
+    for number in range(blocks + blocks % 2):
+        trees = [tree_of(model), tree_of(model)]
+        if number % 2:
+            trees.reverse()
+        first, second = sides(*trees, inputs)
+        pairs.block(first, second, draw)
+    median, low, high = pairs.summary()
+    one, two = pairs.times()
+    print(
+        f"  {name:13} {one * 1e3:9.3f} ms  beside {two * 1e3:9.3f} ms   {median:.4f}×  [{low:.4f}, {high:.4f}]",
+        flush=True,
+    )
+    return pairs
+
+
+def measure(width: int, layers: int, tokens: int, blocks: int) -> None:
+    print(f"Llama, width {width}, {layers} layers, batch 2, {tokens} tokens; {blocks * PAIRS_PER_BLOCK} pairs a case")
+    model, inputs = llama(width, layers), torch.randint(0, 1000, (2, tokens))
+    for name, sides in {
+        "nothing": nothing,
+        "off": off,
+        "on": on,
+        "on, standing": on_standing,
+        "declared": own_flag,
+    }.items():
+        compare(name, model, inputs, sides, blocks)
+
+
+def measure_bystander(blocks: int) -> None:
     """The cost of our hooks alone, on modules that do nothing."""
-    model = nn.Sequential(*(nn.Identity() for _ in range(100)))
-    never = nn.Sequential(*(nn.Identity() for _ in range(100)))
-    value = torch.zeros(1)
-    holder = wl.capture(model, hidden=wl.Output("*", expect="maybe"))
-    elsewhere = contextvars.Context()
-    elsewhere.run(holder.__enter__)
-    print("100 modules that do nothing")
-    one, two = paired("bystander", lambda: model(value), lambda: never(value), rounds, 20)
-    print(f"  {'':13} {(one - two) / 101 * 1e6:.2f} µs for each hooked module")
-    elsewhere.run(holder.__exit__, None, None, None)
+    count = 100
+    model = nn.Sequential(*(nn.Identity() for _ in range(count)))
+    print(f"{count} modules that do nothing")
+    one, two = compare("bystander", model, torch.zeros(1), bystander, blocks).times()
+    print(f"  {'':13} {(one - two) / (count + 1) * 1e6:.2f} µs for each hooked module")
 
 
-def compiled(rounds: int) -> None:
-    model = model_of(256, 4)
-    inputs = torch.randint(0, 1000, (2, 56))
-    record = torch.compile(wl.recorder(model, hidden="layers.*"))
-    plain = torch.compile(model)
-    with torch.no_grad():
-        paired("compiled", lambda: record(inputs), lambda: plain(inputs), rounds, 10)
+def measure_compiled(blocks: int) -> None:
+    print(f"compiled with inductor; width 256, 4 layers, batch 2, 56 tokens; {blocks * PAIRS_PER_BLOCK} pairs a case")
+    model, inputs = llama(256, 4), torch.randint(0, 1000, (2, 56))
+    compare_compiled("plain", model, inputs, compiled, blocks)
+    compare_compiled("their flag", model, inputs, compiled_flag, blocks)
+
+
+def compare_compiled(name: str, model: nn.Module, inputs: torch.Tensor, sides: Sides, blocks: int) -> None:
+    """Compiling takes long: one pair of trees, whose blocks differ in time alone."""
+    torch._dynamo.reset()
+    first, second = sides(tree_of(model), tree_of(model), inputs)
+    compare(name, nn.Identity(), inputs, lambda *_: (first, second), blocks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--blocks", type=int, default=40, help=f"of {PAIRS_PER_BLOCK} pairs")
+    parser.add_argument("--only", choices=("small", "large", "bystander", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}, load {os.getloadavg()[0]:.1f}", end="; ")
     print(f"torch {torch.__version__}, Python {platform.python_version()}")
+    cases: dict[str, Callable[[], None]] = {
+        "bystander": lambda: measure_bystander(arguments.blocks),
+        "small": lambda: measure(256, 6, 56, arguments.blocks),
+        "large": lambda: measure(768, 4, 128, max(arguments.blocks // 4, 4)),
+        "compiled": lambda: measure_compiled(arguments.blocks),
+    }
     with torch.no_grad():
-        bystander_floor(arguments.rounds)
-        measure(256, 6, 56, arguments.rounds, 5)
-        measure(768, 4, 128, max(arguments.rounds // 5, 10), 1)
-    if arguments.compile:
-        compiled(arguments.rounds)
+        for name, case in cases.items():
+            if arguments.only in (None, name):
+                case()
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class _Package(types.ModuleType):
     @property
     def capture(self) -> Any:
         """`weightlift.capture.api.capture`."""
-        return __getattr__("capture")
+        return globals().get("capture") or __getattr__("capture")
 
     @capture.setter
     def capture(self, value: object) -> None:
@@ -137,7 +137,7 @@ class _Package(types.ModuleType):
     @property
     def plan(self) -> Any:
         """`weightlift.api.plan`."""
-        return __getattr__("plan")
+        return globals().get("plan") or __getattr__("plan")
 
     @plan.setter
     def plan(self, value: object) -> None:

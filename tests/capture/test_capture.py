@@ -18,6 +18,7 @@ from tests.capture.nets import Attention, Layer, Mixed, Net, hooks_on, same, sta
 from torch import nn
 
 import weightlift as wl
+from weightlift.capture import hooks
 
 
 def test_outputs_inputs_and_elements() -> None:
@@ -95,6 +96,14 @@ def test_parts_are_copied_and_options_applied() -> None:
     assert torch.equal(got["copied"][0], out) and got["copied"][0] is not out
     got["last"][1].sum().backward()
     assert net.layers[0].out.weight.grad is not None
+
+
+def test_another_device() -> None:
+    net, value = Net(), x()
+    with wl.capture(net, moved=wl.Output("layers.*", device="meta"), stays="layers.*") as got:
+        out = net(value)
+    assert [tensor.device.type for tensor in got["moved"]] == ["meta"] * 3
+    assert same(got["stays"], states(net, value)) and out.device.type == "cpu"
 
 
 def test_stop_leaves_the_forward() -> None:
@@ -311,6 +320,26 @@ def test_a_generator_may_end_elsewhere() -> None:
     contextvars.copy_context().run(next, generator)
     contextvars.copy_context().run(lambda: list(generator))
     assert hooks_on(net) == 0
+
+
+def test_a_capture_that_is_dropped_while_open_leaves_nothing() -> None:
+    net, value = Net(), x()
+    dropped = wl.capture(net, hidden="layers.*")
+    context = contextvars.copy_context()
+    context.run(dropped.__enter__)
+    assert hooks_on(net) > 0
+    del dropped
+    assert hooks_on(net) == 0
+    context.run(net, value)
+    dropped = wl.capture(net, hidden="layers.*")
+    contextvars.copy_context().run(dropped.__enter__)
+    with hooks._lock:  # the collector may come while this thread is at work on the hooks: the next one removes them
+        del dropped
+    assert hooks_on(net) > 0
+    with wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert same(got["hidden"], states(net, value))
+    assert hooks_on(net) == 0 and not hooks._abandoned
 
 
 def test_memory_is_flat() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.capture.nets import Answer, Attention, Layer, Net, hooks_on, same, states, x
+from tests.capture.nets import Answer, Attention, Layer, Mixed, Net, hooks_on, same, states, x
 from tests.capture.test_capture_threads import run_threads
 from torch import nn
 
@@ -82,6 +82,46 @@ def test_a_compiled_recorder_in_threads(backend: str) -> None:
     assert hooks_on(net) == 0
     _, got = fast(x())
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in got["last"])
+
+
+def test_a_twin_shares_every_parameter_and_buffer() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)).train()
+    record = torch.compile(wl.recorder(net, normed="1"), backend="eager", fullgraph=True)
+    value = torch.randn(16, 8)
+    before = net[1].running_mean.clone()
+    out, got = record(value)
+    assert not torch.equal(net[1].running_mean, before), "a buffer that the forward writes is the model's own"
+    (out.sum() + got["normed"][0].sum()).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    with torch.no_grad():
+        net[2].weight.zero_()
+    assert torch.allclose(record(value)[0], net[2].bias.expand(16, 8))
+
+
+def test_many_kinds_of_modules_in_compiled_code() -> None:
+    mixed, value = Mixed(), x()
+    taps = {
+        "data": wl.Output("data", index="value"),
+        "table": wl.Output("table", index="extra"),
+        "ends": wl.Output("often", calls=[0, -1]),
+        "often": "often",
+    }
+    out, got = torch.compile(wl.recorder(mixed, **taps), backend="eager", fullgraph=True)(value)
+    assert close([out, value + 1, value * 2], [got["often"][2], *got["data"], *got["table"]])
+    assert close(got["ends"], [got["often"][0], got["often"][2]])
+    shared = Net()
+    shared.layers[2] = shared.layers[0]
+    _, got = torch.compile(wl.recorder(shared, hidden="layers.*"), backend="eager", fullgraph=True)(value)
+    assert close(got["hidden"], states(shared, value))
+    assert [len(calls) for calls in got.calls("hidden").values()] == [2, 1]
+    transformer = nn.Transformer(16, 2, 2, 2, 32, batch_first=True, dropout=0.0)
+    inputs = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    record = wl.recorder(transformer, encoder="encoder.layers.*", decoder=nn.TransformerDecoderLayer)
+    out, got = torch.compile(record, backend="eager")(*inputs)
+    with wl.capture(transformer, encoder="encoder.layers.*", decoder=nn.TransformerDecoderLayer) as want:
+        transformer(*inputs)
+    assert close(got["encoder"], want["encoder"]) and close(got["decoder"], want["decoder"])
+    assert not breaks()
 
 
 def test_modes_and_replaced_layers_are_followed() -> None:
@@ -340,6 +380,31 @@ def test_records_in_compiled_code() -> None:
     value = x()
     again = torch.compile(copied, backend="eager")
     assert close(again(value, output_hidden_states=True)["hidden_states"], states(copied, value))
+
+
+def test_records_that_are_not_complete_in_compiled_code() -> None:
+    class Skips(Net):
+        @wl.records(hidden_states="layers.*")
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"out": self.layers[0](x)}
+
+    net = Skips()
+    for call in (net, torch.compile(net, backend="eager")):
+        with pytest.raises(wl.CaptureError, match=r"layers\.2"):
+            call(x(), output_hidden_states=True)
+
+
+def test_records_of_chosen_calls_in_compiled_code() -> None:
+    class Often(Mixed):
+        @wl.records(ends=wl.Output("often", calls=[0, -1]))
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (super().forward(x),)
+
+    net, value = Often(), x()
+    fast = torch.compile(net, backend="eager", fullgraph=True)
+    for call in (net, fast):
+        out, ends = call(value, output_ends=True)
+        assert len(ends) == 2 and close([out], ends[1:])
 
 
 def test_records_and_what_a_forward_returns() -> None:

@@ -115,6 +115,17 @@ def test_a_leaf_that_gets_children_is_seen() -> None:
     assert names(net, tap=kind) == ["head.parametrizations.weight"]
 
 
+def test_scripted_parts_are_only_looked_at() -> None:
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 8))
+    for _ in range(2):
+        assert names(net, tap="*") == ["0", "1"]
+    old = weakref.ref(net[0])
+    net[0] = nn.Linear(8, 8)
+    gc.collect()
+    assert old() is None
+    assert names(net, tap=nn.Linear) == ["0", "1"]
+
+
 def test_remembering_holds_nothing() -> None:
     net = Net()
     names(net, tap="layers.*")

@@ -89,6 +89,93 @@ def test_names_layers_and_options() -> None:
         pass
 
 
+@torch.no_grad()
+def test_modules_beside_what_the_model_itself_declares() -> None:
+    model, other = llama(), ids(1)
+    with wl.capture(model, "hidden_states", layers="layers.*") as got:
+        model(ids())
+        model(other)
+    for name, count in (("hidden_states", 5), ("layers", 4)):
+        assert [len(values) for values in got.forwards(name)] == [count, count]
+    with (
+        pytest.raises(wl.CaptureError, match=r"layers\.1.*none in 1 of 2 forwards"),
+        wl.capture(model, "attentions", layers="layers.*"),
+    ):
+        model(other)
+        model.layers[1] = LlamaDecoderLayer(model.config, 1).eval()
+        model(other)
+
+
+@torch.no_grad()
+def test_layers_that_are_not_there() -> None:
+    model, inputs = llama(), ids()
+    there = wl.Declared("hidden_states", layers=[-5, 4])
+    wanted = wl.Declared("hidden_states", layers=[0, 99, -6])
+    message = r"no such layers.*expected layers of -5 to 4; found 99, -6"
+    with pytest.raises(wl.CaptureError, match=message) as caught, wl.capture(model, there=there, states=wanted):
+        model(inputs)
+        model(inputs)
+    assert len(caught.value.problems) == 1
+    record = wl.recorder(model, states=wanted)
+    with pytest.raises(wl.CaptureError, match=message):
+        record(inputs)
+    _, got = torch.compile(record, backend="eager")(inputs, use_cache=False)
+    with pytest.raises(wl.CaptureError, match=message):
+        got["states"]
+    with wl.capture(model, states=wl.Declared("hidden_states", layers=[0, 99], expect="maybe")) as got:
+        model(inputs)
+    assert len(got["states"]) == 1
+    with pytest.raises(wl.CaptureError, match="sequence of whole numbers"):
+        wl.Declared("hidden_states", layers=[])
+    with pytest.raises(TypeError, match="calls"):
+        wl.Declared("hidden_states", calls=[0])
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@torch.no_grad()
+def test_declared_outputs_within_layers_compiled_one_by_one(how: str) -> None:
+    model, reference, inputs = llama(lm=True), llama(lm=True), ids()
+    reference.load_state_dict(model.state_dict())
+    theirs = reference(inputs, output_hidden_states=True, output_attentions=True)
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        if how == "wrapped":
+            layers[number] = torch.compile(layer, backend="eager")
+        else:
+            layer.compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    inner = wl.Output("model.layers.*.mlp")
+    record = wl.recorder(
+        model, "hidden_states", "attentions", ends=wl.Declared("attentions", layers=[0, -1]), mlp=inner
+    )
+    for _ in range(2):
+        out, got = record(inputs, use_cache=False)
+        assert torch.allclose(out.logits, theirs.logits, atol=1e-5)
+        for name in ("hidden_states", "attentions"):
+            assert len(got[name]) == len(getattr(theirs, name))
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[name], getattr(theirs, name)))
+        assert list(got.named("ends")) == ["model.layers.0.self_attn", "model.layers.3.self_attn"]
+        assert list(got.named("mlp")) == [f"model.layers.{number}.mlp" for number in range(4)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "layers share what is compiled"
+
+
+@torch.no_grad()
+def test_declared_outputs_of_a_sub_model_that_was_compiled() -> None:
+    model, inputs = llama(lm=True), ids()
+    theirs = model(inputs, output_hidden_states=True, output_attentions=True)
+    model.model.compile(backend="eager")
+    last = wl.Declared("hidden_states", layers=[-1], tokens=-1)
+    record = wl.recorder(model, "hidden_states", "attentions", last=last, mlp="model.layers.1.mlp")
+    _, got = record(inputs, use_cache=False)
+    for name in ("hidden_states", "attentions"):
+        assert len(got[name]) == len(getattr(theirs, name))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[name], getattr(theirs, name)))
+    assert torch.allclose(got["last"][0], theirs.hidden_states[-1][:, -1], atol=1e-5)
+    assert list(got.named("attentions")) == [f"model.layers.{number}.self_attn" for number in range(4)]
+    with pytest.raises(wl.CaptureError, match="inside compiled code"), wl.capture(model, "hidden_states"):
+        model(inputs)
+
+
 def test_attention_that_gives_no_weights() -> None:
     model = llama(attention="sdpa")
     with pytest.raises(wl.CaptureError, match="attn_implementation='eager'"), wl.capture(model, "attentions"):
@@ -251,18 +338,57 @@ def llama_like(model: nn.Module) -> nn.Module:
     return copied
 
 
+def toggling_in_threads(each: int) -> None:
+    model, reference = llama(), llama()
+    reference.load_state_dict(model.state_dict())
+    plain = torch.compile(reference, backend="eager")
+    record = torch.compile(wl.recorder(reference, "hidden_states"), backend="eager")
+    with torch.no_grad():
+        plain(ids(), use_cache=False), record(ids(), use_cache=False)
+
+    def work(number: int) -> None:
+        value = torch.full((2, 6), 3 + number)
+        with torch.no_grad():
+            states = model(value, output_hidden_states=True, use_cache=False).hidden_states
+            for turn in range(each):
+                if (turn + number) % 3 == 0:
+                    out = plain(value, use_cache=False)
+                    assert torch.allclose(out.last_hidden_state, states[-1], atol=1e-5)
+                    continue
+                if (turn + number) % 3 == 1:
+                    _, got = record(value, use_cache=False)
+                else:
+                    with wl.capture(reference, "hidden_states") as got:
+                        reference(value, use_cache=False)
+                assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got["hidden_states"], states, strict=True))
+
+    run_threads(work)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_4_toggling_from_threads_compiles_nothing() -> None:
+    toggling_in_threads(12)
+
+
+@pytest.mark.full
+def test_4_thousands_of_toggles_from_threads() -> None:
+    toggling_in_threads(500)
+
+
 @pytest.mark.full
 @torch.no_grad()
-def test_4_5_toggling_and_other_selections() -> None:
+def test_5_more_selections_than_dynamo_keeps_variants() -> None:
     model, value = llama(), ids()
-    plain = torch.compile(model, backend="eager")
-    for layers in (0, 2):
-        state = wl.Declared("hidden_states", layers=(layers,))
-        record = torch.compile(wl.recorder(model, state=state), backend="eager")
+    full = llama_like(model)(value, output_hidden_states=True).hidden_states
+    selections = [(0,), (1,), (2,), (3,), (4,), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, -1)]
+    for layers in selections:
+        record = torch.compile(wl.recorder(model, state=wl.Declared("hidden_states", layers=layers)), backend="eager")
         for _ in range(2):
-            plain(value, use_cache=False)
-            assert len(record(value, use_cache=False)[1]["state"]) == 1
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+            got = record(value, use_cache=False)[1]["state"]
+            assert len(got) == len(layers)
+            assert all(torch.allclose(mine, full[layer], atol=1e-5) for mine, layer in zip(got, layers))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(selections)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_6_the_model_pickles_after_a_capture() -> None:

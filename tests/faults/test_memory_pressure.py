@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import weightlift as wl
 from weightlift.transfer import headroom
@@ -75,6 +78,106 @@ def test_process_limits(path: Path, limit: str, how: dict[str, object], enough: 
 
 def test_what_is_mapped_needs_no_room(path: Path) -> None:
     assert load(path, "RLIMIT_DATA", 420 * MIB) == "right"
+
+
+GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+@pytest.fixture
+def group() -> Iterator[tuple[Path, str]]:
+    """A control group of our own and its limit's file, where the system lets us make one."""
+    for folder, limit in zip(GROUPS, ("memory.limit_in_bytes", "memory.max")):
+        made = folder / f"weightlift-test-{os.getpid()}"
+        try:
+            made.mkdir()
+        except OSError:
+            continue
+        if (made / limit).exists():
+            yield made, limit
+            made.rmdir()
+            return
+        made.rmdir()
+    pytest.skip("no control group for memory can be made here")
+
+
+_IN_GROUP = """
+    import os, sys
+    from pathlib import Path
+    import torch, weightlift as wl
+    from torch import nn
+    path, group, limit, extra, how = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+    def build():
+        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+    wl.load(lambda: nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), copy=True)
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    usage = "memory.usage_in_bytes" if "limit" in limit else "memory.current"
+    (group / limit).write_text(str(int((group / usage).read_text()) + extra))
+    reads = []
+    try:
+        model = wl.load(
+            build, path, workers=2, progress=lambda done, total: reads.append(done),
+            **({"copy": True} if how == "copy" else {"dtype": torch.float64}),
+        )
+        print("right" if all(bool((layer.weight == i + 1).all()) for i, layer in enumerate(model)) else "wrong")
+    except wl.TransferError as error:
+        print("nothing was read" if not any(reads) else "reading began", "|", error)
+"""
+
+
+@pytest.mark.parametrize(("how", "needed"), [("copy", 192), ("double", 384)])
+def test_a_real_control_group(path: Path, group: tuple[Path, str], how: str, needed: int) -> None:
+    def told(extra_bytes: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(_IN_GROUP), str(path), str(group[0]), group[1],
+             str(extra_bytes), how],
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+        return done.stdout.strip()
+
+    assert told((needed + 64) * MIB) == "right"
+    refused = told((needed - 32) * MIB)
+    assert refused.startswith("nothing was read |") and "the control group's limit" in refused, refused
+
+
+@pytest.fixture
+def full_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control group with no room, for loads of any size."""
+    monkeypatch.setattr(headroom, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(headroom, "_of_group", lambda: iter([("the control group's limit", 0)]))
+
+
+class Shared(nn.Module):
+    """Two parameters on one storage: cast together, into one new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.zeros(64, 64)
+        self.first, self.second = nn.Parameter(whole[:32]), nn.Parameter(whole[32:])
+
+
+def test_storages_that_are_cast_need_room(full_group: None) -> None:
+    state = Shared().state_dict()
+    wl.load(Shared, state)
+    with pytest.raises(wl.TransferError, match=r"nothing was read.*storages that are converted"):
+        wl.load(Shared, state, dtype=torch.bfloat16)
+
+
+def test_tensors_made_of_parts_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=4))
+    mixtral.save_pretrained(tmp_path)
+    experts = sum(p.nbytes for name, p in mixtral.named_parameters() if ".experts." in name)
+    monkeypatch.setattr(headroom, "_SMALL_BYTES", 1)
+    for left, fits in ((experts, True), (experts - 1, False)):
+        monkeypatch.setattr(headroom, "_of_group", lambda left=left: iter([("the control group's limit", left)]))
+        if fits:
+            wl.from_pretrained(type(mixtral), tmp_path)
+        else:
+            with pytest.raises(wl.TransferError, match="nothing was read"):
+                wl.from_pretrained(type(mixtral), tmp_path)
 
 
 def test_control_groups(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.declared import Scope, Site
-from weightlift.capture.result import Entry, absent, choose_layers
+from weightlift.capture.result import Entry, absent, no_such_layers, places
 from weightlift.capture.select import original
-from weightlift.capture.session import Session
+from weightlift.capture.session import Session, backward_id, running
 from weightlift.capture.taps import Declared, Output
-from weightlift.capture.values import Absent, Recipe, edit, finish, put, recipe_of, take
+from weightlift.capture.values import Absent, Recipe, edit, finish, put, recipe_of, take, untouched
 
 
 class Action:
@@ -35,11 +35,19 @@ class Action:
 
 
 class Root(Action):
-    """The captured model itself: marks its forwards."""
+    """The captured model itself: marks its forwards, and those of its own declared outputs."""
+
+    __slots__ = ("gather",)
+
+    def __init__(self, gather: Gather | None) -> None:
+        self.gather = gather
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not session.recomputing(""):
-            session.begin(self, gathers=False)
+        if backward_id() != -1 and session.recomputing(""):
+            return
+        forward = session.begin(self, gathers=False)
+        if self.gather is not None:
+            session.begin(self.gather, gathers=True, within=forward)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         session.end(self)
@@ -49,7 +57,7 @@ class Root(Action):
 class Tapping:
     """What is the same for all modules of one tap."""
 
-    __slots__ = ("calls", "kept_last", "name", "number", "recipe", "untouched", "whole")
+    __slots__ = ("calls", "every", "kept_last", "name", "number", "recipe", "untouched", "whole")
 
     def __init__(self, number: int, name: str, tap: Output) -> None:
         self.number = number
@@ -57,8 +65,9 @@ class Tapping:
         self.recipe = recipe = recipe_of(tap)
         self.calls = tap.calls
         self.kept_last = -min([0, *(tap.calls or ())])
+        self.every = tap.calls is None
         self.whole = recipe.index is None and recipe.replace is None
-        self.untouched = not (recipe.part is not None or recipe.detach or recipe.clone or recipe.target)
+        self.untouched = untouched(recipe)
 
 
 class TakeOutput(Action):
@@ -73,7 +82,7 @@ class TakeOutput(Action):
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tap = self.tap
-        recomputing = session.recomputing(self.fqn)
+        recomputing = backward_id() != -1 and session.recomputing(self.fqn)
         value = output
         if not tap.whole:
             try:
@@ -90,16 +99,20 @@ class TakeOutput(Action):
         return output
 
     def record(self, session: Session, value: Any) -> None:
+        # A model's own work drives this out of the caches between any two calls: few functions, few lookups.
         tap = self.tap
-        if session.grad and not tap.recipe.detach:
+        if session.grad and not tap.recipe.detach and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
-        root = session.root()
+        root = running.get()
+        if root is None or root.session is not session or root.gathered is not None:
+            root = session.root()
         fired = session.fired[self.site]
         call = len(fired)
         fired.append(root)
-        if tap.calls is None or tap.kept_last or call in tap.calls:
+        if tap.every or tap.kept_last or call in tap.calls:  # type: ignore[operator]
             kept = value if tap.untouched else finish(value, tap.recipe)
-            entry = Entry(tap.number, self.fqn, kept, root, _version(kept), call)
+            version = kept._version if isinstance(kept, torch.Tensor) and not kept.is_inference() else -1
+            entry = Entry(tap.number, self.fqn, kept, root, version, call)
             session.entries.append(entry)
             if tap.kept_last:
                 self._let_go(session, entry)
@@ -123,7 +136,7 @@ class TakeInput(TakeOutput):
 
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
-        recomputing = session.recomputing(self.fqn)
+        recomputing = backward_id() != -1 and session.recomputing(self.fqn)
         try:
             place = argument_place(original(module), tap.recipe.index, args, kwargs)
         except Absent as error:
@@ -193,27 +206,45 @@ class Gather(Action):
         self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not session.recomputing(self.scope.fqn):
+        if backward_id() == -1 or not session.recomputing(self.scope.fqn):
             session.begin(self, gathers=True)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = session.end(self)
         if forward is not None and forward.gathered is not None and self.taps:
-            for number, entries in self.gathered(forward.gathered, output):
+            root = forward.root
+            for number, entries, lacking in self.gathered(forward.gathered, output):
+                if lacking is not None:
+                    self._lacks(session, number, *lacking)
                 for entry in entries:
-                    entry.forward = forward.root or forward
+                    entry.forward = root or forward
                 session.entries.extend(entries)
-                session.fired[self.sites[number]].append(forward.root)
+                session.fired[self.sites[number]].append(root)
         return output
 
-    def gathered(self, lists: dict[str, list[Entry]], output: Any) -> list[tuple[int, list[Entry]]]:
-        """For each tap its entries of the forward that ended with ``output``."""
+    def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
+        key = next(key for key, other, _, _ in self.taps if other == number)
+        problem = no_such_layers(key, self.scope.fqn, missing, count)
+        if problem not in session.problems:
+            session.problems.append(problem)
+
+    def gathered(
+        self, lists: dict[str, list[Entry]], output: Any
+    ) -> list[tuple[int, list[Entry], tuple[list[int], int] | None]]:
+        """For each tap its entries of the forward that ended with ``output``, and which layers it lacks of how many."""
         result = []
         for key, number, tap, recipe in self.taps:
-            entries = list(lists.get(key, ()))
-            if key == "hidden_states" and entries:
-                entries[-1] = self._last(entries[-1], output)
-            result.append((number, [_finished(entry, number, recipe) for entry in choose_layers(entries, tap)]))
+            entries = lists.get(key, [])
+            if key == "hidden_states" and entries and self.scope.last:
+                entries = [*entries[:-1], self._last(entries[-1], output)]
+            lacking = None
+            if tap.layers is not None:
+                count = len(entries)
+                wanted, missing = places(tap.layers, count)
+                if missing and tap.expect != "maybe":
+                    lacking = missing, count
+                entries = [entry for place, entry in enumerate(entries) if place in wanted]
+            result.append((number, [_finished(entry, number, recipe) for entry in entries], lacking))
         return result
 
     def _last(self, entry: Entry, output: Any) -> Entry:
@@ -225,7 +256,10 @@ class Gather(Action):
 
 
 def _finished(entry: Entry, number: int, recipe: Recipe) -> Entry:
-    value = finish(entry.value, recipe)
+    value = entry.value
+    if untouched(recipe):
+        return Entry(number, entry.fqn, value, None, entry.version)
+    value = finish(value, recipe)
     version = entry.version if value is entry.value else _version(value)
     return Entry(number, entry.fqn, value, None, version)
 
@@ -244,47 +278,60 @@ class GiveDeclared(Action):
         self.site = site
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = session.gathering()
-        if forward is None or session.recomputing(self.site.fqn):
+        forward = running.get()
+        if forward is None or forward.session is not session or forward.gathered is None:
+            forward = session.gathering()
+        site = self.site
+        if forward is None or (backward_id() != -1 and session.recomputing(site.fqn)):
             return output
-        gather = forward.owner
-        assert isinstance(gather, Gather) and forward.gathered is not None
-        if self.site.key in gather.keys:
+        gather: Gather = forward.owner  # type: ignore[assignment]
+        lists: dict[str, list[Entry]] = forward.gathered  # type: ignore[assignment]
+        if site.key in gather.keys:
             try:
-                gave = gather_site(self.site, forward.gathered, gather, args, kwargs, output)
+                gave = gather_site(site, lists, gather, args, kwargs, output)
             except Absent as error:
-                session.problems.append(absent(self.site.key, self.site.fqn, self.site.index, str(error)))
+                session.problems.append(absent(site.key, site.fqn, site.index, str(error)))
                 return output
-            session.gave.add(self.site.fqn)
-            if gave and gather.attached and session.grad:
-                session.notice_checkpoint(self.site.fqn, edits=False)
+            session.gave.add(site.fqn)
+            if gave and session.grad and gather.attached and not torch.is_grad_enabled():
+                session.notice_checkpoint(site.fqn, edits=False)
         return output
+
+
+def given(site: Site, output: Any) -> Any:
+    """Of what a module returned, what belongs to the site."""
+    return take(output, site.index) if isinstance(output, tuple) else output
+
+
+def first_of(args: Any, kwargs: Any) -> Any:
+    """The first argument of a call."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def gather_site(site: Site, lists: dict[str, list[Entry]], gather: Gather, args: Any, kwargs: Any, output: Any) -> bool:
     """Adds what a module gives to the running sub-model's lists, as Transformers' own capture does."""
     values = lists.setdefault(site.key, [])
+    limits = gather.limits[site.key]
     if site.initial and not values:
-        first = args[0] if args else next(iter(kwargs.values()))
-        _append(values, Entry(-1, f"{site.fqn}:input", first, None, _version(first)), gather.limits[site.key])
-    value = output
-    if isinstance(output, tuple):
-        value = take(output, site.index)
-        if value is None:
-            return False
-    elif value is None and site.key == "hidden_states":
+        first = first_of(args, kwargs)
+        values.append(Entry(-1, f"{site.fqn}:input", first, None, _version(first)))
+        if limits is not None:
+            _let_go(values, limits)
+    value = given(site, output)
+    if value is None and (site.key == "hidden_states" or isinstance(output, tuple)):
         return False
-    _append(values, Entry(-1, site.fqn, value, None, _version(value)), gather.limits[site.key])
+    values.append(Entry(-1, site.fqn, value, None, _version(value)))
+    if limits is not None:
+        _let_go(values, limits)
     return True
 
 
-def _append(values: list[Entry], entry: Entry, limits: tuple[frozenset[int], int] | None) -> None:
-    values.append(entry)
-    if limits is not None:
-        front, from_end = limits
-        late = len(values) - 1 - from_end
-        if late >= 0 and late not in front:
-            values[late].value = None
+def _let_go(values: list[Entry], limits: tuple[frozenset[int], int]) -> None:
+    """Of what no tap can want any more, only the entry stays, without its value."""
+    front, from_end = limits
+    late = len(values) - 1 - from_end
+    if late >= 0 and late not in front:
+        values[late].value = None
 
 
 def _version(value: Any) -> int:

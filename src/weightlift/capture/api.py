@@ -20,11 +20,13 @@ from weightlift.errors import CaptureError, Problem
 class Capture:
     """What `capture` returns: a context manager that can be entered again, one block at a time."""
 
-    def __init__(self, model: nn.Module, taps: dict[str, Tap], template: Template | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, taps: dict[str, Tap] | None, template: Template | None = None, key: Any = None
+    ) -> None:
         self._model = model
         self._taps = taps
         self._template = template
-        self._key: Any = None
+        self._key = key  # under which templates are kept for other captures of the same
         self._session: Session | None = None
 
     def __enter__(self) -> Records:
@@ -32,7 +34,8 @@ class Capture:
             raise CaptureError("this capture is open already", [Problem("a capture can't be entered twice at a time")])
         session = None if self._template is None else self._template.open()
         while session is None:  # again only if another thread changes the model meanwhile
-            self._template = Template(self._model, self._taps)
+            taps = dict(self._template.taps) if self._taps is None else self._taps  # type: ignore[union-attr]
+            self._template = Template(self._model, taps)
             session = self._template.open()
             if self._key is not None:
                 keep_for(self._model, self._key, self._template)
@@ -62,22 +65,24 @@ class Capture:
             session.forget()
         return own
 
+    def __del__(self) -> None:
+        session = self.__dict__.get("_session")
+        if session is not None:  # dropped while it was open: nobody can close it any more
+            session.closed = True
+            hooks.abandon(session)
+
 
 def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
-    key = None
-    if all(map(lasting, declared)) and all(map(lasting, taps.values())):
-        key = declared, tuple(taps.items())
-        try:
-            known = kept_for(model, key)
-        except TypeError:  # a list among the options: not to be looked up
-            key = known = None
-        if known is not None:
-            made = Capture(model, dict(known.taps), known)
-            made._key = key
-            return made
-    made = Capture(model, collect_taps(declared, taps))
-    made._key = key
-    return made
+    key: Any = declared, tuple(taps.items())
+    try:
+        known = kept_for(model, key)
+    except TypeError:  # a list among the options: not to be looked up
+        key = known = None
+    if known is not None:
+        return Capture(model, None, known, key)
+    if not (all(map(lasting, declared)) and all(map(lasting, taps.values()))):
+        key = None
+    return Capture(model, collect_taps(declared, taps), None, key)
 
 
 def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capture:

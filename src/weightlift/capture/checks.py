@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from weightlift.capture.result import Entry, no_such_calls, places
-from weightlift.capture.select import Selected, children, original
+from weightlift.capture.result import Entry, Recorded, no_such_calls, no_such_layers, places
+from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template
@@ -35,7 +34,8 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         chosen = [Selected(fqn, session.modules[key]) for fqn, key in template.chosen[number]]
         problems += _fired(session, root, name, tap, chosen, fired)
     problems += _written(session.entries, template)
-    problems += _detached(session)
+    if session.detached:
+        problems += _detached(session)
     for fqn in sorted(session.checkpointed):
         hint = "turn checkpointing off there: its recomputation would not see the edit"
         problems.append(Problem("an output was edited within torch.utils.checkpoint", fqn=fqn, hint=hint))
@@ -115,7 +115,7 @@ def _missed(fired: Sequence[Forward | None], done: Sequence[Forward]) -> list[Fo
 
 def _why(session: Session, root: nn.Module, item: Selected) -> str:
     """The likeliest reason why a module's hook did not see it run."""
-    now = _at(root, item.fqn)
+    now = at(root, item.fqn)
     if now is not item.module:
         other = "nothing" if now is None else f"another {type(original(now)).__name__}"
         return f"it was replaced while the capture was open: {other} stands under its name now"
@@ -129,13 +129,6 @@ def _why(session: Session, root: nn.Module, item: Selected) -> str:
     if not session.forwards and not any(session.fired):
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
     return f"if it is skipped on purpose, give expect='some'; if it was compiled: {_COMPILED}"
-
-
-def _at(root: nn.Module, fqn: str) -> nn.Module | None:
-    module: nn.Module | None = root
-    for name in fqn.split(".") if fqn else []:
-        module = None if module is None else children(module).get(name)
-    return module
 
 
 def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:
@@ -184,16 +177,19 @@ def _detached(session: Session) -> list[Problem]:
 
 
 def settle_recorded(
-    raw: Sequence[tuple[int, str, Any]], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
+    raw: Sequence[Recorded], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
 ) -> tuple[list[Entry], list[Problem]]:
     """The same for one call of a recorder: ``raw`` is in call order, ``expected`` names each tap's modules."""
     counts: dict[tuple[int, str], int] = {}
     entries = []
+    problems = []
     for number, fqn, value in raw:
+        if fqn is None:  # not a value, but what a declared tap lacks
+            problems.append(no_such_layers(expected[number][1], "", *value))
+            continue
         call = counts.get((number, fqn), 0)
         counts[number, fqn] = call + 1
         entries.append(Entry(number, fqn, value, call=call))
-    problems = []
     for number, name, tap, fqns in expected:
         if isinstance(tap, Declared):
             if tap.expect != "maybe" and tap.layers is None and not any(entry.tap == number for entry in entries):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from weightlift.capture.actions import gather_site
+from weightlift.capture.declared import Site
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
-from weightlift.capture.twin import Sites, Take, Twin, build_twin
+from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin
 
 
 class Regions:
@@ -82,16 +85,20 @@ class Regions:
 
     def _inner_forward(self, outer: nn.Module, inside: dict[int, Sites]) -> Callable[..., Any]:
         module = original(outer)
-        numbered: list[Take] = []
+        takes: list[Take] = []
+        held: dict[tuple[str, str], Site] = {}
         relative: dict[int, Sites] = {}
+        # Layers of one kind share code, so what stands for a place must not be its name, which differs. A sub-model
+        # that gathers for itself has code of its own, and needs the names.
+        named = any(sites.gather is not None for sites in inside.values())
         for key, sites in inside.items():
-            takes = []
-            for take in sites.takes:
-                # The same number stands for the same place in every layer of this kind, whose names differ.
-                takes.append(Take(len(numbered), "", take.recipe, take.before))
-                numbered.append(take)
-            relative[key] = Sites(takes, sites.gather, sites.declared)
-        kind = type(module), tuple((repr(take.recipe), take.before) for take in numbered)
+            # Takes count downwards: numbers from zero are those of the taps that a sub-model gathers for.
+            own = [replace(take, number=-1 - len(takes) - n, fqn="") for n, take in enumerate(sites.takes)]
+            takes += sites.takes
+            places = [site if named else replace(site, fqn=str(len(held))) for site in sites.declared or ()]
+            held.update(((place.fqn, site.key), site) for place, site in zip(places, sites.declared or ()))
+            relative[key] = Sites(own, sites.gather, places, held=True)
+        kind = type(module), tuple((repr(take.recipe), take.before) for take in takes), tuple(held)
         if kind not in self._runners:
             inner_cell: Any = threading.local()
             self._runners[kind] = _compile_like(outer, _runner(inner_cell)), inner_cell
@@ -101,10 +108,18 @@ class Regions:
         cell = self._cell
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output, entries = runner(twin.root, args, kwargs)
-            for number, _, value in entries:
-                take = numbered[number]
-                cell.entries.append((take.number, take.fqn, value))
+            output, entries, given = runner(twin.root, args, kwargs)
+            for number, fqn, value in entries:
+                if number >= 0:
+                    cell.entries.append((number, fqn, value))
+                else:
+                    take = takes[-1 - number]
+                    cell.entries.append((take.number, take.fqn, value))
+                    arrived(cell)
+            for fqn, key, first, value in given:
+                running, lists = cell.scopes[-1] if cell.scopes else (None, {})
+                if running is not None and key in running.keys:
+                    gather_site(held[fqn, key], lists, running, (first,), {}, value)
             return output
 
         return forward
@@ -113,12 +128,15 @@ class Regions:
 def _runner(cell: Any) -> Callable[..., Any]:
     def run_layer(layer: nn.Module, args: Any, kwargs: Any) -> Any:
         entries: list[Any] = []
+        held: list[Any] = []
         cell.entries = entries
+        cell.held = held
         cell.scopes = []
         cell.left = -1
         output = layer(*args, **kwargs)
         cell.entries = []
-        return output, entries
+        cell.held = []
+        return output, entries, held
 
     return run_layer
 

@@ -13,7 +13,9 @@ from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
 from weightlift.capture.recorder import State, run
+from weightlift.capture.result import Entry
 from weightlift.capture.taps import Tap, collect_taps
+from weightlift.errors import CaptureError
 
 _PLACE = "_weightlift_records"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,7 +47,10 @@ def records(**taps: Any) -> Callable[[Function], Function]:
                 prepare(self, chosen)
                 state: State = getattr(self.__dict__[_PLACE], "_".join(chosen))
                 built = state.built
-                output, entries = run(state, built, built.pick(), forward, args, kwargs)
+                output, recorded = run(state, built, built.pick(), forward, args, kwargs)
+                entries, problems = built.settle(recorded)
+                if problems:
+                    raise CaptureError("the capture is not complete", problems)
                 return attach(output, chosen, gathered(chosen, entries))
             with Capture(self, {name: known[name] for name in chosen}) as got:
                 output = forward(self, *args, **kwargs)
@@ -82,9 +87,9 @@ def _preparer(known: dict[str, Tap]) -> Callable[[nn.Module, tuple[str, ...]], b
     return prepare
 
 
-def gathered(names: tuple[str, ...], entries: list[tuple[int, str, Any]]) -> tuple[tuple[Any, ...], ...]:
+def gathered(names: tuple[str, ...], entries: list[Entry]) -> tuple[tuple[Any, ...], ...]:
     """The values of each tap, from what a traced call recorded."""
-    return tuple([tuple([value for number, _, value in entries if number == tap]) for tap in range(len(names))])
+    return tuple([tuple([entry.value for entry in entries if entry.tap == tap]) for tap in range(len(names))])
 
 
 def attach(output: Any, names: tuple[str, ...], values: tuple[tuple[Any, ...], ...]) -> Any:

@@ -8,6 +8,7 @@ can read at once, and a new number each time would be a new guard to compiled co
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ _before: dict[int, int] = {}
 _after: dict[int, int] = {}
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
 _lock = threading.Lock()
+_abandoned: deque[Session] = deque()
 
 
 def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -80,6 +82,8 @@ def install(session: Session) -> None:
     """Puts the hooks in place, where they are not yet. Safe while other threads run these modules."""
     modules = session.modules
     with _lock:
+        if _abandoned:
+            _remove_abandoned()
         for key in session.before:
             module = modules[key]
             count = _before[key] = _before.get(key, 0) + 1
@@ -96,20 +100,45 @@ def install(session: Session) -> None:
 
 def remove(session: Session) -> None:
     """Takes back what `install` did for one capture; the last one takes the hooks off."""
-    modules = session.modules
     with _lock:
-        for key in session.before:
-            count = _before[key] = _before[key] - 1
-            if count == 0:
-                del _before[key]
-                _take_off_before(modules[key])
-        session.elsewhere = _elsewhere.intersection(session.after)
-        for key in session.after:
-            count = _after[key] = _after[key] - 1
-            if count == 0:
-                del _after[key]
-                _take_off_after(modules[key])
-                _elsewhere.discard(key)
+        if _elsewhere:
+            session.elsewhere = _elsewhere.intersection(session.after)
+        _remove(session)
+
+
+def _remove(session: Session) -> None:
+    modules = session.modules
+    for key in session.before:
+        count = _before[key] = _before[key] - 1
+        if count == 0:
+            del _before[key]
+            _take_off_before(modules[key])
+    for key in session.after:
+        count = _after[key] = _after[key] - 1
+        if count == 0:
+            del _after[key]
+            _take_off_after(modules[key])
+            _elsewhere.discard(key)
+
+
+def abandon(session: Session) -> None:
+    """As `remove`, for a capture that was dropped while it was open. May be called at any moment, by the collector.
+
+    If somebody is at work on the hooks just now, it may be this thread: then whoever comes next removes it.
+    """
+    _abandoned.append(session)
+    if _lock.acquire(blocking=False):
+        try:
+            _remove_abandoned()
+        finally:
+            _lock.release()
+
+
+def _remove_abandoned() -> None:
+    while _abandoned:
+        session = _abandoned.popleft()
+        _remove(session)
+        session.forget()
 
 
 def _take_off_before(module: nn.Module) -> None:

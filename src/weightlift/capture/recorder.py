@@ -18,8 +18,8 @@ from weightlift.capture.api import Capture
 from weightlift.capture.checks import settle_recorded
 from weightlift.capture.compiled import Regions
 from weightlift.capture.declared import Wanted
-from weightlift.capture.regions import region_of
-from weightlift.capture.result import Entry, Records
+from weightlift.capture.regions import names_of, region_of
+from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Selected, compiled_wrapper, original
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps
 from weightlift.capture.template import awaited, resolve_taps
@@ -56,7 +56,7 @@ class Built:
         flags = tuple([module.training for module in self.train_twin.originals])
         return replace(self, mixed_twin=twin, mixed_flags=flags)
 
-    def settle(self, raw: Sequence[tuple[int, str, Any]]) -> tuple[list[Entry], list[Problem]]:
+    def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]:
         """Entries of what a call through a twin recorded, and what is wrong with them."""
         return settle_recorded(raw, self.expected, stopped=self.left >= 0)
 
@@ -91,9 +91,7 @@ class State:
         chosen, wanted = resolve_taps(self.model, taps, [])
         counts = awaited(taps, chosen, wanted)
         sites = _sites(taps, chosen, wanted)
-        names = {item.fqn for items in chosen.values() for item in items}
-        names |= {site.fqn for site in wanted.sites} if wanted is not None else set()
-        regions = any(region_of(self.model, fqn) is not None for fqn in names) or any(
+        regions = any(region_of(self.model, fqn) is not None for fqn in names_of(chosen, wanted)) or any(
             compiled_wrapper(item.module) for items in chosen.values() for item in items
         )
         # A twin for each mode, so that switching between them compiles nothing that was compiled before.

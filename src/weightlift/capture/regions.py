@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from weightlift.capture.declared import Wanted
-from weightlift.capture.select import Selected, children, compiled_wrapper, original
+from weightlift.capture.select import Selected, children, compiled_wrapper, original, path_to
 from weightlift.capture.taps import Tap
 from weightlift.errors import Problem
 
 _HINT = "use wl.recorder(model, …), which captures in compiled code"
 
 
-def path_to(root: nn.Module, fqn: str) -> Iterator[Selected]:
-    """The modules from the root to ``fqn``, both included."""
-    module: nn.Module = root
-    yield Selected("", root)
-    done = ""
-    for name in fqn.split(".") if fqn else []:
-        child = children(module).get(name)
-        if child is None:
-            return
-        module, done = child, f"{done}.{name}" if done else name
-        yield Selected(done, module)
+def names_of(chosen: dict[int, list[Selected]], wanted: Wanted | None) -> set[str]:
+    """The names of all modules that a choice of taps looks at."""
+    names = {item.fqn for items in chosen.values() for item in items}
+    return names if wanted is None else names | {site.fqn for site in wanted.sites}
 
 
 def compiled_in_place(module: nn.Module) -> bool:
@@ -47,7 +40,7 @@ def inside_compiled(
     model: nn.Module, taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
 ) -> list[Problem]:
     """What is wanted and can't be seen by hooks."""
-    if "torch._dynamo" not in sys.modules or not _any_compiled(model, chosen, wanted):
+    if "torch._dynamo" not in sys.modules or not _any_compiled(model, names_of(chosen, wanted)):
         return []
     names = [(name, item.fqn) for number, (name, _) in enumerate(taps) for item in chosen.get(number, ())]
     if wanted is not None:
@@ -62,11 +55,8 @@ def inside_compiled(
     return problems
 
 
-def _any_compiled(model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> bool:
+def _any_compiled(model: nn.Module, names: set[str]) -> bool:
     """A quick look along the paths of what is wanted."""
-    names = {item.fqn for items in chosen.values() for item in items}
-    if wanted is not None:
-        names |= {site.fqn for site in wanted.sites}
     seen: dict[str, nn.Module | None] = {"": model}
     if compiled_wrapper(model) or compiled_in_place(model):
         return True

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from weightlift.capture.taps import Declared
 from weightlift.errors import CaptureError, Problem
 
 
@@ -23,8 +22,12 @@ class Entry:
         self.call = call
 
 
+# What a twin records: the tap's number, the module's name, and the value. Without a name it is what the tap lacks.
+Recorded: TypeAlias = "tuple[int, str | None, Any]"
+
+
 class _Settles(Protocol):
-    def settle(self, raw: Sequence[tuple[int, str, Any]]) -> tuple[list[Entry], list[Problem]]: ...
+    def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]: ...
 
 
 class Records(Mapping[str, tuple[Any, ...]]):
@@ -127,13 +130,14 @@ def no_such_calls(name: str, fqn: str, missing: Sequence[int], count: int) -> Pr
     )
 
 
-def choose_layers(entries: Sequence[Entry], tap: Declared) -> list[Entry]:
-    """Of one forward's entries of a declared key, those that ``layers`` selects."""
-    if tap.layers is None:
-        return list(entries)
-    count = len(entries)
-    wanted = {layer % count for layer in tap.layers if -count <= layer < count} if count else set()
-    return [entry for number, entry in enumerate(entries) if number in wanted]
+def no_such_layers(key: str, fqn: str, missing: Sequence[int], count: int) -> Problem:
+    return Problem(
+        f"{key!r} has no such layers",
+        fqn=fqn,
+        expected=f"layers of {-count} to {count - 1}" if count else "none, as nothing was given",
+        found=", ".join(map(str, missing)),
+        hint='choose others, or give expect="maybe"',
+    )
 
 
 def absent(name: str, fqn: str, index: object, found: str) -> Problem:

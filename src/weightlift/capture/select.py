@@ -9,8 +9,9 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,25 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return original(module)._modules
 
 
+def path_to(root: nn.Module, fqn: str) -> Iterator[Selected]:
+    """The modules from the root to ``fqn``, both included, as far as they exist."""
+    module: nn.Module = root
+    yield Selected("", root)
+    done = ""
+    for name in fqn.split(".") if fqn else []:
+        child = children(module).get(name)
+        if child is None:
+            return
+        module, done = child, f"{done}.{name}" if done else name
+        yield Selected(done, module)
+
+
+def at(root: nn.Module, fqn: str) -> nn.Module | None:
+    """What stands under a name now."""
+    *_, last = path_to(root, fqn)
+    return last.module if last.fqn == fqn else None
+
+
 def walk(root: nn.Module) -> Iterator[Selected]:
     """Every module once, under the first of its names, parents first; wrappers instead of what they wrap."""
     seen: set[int] = set()
@@ -65,33 +85,45 @@ def walk(root: nn.Module) -> Iterator[Selected]:
 
 
 class Watch:
-    """Remembers the children of modules, by identity and holding nothing, to tell later whether they changed."""
+    """Remembers the children of modules, by identity and holding nothing, to tell later whether they changed.
 
-    def __init__(self) -> None:
+    `stands` runs with every capture, so it is a few loops in C. Most modules have no children: of those it keeps the
+    empty dictionary itself, which holds nothing alive and fills when the module gets some.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        own = {id(module): module for module in map(original, modules)}.values()
+        kids = [child for module in own for child in module._modules.values() if child is not None]
         self.broken = False
-        self._seen: dict[int, tuple[weakref.ref[nn.Module], tuple[int, ...]]] = {}
-        self._alive: list[weakref.ref[nn.Module]] = []
-
-    def add(self, module: nn.Module) -> None:
-        module = original(module)
-        if id(module) in self._seen:
-            return
-        kids = [child for child in module._modules.values() if child is not None]
         # An id can be used again once its owner died: then the callback has told us.
-        self._alive += [weakref.ref(child, self._died) for child in kids]
-        self._seen[id(module)] = weakref.ref(module, self._died), tuple(map(id, module._modules.values()))
+        self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
+        self._childless = [module._modules for module in own if _bare(module)]
+        self._parents = [weakref.ref(module) for module in own if not _bare(module)]
+        self._counts, self._children = self._look()
 
     def _died(self, _: object) -> None:
         self.broken = True
 
+    def _look(self) -> tuple[list[int], list[int]]:
+        children: list[dict[str, nn.Module | None]] = [
+            parent()._modules  # type: ignore[union-attr]
+            for parent in self._parents
+        ]
+        kids = chain.from_iterable([names.values() for names in children])
+        return list(map(len, children)), list(map(id, kids))
+
     def stands(self) -> bool:
-        if self.broken:
+        if self.broken or any(self._childless):
             return False
-        for reference, kids in self._seen.values():
-            module = reference()
-            if module is None or tuple(map(id, module._modules.values())) != kids:
-                return False
-        return True
+        try:
+            return self._look() == (self._counts, self._children)
+        except (AttributeError, RuntimeError):  # one died, or another thread adds a module just now
+            return False
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module has no children, and a plain dictionary for them: that of a scripted module holds the module."""
+    return not module._modules and type(module._modules) is dict
 
 
 @dataclass(frozen=True)
@@ -112,10 +144,8 @@ class Found:
 
 
 def found(items: Sequence[Selected], visited: Sequence[nn.Module], extra: Any = None) -> Found:
-    watch = Watch()
-    for module in visited:
-        watch.add(module)
-    return Found(tuple(item.fqn for item in items), tuple(weakref.ref(item.module) for item in items), watch, extra)
+    references = tuple(weakref.ref(item.module) for item in items)
+    return Found(tuple(item.fqn for item in items), references, Watch(visited), extra)
 
 
 # By identity: a module may define equality, or not be hashable.

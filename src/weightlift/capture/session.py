@@ -15,7 +15,7 @@ from torch import nn
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
-_backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
+backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 
 
 class Stopped(BaseException):
@@ -30,12 +30,12 @@ class Forward:
 
     __slots__ = ("around", "depth", "done", "gathered", "outer", "owner", "root", "session", "thread")
 
-    def __init__(self, session: Session, owner: object, outer: Forward | None, gathers: bool) -> None:
+    def __init__(self, session: Session, owner: object, outer: Forward | None, gathers: bool, depth: int) -> None:
         self.session = session
         self.owner = owner
         self.outer = outer
         self.thread = threading.get_ident()
-        self.depth = _stack_depth()
+        self.depth = depth
         self.done = False
         self.around = False  # another forward of the same model runs within it
         self.gathered: dict[str, list[Entry]] | None = {} if gathers else None
@@ -69,6 +69,11 @@ def without(session: Session, forward: Forward | None) -> Forward | None:
 
 class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
+
+    __slots__ = (
+        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "gave",
+        "grad", "last", "modules", "problems", "recomputed", "stopped", "wanted",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -106,11 +111,14 @@ class Session:
         self.last = {}
         self.before, self.after, self.modules = {}, {}, {}
 
-    def begin(self, owner: object, gathers: bool) -> None:
-        """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped."""
+    def begin(self, owner: object, *, gathers: bool, within: Forward | None = None) -> Forward:
+        """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.
+
+        ``within``: what the same call of the same module has just begun.
+        """
         outer = running.get()
-        forward = Forward(self, owner, outer, gathers)
-        while outer is not None and outer.session is self and outer.thread == forward.thread:
+        forward = Forward(self, owner, outer, gathers, _stack_depth() if within is None else within.depth)
+        while outer is not None and outer is not within and outer.session is self and outer.thread == forward.thread:
             if outer.depth < forward.depth:
                 outer.around = outer.around or (not gathers and outer.gathered is None)
                 break
@@ -120,6 +128,7 @@ class Session:
         if not gathers:
             self.forwards.append(forward)
         running.set(forward)
+        return forward
 
     def end(self, owner: object) -> Forward | None:
         """A forward of ``owner`` ends. Those of other captures of the same model may stand above it in the chain."""
@@ -170,7 +179,7 @@ class Session:
 
     def recomputing(self, fqn: str) -> bool:
         """Whether this call repeats one of an earlier forward for a backward pass; noted for the messages."""
-        if _backward_id() == -1:
+        if backward_id() == -1:
             return False
         self.recomputed.add(fqn)
         return True

@@ -20,7 +20,6 @@ Expect: TypeAlias = Literal["every", "some", "maybe"]
 class Options:
     """What is done with a value that was taken. The fields are described at `Output`."""
 
-    calls: Sequence[int] | None = None
     tokens: int | slice | Sequence[int] | None = None
     at: Any = None
     detach: bool = False
@@ -35,8 +34,6 @@ class Options:
             problems.append(Problem("tokens and at both choose a part", hint="give one of them; at takes any index"))
         if self.expect not in ("every", "some", "maybe"):
             problems.append(Problem("expect", expected="'every', 'some' or 'maybe'", found=repr(self.expect)))
-        if self.calls is not None and (isinstance(self.calls, str) or not list(self.calls)):
-            problems.append(Problem("calls", expected="a sequence of whole numbers", found=repr(self.calls)))
         if problems:
             raise CaptureError(f"this {type(self).__name__} can't be", problems)
 
@@ -73,12 +70,13 @@ class Output(Options):
 
     select: Selector | Sequence[Selector]
     index: Index = None
+    calls: Sequence[int] | None = field(default=None, kw_only=True)
     stop: bool = field(default=False, kw_only=True)
     replace: Callable[[Any], Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = []
+        problems = _not_numbers("calls", self.calls)
         if self.stop and self.calls is not None and any(call < 0 for call in self.calls):
             problems.append(
                 Problem("stop with a negative call", hint="which call is the last is only known after the forward")
@@ -105,11 +103,24 @@ class Declared(Options):
 
     Args:
         key: the declared name; ``"encoder_attentions"`` and ``"vision_tower.attentions"`` name a sub-model's.
-        layers: which of its values, as a tuple is indexed; the others are not kept. None: all.
+        layers: which of its values, as a tuple is indexed; the others are not kept. None: all. One that a forward does
+            not give is an error, unless ``expect`` is 'maybe'.
     """
 
     key: str
     layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = _not_numbers("layers", self.layers)
+        if problems:
+            raise CaptureError("this Declared can't be", problems)
+
+
+def _not_numbers(name: str, value: Any) -> list[Problem]:
+    if value is None or (isinstance(value, Sequence) and len(value) and all(hasattr(n, "__index__") for n in value)):
+        return []
+    return [Problem(name, expected="a sequence of whole numbers", found=repr(value))]
 
 
 Tap: TypeAlias = "Output | Declared"

@@ -11,8 +11,8 @@ from torch import nn
 
 from weightlift.capture.actions import Action, Gather, GiveDeclared, Root, TakeInput, TakeOutput, Tapping
 from weightlift.capture.declared import Wanted, resolve
-from weightlift.capture.regions import compiled_in_place, inside_compiled, path_to
-from weightlift.capture.select import Selected, Watch, select
+from weightlift.capture.regions import compiled_in_place, inside_compiled, names_of
+from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap
 from weightlift.errors import CaptureError, Problem
@@ -42,18 +42,18 @@ class Template:
         self.givers = _givers(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
         # Only what is not the model itself is on the way to compiled code that a capture could miss.
-        fqns = {item.fqn for items in chosen.values() for item in items}
-        fqns |= {site.fqn for site in wanted.sites} if wanted is not None else set()
-        ways = {id(item.module): item.module for fqn in fqns for item in path_to(model, fqn)}
+        ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
         self._ways = tuple(weakref.ref(module) for module in ways.values())
-        self._references = tuple(weakref.ref(module) for module in self._modules.values())
-        self._ids = tuple(self._modules)
+        self._references = tuple((key, weakref.ref(module)) for key, module in self._modules.items())
         self._modules.clear()
 
     def _fill(self, model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> None:
-        root = Root()
-        self._enters(model, root)
         gathers = self._gathers(wanted)
+        root = Root(next((gather for gather, module in gathers if module is model), None))
+        self._enters(model, root)
+        for gather, module in gathers:
+            if module is not model:
+                self._enters(module, gather)
         for number, (name, tap) in enumerate(self.taps):
             if isinstance(tap, Output):
                 shared = Tapping(number, name, tap)
@@ -74,9 +74,7 @@ class Template:
         gathers = []
         for scope, pairs in wanted.scopes:
             sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
-            gather = Gather(scope, pairs, declared, sites)
-            self._enters(wanted.modules[scope.fqn], gather)
-            gathers.append((gather, wanted.modules[scope.fqn]))
+            gathers.append((Gather(scope, pairs, declared, sites), wanted.modules[scope.fqn]))
         for site in wanted.sites:
             self._leaves(wanted.modules[site.fqn], GiveDeclared(site))
         return gathers
@@ -100,7 +98,7 @@ class Template:
                 if way is None or compiled_in_place(way):
                     return None
         modules: dict[int, nn.Module] = {}
-        for key, reference in zip(self._ids, self._references):
+        for key, reference in self._references:
             module = reference()
             if module is None:
                 return None

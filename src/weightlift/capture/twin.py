@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from weightlift.capture.actions import Gather, argument_place, gather_site, put_argument, take_argument
+from weightlift.capture.actions import Gather, argument_place, first_of, gather_site, given, put_argument, take_argument
 from weightlift.capture.declared import Site
 from weightlift.capture.hooks import HOOK_ID
 from weightlift.capture.select import original
@@ -44,6 +44,7 @@ class Sites:
     takes: list[Take]
     gather: Gather | None = None
     declared: list[Site] | None = None
+    held: bool = False  # what is declared here may belong to a sub-model that runs around this twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,8 @@ def _stand(copied: nn.Module, sites: Sites, cell: Any) -> None:
         own["_forward_pre_hooks"][HOOK_ID] = before_hook(before, sites.gather, cell)
         own["_forward_pre_hooks_with_kwargs"][HOOK_ID] = True
     if after or sites.declared or sites.gather is not None:
-        own["_forward_hooks"][HOOK_ID] = after_hook(after, sites.gather, tuple(sites.declared or ()), cell)
+        declared = tuple(sites.declared or ())
+        own["_forward_hooks"][HOOK_ID] = after_hook(after, sites.gather, declared, cell, sites.held)
         own["_forward_hooks_with_kwargs"][HOOK_ID] = True
 
 
@@ -153,13 +155,15 @@ def before_hook(takes: list[Take], gather: Gather | None, cell: Any) -> Callable
                 value = edit(value, tap.recipe)
                 args, kwargs = put_argument(place, args, kwargs, value)
             cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
-            _arrived(cell)
+            arrived(cell)
         return args, kwargs
 
     return hook
 
 
-def after_hook(takes: list[Take], gather: Gather | None, declared: tuple[Site, ...], cell: Any) -> Callable[..., Any]:
+def after_hook(
+    takes: list[Take], gather: Gather | None, declared: tuple[Site, ...], cell: Any, held: bool
+) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         for tap in takes:
             value = take(output, tap.recipe.index)
@@ -167,15 +171,19 @@ def after_hook(takes: list[Take], gather: Gather | None, declared: tuple[Site, .
                 value = edit(value, tap.recipe)
                 output = put(output, tap.recipe.index, value)
             cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
-            _arrived(cell)
+            arrived(cell)
         for site in declared:
             if cell.scopes:
                 running, lists = cell.scopes[-1]
                 if site.key in running.keys:
                     gather_site(site, lists, running, args, kwargs, output)
+            elif held and (value := given(site, output)) is not None:
+                cell.held.append((site.fqn, site.key, first_of(args, kwargs) if site.initial else None, value))
         if gather is not None:
             _, lists = cell.scopes.pop()
-            for number, entries in gather.gathered(lists, output):
+            for number, entries, lacking in gather.gathered(lists, output):
+                if lacking is not None:
+                    cell.entries.append((number, None, lacking))
                 for entry in entries:
                     cell.entries.append((number, entry.fqn, entry.value))
         return output
@@ -183,7 +191,8 @@ def after_hook(takes: list[Take], gather: Gather | None, declared: tuple[Site, .
     return hook
 
 
-def _arrived(cell: Any) -> None:
+def arrived(cell: Any) -> None:
+    """Counts a value, and leaves the forward when it was the last that anybody waits for."""
     cell.left -= 1
     if cell.left == 0:
         raise Left

@@ -98,13 +98,18 @@ def edit(value: Any, recipe: Recipe) -> Any:
     return changed
 
 
+def untouched(recipe: Recipe) -> bool:
+    """Whether a value is recorded as it is."""
+    return recipe.part is None and recipe.target is None and not (recipe.detach or recipe.clone)
+
+
 def finish(value: Any, recipe: Recipe) -> Any:
     """The part, detached, moved and copied as asked; tensors within containers too. None stays None."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
         return _finish(value, recipe)
-    if not (recipe.part is not None or recipe.detach or recipe.clone or recipe.target):
+    if untouched(recipe):
         return value
     if isinstance(value, tuple):
         items = [finish(item, recipe) for item in value]

@@ -16,26 +16,30 @@ from weightlift.errors import CheckpointChanged, CheckpointError, Problem
 from weightlift.strides import row_major
 
 
-def require_unchanged(file: ShardFile, status: os.stat_result) -> None:
-    """Raise `CheckpointChanged` unless ``status`` is that of the file whose header was read."""
+def difference(file: ShardFile, status: os.stat_result) -> Problem | None:
+    """What tells that ``status`` is not that of the file whose header was read; None if nothing does."""
     compared = (
         ("size in bytes", file.size_bytes, status.st_size),
         ("modification time in ns", file.mtime_ns, status.st_mtime_ns),
-        ("inode", (file.device, file.inode), (status.st_dev, status.st_ino)),
+        ("device and inode", (file.device, file.inode), (status.st_dev, status.st_ino)),
     )
-    problems = [
-        Problem(
-            f"the file's {name} changed",
-            file=file.path,
-            expected=str(was),
-            found=str(now),
-            hint="open the checkpoint again",
-        )
-        for name, was, now in compared
-        if was != now
-    ]
-    if problems:
-        raise CheckpointChanged("the checkpoint changed since it was opened", problems)
+    changed = [(name, was, now) for name, was, now in compared if was != now]
+    if not changed:
+        return None
+    return Problem(
+        "the file changed since the checkpoint was opened",
+        file=file.path,
+        expected=", ".join(f"{name} {was}" for name, was, _ in changed),
+        found=", ".join(str(now) for _, _, now in changed),
+        hint="open the checkpoint again",
+    )
+
+
+def require_unchanged(file: ShardFile, status: os.stat_result) -> None:
+    """Raise `CheckpointChanged` unless ``status`` is that of the file whose header was read."""
+    problem = difference(file, status)
+    if problem is not None:
+        raise CheckpointChanged("the checkpoint changed since it was opened", [problem])
 
 
 def read_tensor(file: ShardFile, entry: TensorEntry) -> torch.Tensor:

@@ -43,6 +43,12 @@ class Local:
         """The row of the first name."""
         return self.home.row
 
+    @property
+    def fresh(self) -> bool:
+        """Whether a user's DTensor has no memory yet."""
+        held: torch.Tensor = self.home.now._local_tensor  # type: ignore[attr-defined]
+        return held.is_meta
+
     def memory(self) -> torch.Tensor:
         """The local shard's tensor: the one that a user's DTensor has already, else a new one."""
         if self.tensor is None:
@@ -92,6 +98,7 @@ def read_locals(
     jobs: list[Job] = []
     mapped: list[tuple[Local, int]] = []
     missing: list[Local] = []
+    reserved_bytes = 0
     for shard in shards:
         row = offered.get(shard.row.target)
         if row is None:
@@ -100,6 +107,8 @@ def read_locals(
             made = _jobs(shard, row)
             if len(made) == 1 and made[0].into is None:
                 mapped.append((shard, len(jobs)))
+            elif shard.fresh and shard.device.type == "cpu":
+                reserved_bytes += shard.memory().nbytes
             jobs += made
     values = run(
         jobs,
@@ -112,6 +121,7 @@ def read_locals(
         progress=options.progress,
         cancel=options.cancel,
         trace=trace,
+        reserved_bytes=reserved_bytes,
     )
     for shard, index in mapped:
         shard.tensor = values[index]
@@ -120,13 +130,12 @@ def read_locals(
 def _jobs(shard: Local, row: Row) -> list[Job]:
     """The reads of one local shard: one job that makes it where the source has it in one piece, else one a part."""
     boxes = shard.boxes()
-    fresh: bool = shard.home.now._local_tensor.is_meta  # type: ignore[attr-defined]
-    if len(boxes) == 1 and fresh:
+    if len(boxes) == 1 and shard.fresh:
         parts = local_parts(row_parts(row), row.shape, start=boxes[0].start, size=boxes[0].sizes)
         if len(parts) == 1 and parts[0].entry.stride is None and is_row_major(parts[0].shape, parts[0].stride):
             entry = replace(parts[0].entry, shape=boxes[0].sizes)
             return [Job(row.fqn, entry, shard.row.dtype, shard.device)]
-    return row_jobs(row, boxes, shard.memory(), fresh=fresh)
+    return row_jobs(row, boxes, shard.memory(), fresh=shard.fresh)
 
 
 def row_parts(row: Row) -> tuple[Part, ...]:

@@ -22,6 +22,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.strides import is_row_major
+from weightlift.transfer import headroom
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, fits, homes, new_memory
@@ -51,6 +52,10 @@ class _Order:
     jobs: tuple[Job, ...]
     into: torch.Tensor | None
     in_place: bool
+
+
+def _cpu_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
 
 
 class _Application:
@@ -84,10 +89,12 @@ class _Application:
         jobs = [job for order in orders for job in order.jobs]
         supplied = self._supplied(loaded)
         tasks = self._initialisers(rest, supplied)
-        self._move_in(loaded)
+        filled = self._move_in(loaded)
+        made_here = [order.into for order in orders if order.into is not None and not order.in_place]
         values = run(
             jobs,
             tasks,
+            reserved_bytes=_cpu_bytes((*made_here, *filled)),
             files=self._source.files,
             tensors=self._source.tensors,
             copy=self._options.copy,
@@ -165,15 +172,24 @@ class _Application:
             record.memory()
         return tensor.detach()
 
-    def _move_in(self, loaded: Iterable[tuple[Row, Slot]]) -> None:
-        """Take over what is not read anyway. Initialisers of storages that are read in part have run by now."""
+    def _move_in(self, loaded: Iterable[tuple[Row, Slot]]) -> list[torch.Tensor]:
+        """Take over what is not read anyway, and return the memory of the rest. Initialisers of storages that are read
+        in part have run by now."""
         read = {row.fqn: slot.tensor.numel() for row, slot in loaded}
+        filled: list[Home] = []
+        moving: list[Home] = []
         for home in self._homes.values():
-            if not any(read.get(row.fqn) == home.flat.numel() for row, _ in home.members):
-                record = self._subject.record_of(home.members[0][1].tensor)
-                if record is not None:
-                    record.memory()
-                home.take_over()
+            whole = any(read.get(row.fqn) == home.flat.numel() for row, _ in home.members)
+            (filled if whole else moving).append(home)
+        headroom.require(
+            0, "storages that are converted", reserved_bytes=_cpu_bytes(home.flat for home in (*filled, *moving))
+        )
+        for home in moving:
+            record = self._subject.record_of(home.members[0][1].tensor)
+            if record is not None:
+                record.memory()
+            home.take_over()
+        return [home.flat for home in filled]
 
     def _supplied(self, loaded: Iterable[tuple[Row, Slot]]) -> set[Record]:
         """Tapes that need not run: what is read covers their whole storage, or replaces it."""

@@ -42,13 +42,16 @@ def run(
     source: Source | None = None,
     backend: Callable[[torch.device], Backend] = backend_for,
     trace: Trace | None = None,
+    reserved_bytes: int = 0,
 ) -> list[torch.Tensor]:
     """Do all jobs and tasks; return each job's tensor in order (``job.into`` where one was given).
 
     ``memory_budget_bytes`` bounds what is in flight besides the destinations (None: 512 MiB). ``progress`` is called
     from the calling thread. Files with ``digests`` are hashed too: while they are read, or before that where ``into``
-    of a job would be written. ``source`` and ``backend`` are the boundaries that tests replace. Values never depend on
-    ``workers``; with 1 all work is done in the calling thread. Threads end before this returns or raises.
+    of a job would be written. ``reserved_bytes`` of what the jobs fill are new CPU memory that nobody has written to
+    yet: there has to be room for them, too. ``source`` and ``backend`` are the boundaries that tests replace. Values
+    never depend on ``workers``; with 1 all work is done in the calling thread. Threads end before this returns or
+    raises.
 
     Raises:
         CheckpointChanged: a file is not the one that was planned with; nothing was written.
@@ -59,7 +62,7 @@ def run(
     """
     assert workers >= 1, workers
     source = source or FileSource()
-    load = _Run(jobs, files, tensors, copy=copy, source=source, backend=backend, trace=trace)
+    load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
     reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + work_bytes)
@@ -91,6 +94,7 @@ class _Run:
         jobs: Sequence[Job],
         files: Sequence[ShardFile],
         tensors: Mapping[str, torch.Tensor],
+        reserved_bytes: int,
         *,
         copy: bool,
         source: Source,
@@ -100,6 +104,7 @@ class _Run:
         self._jobs = jobs
         self._files = {file.path: file for file in files}
         self._tensors = tensors
+        self._reserved_bytes = reserved_bytes
         self._copy = copy
         self._source = source
         self._make_backend = backend
@@ -157,7 +162,7 @@ class _Run:
         """Before a byte is read: does what has to be allocated on the CPU fit?"""
         new = [self._jobs[i] for i in rest if self._jobs[i].into is None and self._jobs[i].device.type == "cpu"]
         nbytes = sum(job.entry.numel * job.dtype.itemsize for job in new)
-        headroom.require(nbytes, f"{len(new)} tensors of the module")
+        headroom.require(nbytes, "the module's tensors", reserved_bytes=self._reserved_bytes)
 
     def _check_files(self) -> None:
         """All files at once and before anything is written, so that a stale plan changes nothing."""

@@ -21,28 +21,35 @@ _UNLIMITED = 1 << 60
 _SMALL_BYTES = 64 << 20
 
 
-def require(nbytes: int, what: str) -> None:
-    """Raise `TransferError` if ``nbytes`` of new memory are known not to be there."""
-    if nbytes < _SMALL_BYTES or sys.platform != "linux":
+def require(new_bytes: int, what: str, *, reserved_bytes: int = 0) -> None:
+    """Raise `TransferError` if there is known to be no room.
+
+    ``new_bytes`` have yet to be allocated. ``reserved_bytes`` are, but nothing has been written there: the process's
+    own limits count them already, while the group and the system will feel them.
+    """
+    if new_bytes + reserved_bytes < _SMALL_BYTES or sys.platform != "linux":
         return
-    for limit, left in _limits():
-        if left < nbytes:
+    for limit, left, counts_reserved in _limits():
+        needed = new_bytes if counts_reserved else new_bytes + reserved_bytes
+        if left < needed:
             problem = Problem(
                 f"there is not enough memory for {what}",
-                expected=f"{nbytes:,} bytes",
+                expected=f"{needed:,} bytes",
                 found=f"{max(left, 0):,} bytes left under {limit}",
                 hint="a smaller dtype, another device, or copy=False, which maps what needs no conversion",
             )
             raise TransferError("nothing was read", [problem])
 
 
-def _limits() -> Iterator[tuple[str, int]]:
-    """Every limit, and how many bytes are left under it."""
-    yield from _of_process()
-    yield from _of_group()
+def _limits() -> Iterator[tuple[str, int, bool]]:
+    """Every limit, how many bytes are left under it, and whether it counts what is reserved as used."""
+    for limit, left in _of_process():
+        yield limit, left, True
+    for limit, left in _of_group():
+        yield limit, left, False
     numbers = _numbers(Path("/proc/meminfo"))
     if "MemAvailable" in numbers:
-        yield "the system's memory and swap", numbers["MemAvailable"] + numbers.get("SwapFree", 0)
+        yield "the system's memory and swap", numbers["MemAvailable"] + numbers.get("SwapFree", 0), False
 
 
 def _of_process() -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weightlift.checkpoint.entry import ShardFile
+from weightlift.checkpoint.reader import difference
 from weightlift.errors import CheckpointChanged, Problem
 
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None) if sys.platform == "linux" else None
@@ -59,9 +60,9 @@ class FileSource:
     """Files of the local system, read with ``pread`` into the caller's memory."""
 
     def check(self, file: ShardFile) -> Problem | None:
-        """Compare size, modification time and inode; a file that is gone counts as changed."""
+        """Compare size, modification time, device and inode; a file that is gone counts as changed."""
         try:
-            return _difference(file, os.stat(file.path))
+            return difference(file, os.stat(file.path))
         except FileNotFoundError:
             return Problem("the file is gone", file=file.path, hint="open the checkpoint again")
 
@@ -71,7 +72,7 @@ class FileSource:
             now = os.stat(file.path)
         except OSError:
             return None
-        return _difference(file, now) if (now.st_ino, now.st_dev) == (file.inode, file.device) else None
+        return difference(file, now) if (now.st_ino, now.st_dev) == (file.inode, file.device) else None
 
     def open(self, file: ShardFile) -> FileHandle:
         """Open and compare again, now on the descriptor that is read from."""
@@ -122,7 +123,7 @@ class FileHandle:
 
     def changed(self) -> Problem | None:
         """See `Handle.changed`."""
-        return _difference(self._file, os.fstat(self._fd))
+        return difference(self._file, os.fstat(self._fd))
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -174,20 +175,3 @@ class OpenFiles:
         handles, self._handles = self._handles, {}
         for handle in handles.values():
             handle.close()
-
-
-def _difference(file: ShardFile, now: os.stat_result) -> Problem | None:
-    """Compare a file's identity with the one it had when its header was read."""
-    before = (file.size_bytes, file.mtime_ns, file.inode)
-    after = (now.st_size, now.st_mtime_ns, now.st_ino)
-    if before == after:
-        return None
-    names = ("bytes", "mtime_ns", "inode")
-    different = [i for i in range(3) if before[i] != after[i]]
-    return Problem(
-        "the file changed since the checkpoint was opened",
-        file=file.path,
-        expected=", ".join(f"{names[i]} {before[i]}" for i in different),
-        found=", ".join(f"{names[i]} {after[i]}" for i in different),
-        hint="open the checkpoint again",
-    )

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,13 +89,15 @@ def test_zero_size_only_and_an_empty_file(tmp_path):
 
 
 @pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("how", ["replaced", "cut", "grown", "touched", "gone"])
+@pytest.mark.parametrize("how", ["replaced", "cut", "grown", "touched", "gone", "on another device"])
 def test_a_changed_file_is_refused_before_anything_is_written(saved, how, copy):
     if how == "replaced":
         other = saved.path.with_suffix(".new")
         other.write_bytes(saved.path.read_bytes())
         os.utime(other, ns=(saved.shard.mtime_ns, saved.shard.mtime_ns))
         other.replace(saved.path)
+    elif how == "on another device":
+        saved.shard = replace(saved.shard, device=saved.shard.device + 1)
     elif how == "cut":
         os.truncate(saved.path, 1000)
     elif how == "grown":
