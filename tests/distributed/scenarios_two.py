@@ -162,6 +162,11 @@ def no_rank_holds_the_model_on_the_way():
     assert_same_state(model, wl.load(Wide, {}, strict=False, seed=3))
 
 
+def _anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous"))
+
+
 def _status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
@@ -346,6 +351,24 @@ def another_engine_fills_the_other_ranks():
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
+def what_another_engine_fills_takes_no_memory_before():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(6))  # 101 MB
+            self.register_buffer("table", torch.linspace(0, 1, 4096), persistent=False)
+
+    state = Wide().state_dict() if RANK == 0 else None
+    whole = 6 * 2048 * 2049 * 4
+    for dtype, share in ((None, 1), (torch.bfloat16, 2), (torch.float64, 0.5)):
+        before = _anonymous()
+        model = wl.load(Wide, state, dtype=dtype, source_rank=0, copy=True)
+        grown = _anonymous() - before
+        assert (grown > 0.9 * whole / share) if RANK == 0 else (grown < 0.05 * whole / share), (grown, dtype)
+        assert torch.equal(model.table, torch.linspace(0, 1, 4096, dtype=model.table.dtype)) or dtype is not None
+        del model
+
+
 def accelerate_fills_the_other_ranks():
     """The steps of accelerate's FSDP2 preparation around its own broadcast; the whole refuses to run on the CPU."""
     from accelerate import Accelerator
@@ -454,6 +477,7 @@ SCENARIOS = {
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,
         another_engine_fills_the_other_ranks,
+        what_another_engine_fills_takes_no_memory_before,
         accelerate_fills_the_other_ranks,
         accelerates_variables_name_the_source,
         ranks_that_differ_are_named,

@@ -14,6 +14,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
+from weightlift.deferred.reserve import Reservations, unseal
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import same_device
@@ -29,9 +30,10 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
     if subject.recorder is None:
         return subject.inventory.module
     with outside_modes():
+        untouched = Reservations()
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
             if slot.kind == "parameter" and not is_lazy(slot.tensor):
-                _leave(slot.tensor, row, subject)
+                _leave(slot.tensor, row, subject, untouched)
         rows = tuple(_computed(row) for row in decisions.rows if row.kind == "buffer")
         slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
         inventory = replace(subject.inventory, slots=slots)
@@ -39,14 +41,26 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
         return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
 
 
-def _leave(tensor: torch.Tensor, row: Row, subject: Subject) -> None:
+def _leave(tensor: torch.Tensor, row: Row, subject: Subject, untouched: Reservations) -> None:
     record = subject.record_of(tensor)
     if record is not None:
         record.last = None
         record.memory()
-    if tensor.dtype != row.dtype or not same_device(tensor.device, torch.device(row.device)):
-        # Zeros that nobody touches take no memory on a CPU, unless they are few.
-        tensor.data = torch.zeros(tensor.shape, dtype=row.dtype, device=row.device)
+    device = torch.device(row.device)
+    if not same_device(tensor.device, device):
+        tensor.data = torch.zeros(tensor.shape, dtype=row.dtype, device=device)
+    elif tensor.dtype != row.dtype:
+        tensor.data = _zeros(tensor.shape, row.dtype, untouched)
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, untouched: Reservations) -> torch.Tensor:
+    """Zeros that take up memory when somebody writes to them (``torch.zeros`` writes to its own)."""
+    nbytes = shape.numel() * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    buffer, block, offset = untouched.reserve(nbytes)
+    unseal(block, offset, nbytes)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _computed(row: Row) -> Row:
