@@ -21,5 +21,15 @@ def efficient_loading_source() -> int | None:
     return 0
 
 
+def another_rank_loads() -> bool:
+    """True on the ranks that `efficient_loading_source` leaves to be filled."""
+    source = efficient_loading_source()
+    if source is None:
+        return False
+    import torch.distributed as dist
+
+    return dist.get_rank() != source
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")

@@ -26,6 +26,8 @@ from weightlift.checkpoint.gather import gather
 from weightlift.deferred.construct import CurrentLoad, extend
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
+from weightlift.distributed.environment import another_rank_loads
+from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import LOADING
 from weightlift.integrations.transformers_conversion import Conversion, convert
@@ -142,6 +144,7 @@ class Filling:
         self._load = load
         self._checkpoint = checkpoint
         self._config = load_config
+        self._unfilled = another_rank_loads()  # accelerate sends this rank its parameters
         self._options = LoadOptions.create(
             strict=False,
             ignore_mismatched=True,
@@ -164,6 +167,7 @@ class Filling:
         info = self._info(done, supplied, mismatched)
         self._model._adjust_missing_and_unexpected_keys(info)
         self._report(info)
+        supplied = set(self._state) if self._unfilled else supplied
         tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
         for parameter in self._model.parameters():  # Transformers makes every one anew
             parameter.requires_grad_(parameter.is_floating_point())
@@ -176,7 +180,10 @@ class Filling:
         )
         with outside_modes():
             decisions = settled(decisions, source, self._options)
-        apply(decisions, subject, source, self._options)
+        if self._unfilled:
+            leave_unfilled(decisions, subject, source, self._options)
+        else:
+            apply(decisions, subject, source, self._options)
         self._finish()
         return info
 

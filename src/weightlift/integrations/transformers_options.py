@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import monkey_patching
-from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 _log = logging.getLogger("weightlift")
@@ -52,7 +51,5 @@ def refuse(kwargs: Mapping[str, Any]) -> None:
         raise NotNative("attn_implementation from the hub", _KERNELS)
     if is_deepspeed_zero3_enabled():
         raise NotNative("DeepSpeed ZeRO-3", _PARALLEL)
-    if is_fsdp_enabled():
-        raise NotNative("FSDP with efficient loading", "other ranks get their weights from rank 0")
     if monkey_patching.get_patch_mapping():
         raise NotNative("registered class replacements", "Transformers swaps these classes while it builds")
