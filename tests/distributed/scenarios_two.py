@@ -419,9 +419,16 @@ def ranks_that_differ_are_named():
 
 
 def seeds_that_nobody_gave_are_those_of_the_first_rank():
+    state = checkpoint_of(Tied, *MISSING)
+    reference = wl.load(Tied, state, strict=False, seed=0)
     torch.manual_seed(RANK)
-    model = wl.load(Tied, checkpoint_of(Tied, *MISSING), strict=False, parallelize=fsdp(mesh(2)))
-    assert_same_state(model, wl.load(Tied, checkpoint_of(Tied, *MISSING), strict=False, seed=0))
+    assert_same_state(wl.load(Tied, state, strict=False, parallelize=fsdp(mesh(2))), reference)
+    for source_rank in (None, 0):
+        deferred = wl.defer(Tied)
+        model = deferred.load(state, strict=False, parallelize=fsdp(mesh(2)), source_rank=source_rank)
+        assert_same_state(model, reference)
+    with pytest.raises(wl.RanksError, match="rank 1 has another set of options than rank 0"):
+        wl.defer(Tied, seed=RANK).load(state, strict=False, parallelize=fsdp(mesh(2)))
 
 
 def an_error_of_one_rank_is_one_of_all():

@@ -56,12 +56,12 @@ class Together:
         found = wire.hand_out(shared, self._leader)
         return own if own is not None else Checkpoint(**found)
 
-    def seeded(self, options: LoadOptions, seed: int | None) -> LoadOptions:
+    def seeded(self, given: int | None) -> LoadOptions:
         """The options with one seed on all ranks: where the user gave none, that of the rank that leads."""
-        if self._team is None or seed is not None:
-            return options
-        own = str(options.seed).encode() if self._team.rank == self._leader else None
-        self._options = replace(options, seed=int(self._team.hand_out(_PLANNING, self._leader, own)))
+        if self._team is not None and given is None:
+            own = str(self._options.seed).encode() if self._team.rank == self._leader else None
+            seed = int(self._team.hand_out(_PLANNING, self._leader, own))
+            self._options = replace(self._options, seed=seed)
         return self._options
 
     def settle(self, decisions: Decisions, subject: Subject) -> bool:
