@@ -446,6 +446,44 @@ def an_error_of_one_rank_is_one_of_all():
         wl.load(Tied, path if RANK == 0 else "/nowhere", parallelize=fsdp(mesh(2)))
 
 
+def the_store_does_not_grow():
+    state = checkpoint_of(Tied)
+    grid = mesh(2)
+    store = dist.distributed_c10d._get_default_store()
+
+    def loads():
+        wl.load(Tied, state, parallelize=fsdp(grid))
+        wl.load(Tied, state if RANK == 0 else None, parallelize=fsdp(grid), source_rank=0)
+        wl.plan(Tied, state, source_rank=0)
+        with pytest.raises(wl.RanksError):
+            wl.load(Tied, state, strict=RANK == 0, parallelize=fsdp(grid))
+        with pytest.raises(wl.WeightliftError):
+            wl.load(Tied, state if RANK == 0 else "/nowhere", parallelize=fsdp(grid))
+        dist.barrier()
+        keys = set(store.list_keys())
+        dist.barrier()
+        return keys
+
+    before = loads()
+    assert not any("weightlift" in key for key in before)
+    assert len(loads()) == len(before)
+
+
+def a_failed_load_into_a_module_can_be_done_again():
+    state = checkpoint_of(Tied)
+    own = _own("again.pt")
+    torch.save(state, own)
+    os.utime(own, (1, 1))
+    plan = wl.plan(fsdp(mesh(2))(Tied()), own, parallelize=lambda model: model)
+    if RANK == 1:
+        own.rename(own.with_suffix(".away"))
+    with pytest.raises((wl.WeightliftError, OSError)):
+        plan.execute()
+    if RANK == 1:
+        own.with_suffix(".away").rename(own)
+    assert_same_state(plan.execute(), wl.load(Tied, state))
+
+
 def a_file_that_breaks_for_one_rank_stops_all():
     state = checkpoint_of(Tied)
     own = _own("broken.pt")
@@ -490,6 +528,8 @@ SCENARIOS = {
         ranks_that_differ_are_named,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
         an_error_of_one_rank_is_one_of_all,
+        the_store_does_not_grow,
+        a_failed_load_into_a_module_can_be_done_again,
         a_file_that_breaks_for_one_rank_stops_all,
     )
 }
