@@ -16,10 +16,12 @@ from tests.distributed.models import (
     checkpoint_of,
     expert_parallel,
     fsdp,
+    gathered,
     losses,
     mesh,
     tensor_parallel,
 )
+from tests.distributed.parts import load_merged, merged, separate
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -211,6 +213,25 @@ def shards_of_another_dim():
     model = wl.load(Tied, path, strict=False, seed=3, parallelize=parallelize)
     assert model.embed.weight.placements == (Shard(1),)
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3))
+
+
+def tensors_merged_of_several_are_sharded():
+    state = separate()
+    path = FOLDER / "separate.safetensors"
+    if RANK == 0:
+        save_file(state, path)
+    dist.barrier()
+    expected = merged(state)
+    for dim in (0, 1):
+        for source_rank in (None, 1):
+            for dtype in (None, torch.bfloat16):
+                parallelize = lambda m: fully_shard(m, mesh=mesh(2), shard_placement_fn=lambda p: Shard(dim))  # noqa: E731, B023
+                model = load_merged(
+                    wl.open_checkpoint(path), parallelize=parallelize, source_rank=source_rank, dtype=dtype
+                )
+                assert model.up.to_local().shape[dim] == ((2, 1), (6, 6))[dim][RANK]
+                for name, value in gathered(model).items():
+                    assert torch.equal(value, expected[name].to(dtype or torch.float32)), name
 
 
 def more_ranks_than_rows():
@@ -512,6 +533,7 @@ SCENARIOS = {
         no_rank_holds_the_model_on_the_way,
         a_quantised_model_comes_through_unchanged,
         shards_of_another_dim,
+        tensors_merged_of_several_are_sharded,
         more_ranks_than_rows,
         dtypes_are_what_parallelize_sees,
         nothing_is_initialised_for_what_is_loaded,
