@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.distributed.paper import on_mesh
 from weightlift.distributed.placing import MeshShape, Placements
-from weightlift.distributed.together import Together
-from weightlift.handles import CheckpointSource, Deferred, LoadPlan, planned, trace_of
+from weightlift.handles import CheckpointSource, Deferred, LoadPlan, opened, planned
 from weightlift.options import (
     DEFAULT_RANK_PATIENCE_SECONDS,
     DeviceOption,
@@ -44,7 +43,7 @@ def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferre
     """
     used = torch.initial_seed() if seed is None else int(seed)
     module, recorder = construct(build, CurrentLoad(source=None, deferred=True, seed=used))
-    return Deferred(module, recorder, used)
+    return Deferred(module, recorder, used, seed_given=seed is not None)
 
 
 def plan(
@@ -106,16 +105,11 @@ def plan(
         process_group=process_group,
         rank_patience_seconds=rank_patience_seconds,
     )
-    record, together = trace_of(options), Together(options)
-    with together.planning():
-        options = together.seeded(options, seed)
-        with timed(record, "open", "headers"):
-            checkpoint = together.open(
-                lambda: open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-            )
-        with timed(record, "construct", "the module"):
-            subject = _subject(module, checkpoint, options)
-        made = planned(subject, checkpoint, options, together, trace=record)
+    hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    with opened(ckpt, options, seed=seed, **hub) as opening:
+        with timed(opening.trace, "construct", "the module"):
+            subject = _subject(module, opening.checkpoint, opening.options)
+        made = planned(subject, opening)
     if mesh_shape is not None:
         made.ranks = on_mesh(made.decisions, mesh_shape, placements)
     return made

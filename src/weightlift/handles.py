@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,10 +147,10 @@ class Deferred:
     The module itself stays inside until `load` or `materialize` has made it whole; either can be done once.
     """
 
-    def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int | None) -> None:
+    def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int, *, seed_given: bool) -> None:
         self._subject: Subject | None = Subject(Inventory.of(module), recorder)
         self._once = threading.Lock()
-        self._seed = seed
+        self._seed, self._seed_given = seed, seed_given
         self.name = type(module).__qualname__
         tensors = {id(slot.tensor): slot for slot in self._subject.inventory.slots}
         parameters = [slot.tensor for slot in tensors.values() if slot.kind == "parameter" and not is_lazy(slot.tensor)]
@@ -173,16 +173,13 @@ class Deferred:
         **options: Any,
     ) -> LoadPlan:
         """Plan loading ``ckpt`` into this module. The same options as `weightlift.load`; executing it uses this up."""
-        if options.get("seed") is None:
-            options["seed"] = self._seed
-        made = LoadOptions.create(**options)
-        trace, together = trace_of(made), Together(made)
-        with together.planning():
-            with timed(trace, "open", "headers"):
-                checkpoint = together.open(
-                    lambda: open_checkpoint(ckpt, revision=revision, token=token, local_files_only=local_files_only)
-                )
-            return planned(self._peek(), checkpoint, made, together, take=self._take, trace=trace)
+        given = options.pop("seed", None)
+        if given is None and self._seed_given:
+            given = self._seed
+        made = LoadOptions.create(**options, seed=self._seed if given is None else given)
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        with opened(ckpt, made, seed=given, **hub) as opening:
+            return planned(self._peek(), opening, take=self._take)
 
     def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
         """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
@@ -234,28 +231,40 @@ class Deferred:
             return subject
 
 
-def trace_of(options: LoadOptions) -> Trace | None:
-    """A trace, if one is asked for."""
-    return None if options.trace is None else Trace()
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a plan begins with: the checkpoint, the options that all ranks share, the ranks, the trace."""
+
+    checkpoint: Checkpoint
+    options: LoadOptions
+    together: Together
+    trace: Trace | None
 
 
-def planned(
-    subject: Subject,
-    checkpoint: Checkpoint,
-    options: LoadOptions,
-    together: Together,
-    *,
-    take: Callable[[], Subject] | None = None,
-    trace: Trace | None = None,
-) -> LoadPlan:
-    """The plan of filling ``subject`` from ``checkpoint``."""
+@contextlib.contextmanager
+def opened(ckpt: CheckpointSource, options: LoadOptions, *, seed: int | None, **hub: Any) -> Iterator[Opening]:
+    """Around the making of one plan. ``seed`` is the user's; where that is None, ranks share the first one's.
+
+    ``hub`` is what `open_checkpoint` takes for a hub id. An error of one rank becomes one of all.
+    """
+    trace, together = None if options.trace is None else Trace(), Together(options)
+    with together.planning():
+        options = together.seeded(seed)
+        with timed(trace, "open", "headers"):
+            checkpoint = together.open(lambda: open_checkpoint(ckpt, **hub))
+        yield Opening(checkpoint, options, together, trace)
+
+
+def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] | None = None) -> LoadPlan:
+    """The plan of filling ``subject``."""
+    checkpoint, options, trace = opening.checkpoint, opening.options, opening.trace
     with timed(trace, "plan", "headers against names"):
         supplied = decide(subject, checkpoint, options)
     decisions, subject = supplied.decisions, supplied.subject
     digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
     source = replace(supplied.source, digests=digests)
-    spread = together.settle(decisions, subject)
-    return LoadPlan(decisions, subject, source, options, take, trace, together if spread else None)
+    spread = opening.together.settle(decisions, subject)
+    return LoadPlan(decisions, subject, source, options, take, trace, opening.together if spread else None)
 
 
 def _log_outcome(decisions: Decisions) -> None:

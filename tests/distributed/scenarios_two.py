@@ -16,10 +16,12 @@ from tests.distributed.models import (
     checkpoint_of,
     expert_parallel,
     fsdp,
+    gathered,
     losses,
     mesh,
     tensor_parallel,
 )
+from tests.distributed.parts import load_merged, merged, separate
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -162,6 +164,11 @@ def no_rank_holds_the_model_on_the_way():
     assert_same_state(model, wl.load(Wide, {}, strict=False, seed=3))
 
 
+def _anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous"))
+
+
 def _status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
@@ -206,6 +213,25 @@ def shards_of_another_dim():
     model = wl.load(Tied, path, strict=False, seed=3, parallelize=parallelize)
     assert model.embed.weight.placements == (Shard(1),)
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3))
+
+
+def tensors_merged_of_several_are_sharded():
+    state = separate()
+    path = FOLDER / "separate.safetensors"
+    if RANK == 0:
+        save_file(state, path)
+    dist.barrier()
+    expected = merged(state)
+    for dim in (0, 1):
+        for source_rank in (None, 1):
+            for dtype in (None, torch.bfloat16):
+                parallelize = lambda m: fully_shard(m, mesh=mesh(2), shard_placement_fn=lambda p: Shard(dim))  # noqa: E731, B023
+                model = load_merged(
+                    wl.open_checkpoint(path), parallelize=parallelize, source_rank=source_rank, dtype=dtype
+                )
+                assert model.up.to_local().shape[dim] == ((2, 1), (6, 6))[dim][RANK]
+                for name, value in gathered(model).items():
+                    assert torch.equal(value, expected[name].to(dtype or torch.float32)), name
 
 
 def more_ranks_than_rows():
@@ -346,6 +372,24 @@ def another_engine_fills_the_other_ranks():
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
+def what_another_engine_fills_takes_no_memory_before():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(6))  # 101 MB
+            self.register_buffer("table", torch.linspace(0, 1, 4096), persistent=False)
+
+    state = Wide().state_dict() if RANK == 0 else None
+    whole = 6 * 2048 * 2049 * 4
+    for dtype, share in ((None, 1), (torch.bfloat16, 2), (torch.float64, 0.5)):
+        before = _anonymous()
+        model = wl.load(Wide, state, dtype=dtype, source_rank=0, copy=True)
+        grown = _anonymous() - before
+        assert (grown > 0.9 * whole / share) if RANK == 0 else (grown < 0.05 * whole / share), (grown, dtype)
+        assert torch.equal(model.table, torch.linspace(0, 1, 4096, dtype=model.table.dtype)) or dtype is not None
+        del model
+
+
 def accelerate_fills_the_other_ranks():
     """The steps of accelerate's FSDP2 preparation around its own broadcast; the whole refuses to run on the CPU."""
     from accelerate import Accelerator
@@ -396,9 +440,16 @@ def ranks_that_differ_are_named():
 
 
 def seeds_that_nobody_gave_are_those_of_the_first_rank():
+    state = checkpoint_of(Tied, *MISSING)
+    reference = wl.load(Tied, state, strict=False, seed=0)
     torch.manual_seed(RANK)
-    model = wl.load(Tied, checkpoint_of(Tied, *MISSING), strict=False, parallelize=fsdp(mesh(2)))
-    assert_same_state(model, wl.load(Tied, checkpoint_of(Tied, *MISSING), strict=False, seed=0))
+    assert_same_state(wl.load(Tied, state, strict=False, parallelize=fsdp(mesh(2))), reference)
+    for source_rank in (None, 0):
+        deferred = wl.defer(Tied)
+        model = deferred.load(state, strict=False, parallelize=fsdp(mesh(2)), source_rank=source_rank)
+        assert_same_state(model, reference)
+    with pytest.raises(wl.RanksError, match="rank 1 has another set of options than rank 0"):
+        wl.defer(Tied, seed=RANK).load(state, strict=False, parallelize=fsdp(mesh(2)))
 
 
 def an_error_of_one_rank_is_one_of_all():
@@ -414,6 +465,44 @@ def an_error_of_one_rank_is_one_of_all():
         wl.load(build, path, parallelize=fsdp(mesh(2)))
     with pytest.raises(wl.WeightliftError, match="rank 1: CheckpointNotFound" if RANK == 0 else "no checkpoint"):
         wl.load(Tied, path if RANK == 0 else "/nowhere", parallelize=fsdp(mesh(2)))
+
+
+def the_store_does_not_grow():
+    state = checkpoint_of(Tied)
+    grid = mesh(2)
+    store = dist.distributed_c10d._get_default_store()
+
+    def loads():
+        wl.load(Tied, state, parallelize=fsdp(grid))
+        wl.load(Tied, state if RANK == 0 else None, parallelize=fsdp(grid), source_rank=0)
+        wl.plan(Tied, state, source_rank=0)
+        with pytest.raises(wl.RanksError):
+            wl.load(Tied, state, strict=RANK == 0, parallelize=fsdp(grid))
+        with pytest.raises(wl.WeightliftError):
+            wl.load(Tied, state if RANK == 0 else "/nowhere", parallelize=fsdp(grid))
+        dist.barrier()
+        keys = set(store.list_keys())
+        dist.barrier()
+        return keys
+
+    before = loads()
+    assert not any("weightlift" in key for key in before)
+    assert len(loads()) == len(before)
+
+
+def a_failed_load_into_a_module_can_be_done_again():
+    state = checkpoint_of(Tied)
+    own = _own("again.pt")
+    torch.save(state, own)
+    os.utime(own, (1, 1))
+    plan = wl.plan(fsdp(mesh(2))(Tied()), own, parallelize=lambda model: model)
+    if RANK == 1:
+        own.rename(own.with_suffix(".away"))
+    with pytest.raises((wl.WeightliftError, OSError)):
+        plan.execute()
+    if RANK == 1:
+        own.with_suffix(".away").rename(own)
+    assert_same_state(plan.execute(), wl.load(Tied, state))
 
 
 def a_file_that_breaks_for_one_rank_stops_all():
@@ -444,6 +533,7 @@ SCENARIOS = {
         no_rank_holds_the_model_on_the_way,
         a_quantised_model_comes_through_unchanged,
         shards_of_another_dim,
+        tensors_merged_of_several_are_sharded,
         more_ranks_than_rows,
         dtypes_are_what_parallelize_sees,
         nothing_is_initialised_for_what_is_loaded,
@@ -454,11 +544,14 @@ SCENARIOS = {
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,
         another_engine_fills_the_other_ranks,
+        what_another_engine_fills_takes_no_memory_before,
         accelerate_fills_the_other_ranks,
         accelerates_variables_name_the_source,
         ranks_that_differ_are_named,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
         an_error_of_one_rank_is_one_of_all,
+        the_store_does_not_grow,
+        a_failed_load_into_a_module_can_be_done_again,
         a_file_that_breaks_for_one_rank_stops_all,
     )
 }

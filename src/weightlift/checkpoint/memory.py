@@ -22,7 +22,8 @@ def read_mapping(
 ]:
     """Entries, tensors, other values, and ``_metadata`` of a mapping such as ``module.state_dict()``.
 
-    Raises `CheckpointError` for nested mappings, keys that are no strings, and sparse, quantised or meta tensors.
+    Raises `CheckpointError` for nested mappings, keys that are no strings, and tensors without plain values: sparse,
+    quantised and meta ones, DTensors and other wrappers.
     """
     problem = flat_problem(source, SOURCE, lambda value: isinstance(value, torch.Tensor)) if source else None
     if problem is not None:
@@ -62,4 +63,16 @@ def _unreadable(tensor: torch.Tensor) -> str | None:
         return "a quantised tensor"
     if tensor.is_meta:
         return "a tensor on meta, without values"
+    if not _has_memory(tensor):
+        return f"a {type(tensor).__name__}, a tensor made of others (full_tensor() or dequantize() make plain ones)"
     return None
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False for wrapper subclasses, which look like a tensor and hold others instead of values."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return True
+    try:
+        return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):
+        return False

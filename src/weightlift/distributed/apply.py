@@ -27,8 +27,6 @@ from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import conflicts_of
 from weightlift.transfer.trace import Trace
 
-_STAGE = "loading"
-
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -157,7 +155,7 @@ def refuse_conflicts(decisions: Decisions, source: Bytes, options: LoadOptions, 
         found = None
         if ranks.team.rank == ranks.leader:
             found = json.dumps([check.other_fqn for check in conflicts_of(decisions, source, options)]).encode()
-        names = json.loads(ranks.team.hand_out(_STAGE, ranks.leader, found))
+        names = json.loads(ranks.team.hand_out(ranks.leader, found))
     problems = [_conflict(check) for check in decisions.checks if check.other_fqn in names]
     if problems:
         raise PlanError(f"{decisions.source} does not fit {decisions.module}; nothing was changed", problems)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from weightlift.deferred.tape import Record, Replay, needed, replays
-from weightlift.distributed.budget import Budget
 from weightlift.distributed.layout import Box
 from weightlift.distributed.shapes import Home, place
 from weightlift.options import LoadOptions
@@ -22,6 +21,7 @@ from weightlift.plan.parts import local_parts, part
 from weightlift.plan.records import Action, Part, Row
 from weightlift.plan.regions import Region, whole
 from weightlift.strides import is_row_major
+from weightlift.transfer.budget import Budget
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import new_tensor

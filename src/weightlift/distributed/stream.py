@@ -31,7 +31,6 @@ from weightlift.transfer.subject import Bytes
 if TYPE_CHECKING:
     from weightlift.distributed.wire import Wire
 
-_STAGE = "loading"
 _LARGEST_MESSAGE_BYTES = 16 << 20
 _SMALLEST_MESSAGE_BYTES = 64 << 10
 
@@ -74,10 +73,10 @@ class Stream:
 
     def serve(self, wants: Sequence[Want], offered: Mapping[int, Row], source: Bytes) -> None:
         """On the source: send the other ranks what they want. ``wants`` are its own, which it reads for itself."""
-        notes = self._team.collect(_STAGE, self._source, _packed(wants))
+        notes = self._team.collect(self._source, _packed(wants))
         asked = [_unpacked(note) for note in notes]
         common = _common(asked)
-        self._team.hand_out(_STAGE, self._source, json.dumps(sorted(common)).encode())
+        self._team.hand_out(self._source, json.dumps(sorted(common)).encode())
         others = [rank for rank in range(self._team.size) if rank != self._source]
         bundle: list[Message] = []
         held = 0
@@ -90,9 +89,7 @@ class Stream:
             held += nbytes
         self._send(bundle, offered, source)
 
-    def _messages(
-        self, asked: Sequence[Sequence[Want]], common: set[int], others: Sequence[int]
-    ) -> Iterator[Message]:
+    def _messages(self, asked: Sequence[Sequence[Want]], common: set[int], others: Sequence[int]) -> Iterator[Message]:
         """All messages, in the order in which every receiver expects its own."""
         by_target: dict[int, list[tuple[int | None, Want]]] = {}
         for rank in others:
@@ -142,8 +139,8 @@ class Stream:
 
     def receive(self, wants: Sequence[Want], memory: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """On the others: fill ``memory`` (by target, one tensor a want in order) with what the source sends."""
-        self._team.collect(_STAGE, self._source, _packed(wants))
-        common = set(json.loads(self._team.hand_out(_STAGE, self._source, None)))
+        self._team.collect(self._source, _packed(wants))
+        common = set(json.loads(self._team.hand_out(self._source, None)))
         waiting = {target: iter(tensors) for target, tensors in memory.items()}
         done = 0
         reporter = Reporter(self._options.progress, sum(want.nbytes for want in wants))

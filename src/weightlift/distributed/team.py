@@ -4,6 +4,8 @@ Notes go through the key-value store that ``torch.distributed`` was initialised 
 backend, holds no collective open and needs no process group of its own. While a rank works, a thread of it shows every
 second or so that it is alive. A rank that raises says so; one that shows no life for ``patience_s`` counts as lost.
 Either makes every rank raise a `RanksError` that names it.
+
+A load has stages, each with notes of its own. The last rank to leave a stage deletes them: nobody reads any more.
 """
 
 from __future__ import annotations
@@ -26,13 +28,19 @@ _numbers: dict[str, int] = {}  # how many loads this process has begun in each g
 
 
 class Team:
-    """This rank's link to the others, for one load. Used by one thread; the heartbeat has its own."""
+    """This rank's link to the others, for one load. Used by one thread; the heartbeat has its own.
+
+    All but ``names``, ``rank`` and ``size`` is for use within `at_work`.
+    """
 
     def __init__(self, store: Any, rank: int, names: Sequence[int], patience_s: float) -> None:
         self.rank = rank
         self.names = tuple(names)
-        self._store = store
+        self._of_load = store
         self._patience_s = patience_s
+        self._stages = 0
+        self._stage = ""
+        self._store = store
         self._reported = False
         self._exchanges = 0
 
@@ -62,10 +70,11 @@ class Team:
 
     @contextlib.contextmanager
     def at_work(self, stage: str) -> Iterator[None]:
-        """Show life while the block runs, and tell the others when it raises. One stage at a time."""
+        """Show life while the block runs, and tell the others when it raises. All ranks enter equally often."""
+        self._enter(stage)
         stop = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(stage, stop), name="weightlift-ranks", daemon=True)
-        self._say(f"{stage}/beat/{self.rank}", b"1")
+        beating = threading.Thread(target=self._beat, args=(stop,), name="weightlift-ranks", daemon=True)
+        self._say(f"beat/{self.rank}", b"1")
         beating.start()
         try:
             yield
@@ -75,6 +84,22 @@ class Team:
         finally:
             stop.set()
             beating.join()
+            self._leave()
+
+    def _enter(self, stage: str) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        self._stages += 1
+        self._stage = stage
+        self._store = PrefixStore(str(self._stages), self._of_load)
+        self._reported = False
+        self._exchanges = 0
+
+    def _leave(self) -> None:
+        with contextlib.suppress(Exception):  # the store is gone, and its keys with it
+            if self._store.add("left", 1) == self.size:
+                for key in self._store.list_keys():
+                    self._store.delete_key(key)
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks why this one gives up. What came from another rank is not told again."""
@@ -84,48 +109,45 @@ class Team:
         with contextlib.suppress(Exception):  # the store is gone: nobody is left to tell
             self._add_failure(self.rank, f"{type(error).__name__}: {error}")
 
-    def exchange(self, stage: str, note: str, judge: Callable[[list[str]], str]) -> str:
+    def exchange(self, note: str, judge: Callable[[list[str]], str]) -> str:
         """Every rank's note goes to the first rank of the team, which judges them; its verdict goes to every rank.
 
         Raises RanksError when a rank failed or is lost.
         """
-        self._exchanges += 1
-        place = f"{stage}/{self._exchanges}"
+        place = self._next_place()
         if self.rank != 0:
             self._say(f"{place}/note/{self.rank}", note.encode())
-            return self._hear(stage, f"{place}/verdict", [0]).decode()
+            return self._hear(f"{place}/verdict", [0]).decode()
         # Its heartbeat watches the others.
-        others = [self._hear(stage, f"{place}/note/{other}", []).decode() for other in range(1, self.size)]
+        others = [self._hear(f"{place}/note/{other}", []).decode() for other in range(1, self.size)]
         verdict = judge([note, *others])
         self._say(f"{place}/verdict", verdict.encode())
         return verdict
 
-    def hand_out(self, stage: str, source: int, value: bytes | None) -> bytes:
+    def hand_out(self, source: int, value: bytes | None) -> bytes:
         """The ``value`` of one rank, on every rank."""
-        self._exchanges += 1
-        place = f"{stage}/{self._exchanges}/value"
+        place = f"{self._next_place()}/value"
         if self.rank != source:
-            return self._hear(stage, place, [source])
+            return self._hear(place, [source])
         assert value is not None
         self._say(place, value)
         return value
 
-    def collect(self, stage: str, at: int, note: bytes) -> list[bytes]:
+    def collect(self, at: int, note: bytes) -> list[bytes]:
         """Every rank's note, on the one rank ``at``; an empty list on the others."""
-        self._exchanges += 1
-        place = f"{stage}/{self._exchanges}/note"
+        place = f"{self._next_place()}/note"
         if self.rank != at:
             self._say(f"{place}/{self.rank}", note)
             return []
         others = range(self.size)
-        return [note if other == at else self._hear(stage, f"{place}/{other}", [other]) for other in others]
+        return [note if other == at else self._hear(f"{place}/{other}", [other]) for other in others]
 
-    def all_done(self, stage: str) -> None:
+    def all_done(self) -> None:
         """Wait until every rank has come to this point. Raises RanksError when one will not."""
-        self.exchange(stage, "done", lambda _: "done")
+        self.exchange("done", lambda _: "done")
 
     def failures(self) -> list[Problem]:
-        """What ranks have reported so far."""
+        """What ranks have reported so far in this stage."""
         keys = [f"failure/{number}" for number in range(1, self._store.add("failures", 0) + 1)]
         # A report is counted before it is written; one that is on its way is seen the next time.
         texts = dict.fromkeys(bytes(self._store.get(key)) for key in keys if self._store.check([key]))
@@ -142,9 +164,14 @@ class Team:
 
     # -- inner workings -----------------------------------------------------------------------------------------------
 
-    def _hear(self, stage: str, key: str, watched: Sequence[int]) -> bytes:
+    def _next_place(self) -> int:
+        """Exchanges are numbered: every rank takes part in all of them, in the same order."""
+        self._exchanges += 1
+        return self._exchanges
+
+    def _hear(self, key: str, watched: Sequence[int]) -> bytes:
         """Wait for a key. ``watched`` are the ranks without which it can't come."""
-        lives = _Lives(self._store, stage, watched, self._patience_s)
+        lives = _Lives(self._store, watched, self._patience_s)
         pause = _FIRST_POLL_S
         while True:
             try:
@@ -158,23 +185,27 @@ class Team:
             if failures:
                 raise RanksError("other ranks failed, so this one gives up", failures)
             for other in lost:
-                self._add_failure(other, f"no sign of life for {self._patience_s:g} s while {stage}; it was killed")
+                self._add_lost(other)
             time.sleep(pause)
             pause = min(pause * 1.5, _LAST_POLL_S)
 
-    def _beat(self, stage: str, stop: threading.Event) -> None:
+    def _beat(self, stop: threading.Event) -> None:
         """Show life; the first rank of the team also looks after the others while it is busy itself."""
-        lives = _Lives(self._store, stage, range(1, self.size) if self.rank == 0 else [], self._patience_s)
+        lives = _Lives(self._store, range(1, self.size) if self.rank == 0 else [], self._patience_s)
         period = min(1.0, self._patience_s / 5)
         count = 1
         while not stop.wait(period):
             count += 1
             try:
-                self._store.set(f"{stage}/beat/{self.rank}", str(count))
+                self._store.set(f"beat/{self.rank}", str(count))
                 for other in lives.lost():
-                    self._add_failure(other, f"no sign of life for {self._patience_s:g} s while {stage}; it was killed")
+                    self._add_lost(other)
             except Exception:  # the store is gone: the main thread will find out
                 return
+
+    def _add_lost(self, rank: int) -> None:
+        text = f"no sign of life for {self._patience_s:g} s while {self._stage}; it was killed"
+        self._add_failure(rank, text)
 
     def _add_failure(self, rank: int, text: str) -> None:
         found = {"what": f"rank {self.names[rank]}: {text[:_SHOWN_CHARACTERS]}"}
@@ -198,9 +229,8 @@ class Team:
 class _Lives:
     """Watches other ranks' signs of life; each is lost once, `patience_s` after the last one (by this rank's clock)."""
 
-    def __init__(self, store: Any, stage: str, ranks: Sequence[int], patience_s: float) -> None:
+    def __init__(self, store: Any, ranks: Sequence[int], patience_s: float) -> None:
         self._store = store
-        self._stage = stage
         self._patience_s = patience_s
         now = time.monotonic()
         self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(ranks, (b"", now))
@@ -214,7 +244,7 @@ class _Lives:
         self._next = now + min(1.0, self._patience_s / 5)
         found = []
         for rank, (beat, since) in list(self._seen.items()):
-            key = f"{self._stage}/beat/{rank}"
+            key = f"beat/{rank}"
             current = bytes(self._store.get(key)) if self._store.check([key]) else b""
             if current != beat:
                 self._seen[rank] = (current, now)

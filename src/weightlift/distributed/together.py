@@ -27,8 +27,6 @@ from weightlift.transfer.trace import Trace
 if TYPE_CHECKING:
     from weightlift.distributed.wire import Wire
 
-_PLANNING, _LOADING = "planning", "loading"
-
 
 class Together:
     """The distributed side of one plan: planned once, executed once, by one thread of each rank."""
@@ -43,7 +41,7 @@ class Together:
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
         """Around all that is done before a byte is read; an error of one rank becomes one of all."""
-        with self._at_work(_PLANNING):
+        with self._at_work("planning"):
             yield
 
     def open(self, opened: Callable[[], Checkpoint]) -> Checkpoint:
@@ -56,12 +54,12 @@ class Together:
         found = wire.hand_out(shared, self._leader)
         return own if own is not None else Checkpoint(**found)
 
-    def seeded(self, options: LoadOptions, seed: int | None) -> LoadOptions:
+    def seeded(self, given: int | None) -> LoadOptions:
         """The options with one seed on all ranks: where the user gave none, that of the rank that leads."""
-        if self._team is None or seed is not None:
-            return options
-        own = str(options.seed).encode() if self._team.rank == self._leader else None
-        self._options = replace(options, seed=int(self._team.hand_out(_PLANNING, self._leader, own)))
+        if self._team is not None and given is None:
+            own = str(self._options.seed).encode() if self._team.rank == self._leader else None
+            seed = int(self._team.hand_out(self._leader, own))
+            self._options = replace(self._options, seed=seed)
         return self._options
 
     def settle(self, decisions: Decisions, subject: Subject) -> bool:
@@ -78,13 +76,13 @@ class Together:
         if parallelize is not None or any(is_dtensor(slot.tensor) for slot in subject.inventory.slots):
             self._homes = settle(subject.inventory, decisions.rows, parallelize)
         if self._team is not None:
-            self._team.all_done(_PLANNING)
+            self._team.all_done()
         return self._team is not None or self._homes is not None
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Around `settled` and `execute`."""
-        with self._at_work(_LOADING):
+        with self._at_work("loading"):
             yield
 
     def settled(self, decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
@@ -106,7 +104,7 @@ class Together:
         """Carry the plan out on this rank, and wait until every rank has. Raises as `weightlift.load` does."""
         module = self._execute(decisions, subject, source, options, trace)
         if self._team is not None:
-            self._team.all_done(_LOADING)
+            self._team.all_done()
         return module
 
     def _execute(
@@ -152,10 +150,10 @@ class Together:
                 return found
             return "same" if digest.same_places(notes) else "compare"
 
-        verdict = team.exchange(_PLANNING, digest.note_of(decisions, self._options), judge)
+        verdict = team.exchange(digest.note_of(decisions, self._options), judge)
         if verdict == "compare" and self._options.source_rank is None:
             note = digest.samples_of(decisions.files)
-            verdict = team.exchange(_PLANNING, note, differences)
+            verdict = team.exchange(note, differences)
             verdict = "same" if verdict == "[]" else verdict
         if verdict not in ("same", "compare"):
             raise RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))

@@ -14,6 +14,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
+from weightlift.deferred.reserve import Reservations, unseal
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import same_device
@@ -29,12 +30,12 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
     if subject.recorder is None:
         return subject.inventory.module
     with outside_modes():
-        untied: dict[int, nn.Parameter] = {}
+        untouched, untied = Reservations(), dict[int, nn.Parameter]()
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
             if slot.kind == "parameter" and not is_lazy(slot.tensor):
-                _leave(slot.tensor, row, subject)
+                _leave(slot.tensor, row, subject, untouched)
                 if row.untied:
-                    slot.put(untied.setdefault(row.target, _another(slot.tensor, row)))
+                    slot.put(untied.setdefault(row.target, _another(slot.tensor, row, untouched)))
         rows = tuple(_computed(row) for row in decisions.rows if row.kind == "buffer")
         slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
         inventory = replace(subject.inventory, slots=slots)
@@ -42,20 +43,30 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
         return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
 
 
-def _another(tensor: torch.Tensor, row: Row) -> nn.Parameter:
+def _another(tensor: torch.Tensor, row: Row, untouched: Reservations) -> nn.Parameter:
     """A parameter of its own for a name that leaves its tie."""
-    values = torch.zeros(tensor.shape, dtype=row.dtype, device=row.device)
+    values = _zeros(tensor.shape, row.dtype, torch.device(row.device), untouched)
     return nn.Parameter(values, requires_grad=tensor.requires_grad)
 
 
-def _leave(tensor: torch.Tensor, row: Row, subject: Subject) -> None:
+def _leave(tensor: torch.Tensor, row: Row, subject: Subject, untouched: Reservations) -> None:
     record = subject.record_of(tensor)
     if record is not None:
         record.last = None
         record.memory()
-    if tensor.dtype != row.dtype or not same_device(tensor.device, torch.device(row.device)):
-        # Zeros that nobody touches take no memory on a CPU, unless they are few.
-        tensor.data = torch.zeros(tensor.shape, dtype=row.dtype, device=row.device)
+    device = torch.device(row.device)
+    if tensor.dtype != row.dtype or not same_device(tensor.device, device):
+        tensor.data = _zeros(tensor.shape, row.dtype, device, untouched)
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, untouched: Reservations) -> torch.Tensor:
+    """Zeros that on a CPU take up memory when somebody writes to them; ``torch.zeros`` writes to its own."""
+    nbytes = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or not nbytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    buffer, block, offset = untouched.reserve(nbytes)
+    unseal(block, offset, nbytes)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _computed(row: Row) -> Row:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from weightlift import dtypes
 from weightlift.checkpoint import Checkpoint, TensorEntry, open_checkpoint
@@ -179,6 +180,7 @@ def test_mapping() -> None:
         ({1: torch.ones(1)}, "keys that are not strings"),
         ({"a": 1}, "holds no tensor"),
         ({"a": torch.ones(1, device="meta")}, "a: is a tensor on meta"),
+        ({"a": TwoTensor(torch.ones(2), torch.ones(2))}, "a: is a TwoTensor, a tensor made of others"),
         ({"a": torch.eye(2).to_sparse()}, "a: is a sparse tensor"),
     ],
 )
