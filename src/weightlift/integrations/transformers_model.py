@@ -17,6 +17,7 @@ import torch
 from transformers import core_model_loading, modeling_utils
 from transformers.integrations.accelerate import expand_device_map
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import is_env_variable_true
 from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -176,6 +177,7 @@ class Filling:
             strict=False,
             ignore_mismatched=True,
             copy=bool(load_config.disable_mmap),
+            workers=1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None,
             seed=load.seed,
             progress=None if is_progress_bar_enabled() else False,
         )
