@@ -160,7 +160,8 @@ def load(
         key_mapping: regular expression → replacement, applied to every key; or a callable key → name (None: drop it).
         copy: False maps the files where dtype and device allow (copy-on-write, nothing is ever written back); True
             gives every tensor memory of its own.
-        workers: threads that read; None is ``HF_PARALLEL_LOADING_WORKERS`` or 8. Never changes a value.
+        workers: threads that read; None is ``HF_PARALLEL_LOADING_WORKERS`` or 8, and 1 where
+            ``HF_ENABLE_PARALLEL_LOADING`` says no. Never changes a value.
         memory_budget_bytes: bound on what is in flight besides the result; None is 512 MiB.
         seed: of the initialisers of missing weights; None is ``torch.initial_seed()``, read, not drawn from.
         progress: True for a bar in bytes, False for none, None for a bar where it helps; or a callable that gets bytes

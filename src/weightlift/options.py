@@ -23,7 +23,10 @@ DEFAULT_RANK_PATIENCE_SECONDS = 60.0
 
 
 def default_workers() -> int:
-    """``HF_PARALLEL_LOADING_WORKERS`` where it is set to a positive number, else 8."""
+    """``HF_PARALLEL_LOADING_WORKERS`` where it is set to a positive number, else 8; 1 where
+    ``HF_ENABLE_PARALLEL_LOADING`` is set to something that does not enable it."""
+    if (os.environ.get("HF_ENABLE_PARALLEL_LOADING") or "1").upper() not in ("1", "ON", "YES", "TRUE"):
+        return 1
     text = os.environ.get("HF_PARALLEL_LOADING_WORKERS", "")
     try:
         count = int(text)

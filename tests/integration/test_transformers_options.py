@@ -274,3 +274,39 @@ def test_an_index_that_leads_out_of_its_folder(llama: Path) -> None:
     index.write_text(index.read_text().replace('"model-00001', '"../llama/../sharded/model-00001'))
     with pytest.raises(wl.CheckpointError, match="outside"):
         wl.from_pretrained(LlamaForCausalLM, llama.parent / "sharded")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 8),
+        ({"HF_PARALLEL_LOADING_WORKERS": "3"}, 3),
+        ({"HF_PARALLEL_LOADING_WORKERS": "none"}, 8),
+        ({"HF_ENABLE_PARALLEL_LOADING": "yes", "HF_PARALLEL_LOADING_WORKERS": "3"}, 3),
+        ({"HF_ENABLE_PARALLEL_LOADING": "true"}, 8),
+        ({"HF_ENABLE_PARALLEL_LOADING": "0", "HF_PARALLEL_LOADING_WORKERS": "3"}, 1),
+        ({"HF_ENABLE_PARALLEL_LOADING": "false"}, 1),
+        ({"HF_DEACTIVATE_ASYNC_LOAD": "1"}, 1),
+    ],
+    ids=str,
+)
+def test_variables_say_how_many_threads_read(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int
+) -> None:
+    from weightlift.integrations import transformers_model
+
+    for name in ("HF_PARALLEL_LOADING_WORKERS", "HF_ENABLE_PARALLEL_LOADING", "HF_DEACTIVATE_ASYNC_LOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    workers = []
+    apply = transformers_model.apply
+
+    def noted(decisions: Any, subject: Any, source: Any, options: Any) -> Any:
+        workers.append(options.workers)
+        return apply(decisions, subject, source, options)
+
+    monkeypatch.setattr(transformers_model, "apply", noted)
+    (ours, _), (theirs, _) = both(LlamaForCausalLM, llama)
+    assert workers == [expected]
+    assert differences(ours, theirs) == []

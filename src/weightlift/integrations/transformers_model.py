@@ -17,6 +17,7 @@ import torch
 from transformers import core_model_loading, modeling_utils
 from transformers.integrations.accelerate import expand_device_map
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import is_env_variable_true
 from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -34,6 +35,7 @@ from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
 from weightlift.integrations.transformers_options import NotNative, refuse
+from weightlift.integrations.transformers_quantised import ShapesOnly, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Row
@@ -80,6 +82,7 @@ class StandIn:
         self._load: CurrentLoad | None = None
         self._dtype = torch.float32
         self._recorder: Recorder | None = None
+        self._quantiser: ShapesOnly | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
@@ -89,19 +92,22 @@ class StandIn:
         return str(self._cls.__name__)
 
     def get_init_context(self, dtype: torch.dtype, is_quantized: bool, *_: Any) -> list[Any]:
-        """What the constructor runs under: nothing."""
-        if is_quantized:
-            raise NotNative("a quantised model", "its quantiser replaces modules and makes tensors of its own")
+        """What the constructor, and a quantiser after it, run under: nothing that patches."""
         if not dtype.is_floating_point:
             raise ValueError(
                 f"{self.__name__} cannot be instantiated under `dtype={dtype}` as it's not a floating-point dtype"
             )
         self._dtype = dtype
-        return []
+        self._quantiser = ShapesOnly() if is_quantized else None
+        return [] if self._quantiser is None else [self._quantiser]
 
     def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._quantiser is not None:
+            refuse_quantised(config)
         self._load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
         model, self._recorder = build(lambda: self._cls(config, *args, **kwargs), config, self._dtype, self._load)
+        if self._quantiser is not None:
+            self._quantiser.show(model, self._recorder, self._load)
         return model
 
     def _load_pretrained_model(
@@ -171,6 +177,7 @@ class Filling:
             strict=False,
             ignore_mismatched=True,
             copy=bool(load_config.disable_mmap),
+            workers=1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None,
             seed=load.seed,
             progress=None if is_progress_bar_enabled() else False,
         )

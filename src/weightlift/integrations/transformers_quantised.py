@@ -1,0 +1,84 @@
+"""Checkpoints that are quantised already, where the quantiser only replaces modules before their tensors are loaded.
+
+compressed-tensors is such a one: it puts packed weights and scales in the places of dense weights, and what the
+checkpoint holds goes into them as it is. It works on shapes alone, as in Transformers: while it does, the model's
+parameters are on the meta device, and afterwards they are what they were, or memory that is reserved for what is new.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.deferred.construct import CurrentLoad, extend
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+from weightlift.integrations.transformers_options import NotNative
+
+_WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
+
+
+def refuse_quantised(config: Any) -> None:
+    """Raise `NotNative` unless the quantiser of a configuration only replaces modules."""
+    found = getattr(config, "quantization_config", None)
+    method = getattr(found, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name != "compressed-tensors":
+        raise NotNative(f"a model quantised by {name}", _WHY)
+    if getattr(found, "dequantize", False) or getattr(found, "use_optimized_inference", False):
+        raise NotNative("compressed tensors that are converted while they load", _WHY)
+
+
+class ShapesOnly:
+    """A context in which, once `show` was called, a model's parameters are shapes."""
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def show(self, model: nn.Module, recorder: Recorder, load: CurrentLoad) -> None:
+        """Put shapes in the places of parameters; names that share one share its shape."""
+        self._model, self._recorder, self._load = model, recorder, load
+        shown: dict[int, nn.Parameter] = {}
+        for slot in Inventory.of(model).slots:
+            if slot.kind == "parameter":
+                if id(slot.tensor) not in shown:
+                    empty = torch.empty_like(slot.tensor, device="meta")
+                    shape = nn.Parameter(empty, requires_grad=slot.tensor.requires_grad)
+                    shown[id(slot.tensor)] = shape
+                    self._hidden[id(shape)] = (shape, slot.tensor)
+                slot.put(shown[id(slot.tensor)])
+
+    def __enter__(self) -> ShapesOnly:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        if kind is None and self._model is not None:
+            extend(self._model, self._recorder, self._load, self._restore)
+
+    def _restore(self) -> None:
+        """To be run while the recorder is on: what is new gets memory that is reserved."""
+        assert self._model is not None
+        made: dict[int, torch.Tensor] = {}
+        for slot in Inventory.of(self._model).slots:
+            if not slot.tensor.is_meta:
+                continue
+            if id(slot.tensor) in self._hidden:
+                slot.put(self._hidden[id(slot.tensor)][1])
+                continue
+            if id(slot.tensor) not in made:
+                made[id(slot.tensor)] = _reserved(slot.tensor)
+            slot.put(made[id(slot.tensor)])
+        self._hidden.clear()  # dense weights that were replaced go, and with them what would have initialised them
+
+
+def _reserved(shape: torch.Tensor) -> torch.Tensor:
+    memory = torch.empty(shape.shape, dtype=shape.dtype)
+    if not isinstance(shape, nn.Parameter):
+        return memory
+    made = nn.Parameter(memory, requires_grad=shape.requires_grad)
+    made.__dict__.update(shape.__dict__)
+    return made

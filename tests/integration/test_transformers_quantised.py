@@ -1,0 +1,163 @@
+"""Checkpoints that are quantised already: natively where the quantiser only replaces modules, else still right.
+
+Needs the extra ``quantised``; each test is skipped where its package is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.concurrency import audit
+from tests.parity.compare import FellBack, both, differences, native_only
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import weightlift as wl
+from weightlift.deferred.tape import Node
+
+TOKENS = torch.arange(5)[None]
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "pack-quantized": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    "int-quantized": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def compressed(base: Path, form: str) -> Path:
+    """The model with its linear layers compressed by the library itself."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    group = {"targets": ["Linear"], "weights": WEIGHTS[form], "format": form}
+    fields = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+              "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
+    config = QuantizationConfig.model_validate(fields)
+    model = LlamaForCausalLM.from_pretrained(base)
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            scale = module.weight_scale
+            rows = module.weight.data.reshape(*scale.shape, -1)
+            scale.data = (rows.abs().amax(-1) / 7).to(scale.dtype)
+    ModelCompressor(quantization_config=config).compress_model(model)
+    folder = base.parent / form
+    folder.mkdir()
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    written = json.loads((base / "config.json").read_text())
+    written["quantization_config"] = json.loads(config.model_dump_json())
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_compressed_tensors_are_native(base: Path, form: str, dtype: torch.dtype) -> None:
+    folder = compressed(base, form)
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, folder, dtype=dtype)
+    assert differences(ours, theirs) == []
+    assert info == expected
+    assert any(not p.dtype.is_floating_point or p.element_size() == 1 for p in ours.parameters())
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.is_quantized
+    assert type(ours.hf_quantizer) is type(theirs.hf_quantizer)
+    for _ in range(2):  # the first decompresses
+        assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_nothing_is_computed_for_what_is_compressed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = compressed(base, "pack-quantized")
+    ran = []
+    execute = Node.execute
+    monkeypatch.setattr(Node, "execute", lambda node, seed: (ran.append(node), execute(node, seed))[1])
+    with native_only():
+        wl.from_pretrained(LlamaForCausalLM, folder)
+    assert [str(node.func) for node in ran if sum(record.nbytes for record in node.writes) > 1 << 10] == []
+
+
+def test_a_compressed_tensor_that_is_missing(base: Path) -> None:
+    folder = compressed(base, "pack-quantized")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, folder)
+    assert info == expected
+    assert differences(ours, theirs, values=False) == []
+
+
+def test_compressed_tensors_from_threads(base: Path) -> None:
+    folder = compressed(base, "pack-quantized")
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    before, attributes = audit.ambient(), audit.attributes()
+    with ThreadPoolExecutor(8) as pool, native_only():
+        models = list(pool.map(lambda _: wl.from_pretrained(LlamaForCausalLM, folder), range(24)))
+    assert [differences(model, theirs) for model in models] == [[]] * 24
+    assert audit.differences(before, audit.ambient()) == []
+    changed = audit.differences(attributes, audit.attributes())
+    assert [item for item in changed if "RemovableHandle.next_id" not in item] == []  # torch counts hooks
+
+
+def quantised_by(package: str, base: Path) -> Path:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    pytest.importorskip(package)
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True)
+    LlamaForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(base.parent / package)
+    return base.parent / package
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_what_is_not_native_is_still_right(base: Path, package: str) -> None:
+    """These make tensors of their own out of several of the checkpoint's."""
+    folder = quantised_by(package, base)
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(FellBack, match="quantised by"), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, folder)
+    assert {type(p) for p in ours.parameters()} == {type(p) for p in theirs.parameters()}
+    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_compressed_tensors_that_are_dequantised_are_not_native(base: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    folder = compressed(base, "pack-quantized")
+    written = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = CompressedTensorsConfig(**{**written, "dequantize": True})
+    theirs = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    with pytest.raises(FellBack), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, folder, quantization_config=config)
+    assert differences(ours, theirs) == []
