@@ -28,6 +28,7 @@ from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import LOADING
+from weightlift.integrations.share import of_this_load
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_options import NotNative, refuse
@@ -147,7 +148,7 @@ class Filling:
             ignore_mismatched=True,
             copy=bool(load_config.disable_mmap),
             seed=load.seed,
-            progress=None if is_progress_bar_enabled() else False,
+            **{"progress": None if is_progress_bar_enabled() else False, **of_this_load()},
         )
         tie(model)
         inventory = Inventory.of(model)
