@@ -1,0 +1,147 @@
+"""Tiny models of every class that Diffusers exports, by shrinking the arguments of its constructor one after the other.
+
+A step is kept if the model can still be built and has fewer parameters; trials cost no memory, as they are built
+deferred. Few classes need arguments that can't be found so.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+
+from weightlift.deferred.construct import CurrentLoad, construct
+
+LARGEST = 30_000_000
+SMALL = 1_500_000
+
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "AudioLDM2ProjectionModel": {"text_encoder_dim": 8, "text_encoder_1_dim": 8, "langauge_model_dim": 16},
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (64, 64),
+        "layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 32,
+    },
+    "UniDiffuserTextDecoder": {
+        "prefix_length": 4, "prefix_inner_dim": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128,
+    },
+    "Transformer2DModel": {"in_channels": 32, "num_attention_heads": 2, "attention_head_dim": 16},
+    "DreamLiteTransformer2DModel": {"in_channels": 32, "num_attention_heads": 2, "attention_head_dim": 16},
+    "DualTransformer2DModel": {"in_channels": 32, "num_attention_heads": 2, "attention_head_dim": 16},
+    "TransformerTemporalModel": {"in_channels": 32, "num_attention_heads": 2, "attention_head_dim": 16},
+    "LatteTransformer3DModel": {"in_channels": 4, "patch_size": 2, "cross_attention_dim": 32, "caption_channels": 16,
+                                "num_attention_heads": 2, "attention_head_dim": 16, "norm_type": "ada_norm_single"},
+    "EasyAnimateTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2},
+    "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2},
+    "HunyuanDiT2DControlNetModel": {"in_channels": 4, "patch_size": 2, "transformer_num_layers": 4},
+    "HiDreamImageTransformer2DModel": {"patch_size": 2, "caption_channels": [32, 16], "llama_layers": [0, 1]},
+    "UniDiffuserModel": {"in_channels": 4, "patch_size": 2, "sample_size": 16, "norm_type": "layer_norm",
+                         "use_patch_pos_embed": True, "num_attention_heads": 2, "attention_head_dim": 16},
+    "LongCatAudioDiTVae": {"c_mults": (1, 2), "strides": (2, 2)},
+    "ModelMixin": {},
+}  # fmt: skip
+_MULTI = ("MultiAdapter", "MultiControlNetModel", "FluxMultiControlNetModel", "HunyuanDiT2DMultiControlNetModel",
+          "QwenImageMultiControlNetModel", "SD3MultiControlNetModel", "MultiControlNetUnionModel")  # fmt: skip
+
+
+def _classes() -> tuple[str, ...]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = []
+        for name in dir(diffusers):
+            try:
+                cls = getattr(diffusers, name)
+            except Exception:
+                continue
+            if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin) and cls is not diffusers.ModelMixin:
+                found.append(name)
+    return tuple(name for name in sorted(found) if name not in _MULTI)
+
+
+CLASSES = _classes()
+
+
+@functools.cache
+def tiny_arguments(name: str) -> dict[str, Any]:
+    """Arguments with which the class can be built small. Raises the error of its defaults when there are none."""
+    cls = getattr(diffusers, name)
+    arguments = dict(_REQUIRED.get(name, {}))
+    size = numel(cls, arguments)
+    for step in _steps(cls, arguments):
+        if size <= SMALL:
+            break
+        trial = {**arguments, **step}
+        try:
+            smaller = numel(cls, trial)
+        except Exception:
+            continue
+        if smaller < size:
+            arguments, size = trial, smaller
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters with {arguments}")
+    return arguments
+
+
+def numel(cls: Any, arguments: dict[str, Any]) -> int:
+    """Parameters of a model that is not allocated."""
+    load = CurrentLoad(source=None, deferred=True, seed=0)
+    model, _ = construct(lambda: cls(**arguments), load, default_dtype=torch.float32)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _steps(cls: Any, fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Changes to try, the most effective first."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name not in fixed and parameter.default not in (inspect.Parameter.empty, None)
+    }
+    ints = {name: value for name, value in defaults.items() if type(value) is int}
+    layers = [name for name in ints if re.search(r"layers|blocks|depth|nlayers", name)]
+    yield {name: 2 if ints[name] > 2 else ints[name] for name in layers}
+    for name in layers:
+        yield {name: 1}
+        yield {name: 2}
+    for name, value in defaults.items():
+        if re.search(r"layers_per|num_blocks|depths", name) and isinstance(value, (list, tuple)):
+            yield {name: type(value)(1 for _ in value)}
+    heads = [name for name in ints if re.search(r"heads$|_heads_|nheads", name)]
+    yield dict.fromkeys(heads, 2)
+    for name in heads:
+        yield {name: 2}
+        yield {name: 4}
+    channels = {
+        name: value
+        for name, value in defaults.items()
+        if isinstance(value, (list, tuple)) and value and all(type(item) is int and item >= 16 for item in value)
+        and max(value) >= 64
+    }  # fmt: skip
+    for divisor in (16, 8, 4, 2):
+        yield {
+            name: type(value)(max(32, item // divisor // 32 * 32) for item in value) for name, value in channels.items()
+        }
+        for name, value in channels.items():
+            yield {name: type(value)(max(32, item // divisor // 32 * 32) for item in value)}
+    # Sizes of one value belong together more often than not.
+    wide = {name: value for name, value in ints.items() if value >= 64 and name not in heads}
+    for width in (32, 64, 128):
+        for value in sorted(set(wide.values()), reverse=True):
+            together = [name for name in wide if wide[name] == value]
+            if value > width:
+                yield dict.fromkeys(together, width)
+                for name in together:
+                    yield {name: width}
+        inner = [name for name in wide if re.search(r"(hidden|model|inner|token)_(size|dim)$|^dim$", name)]
+        yield dict.fromkeys(inner, width)
+
+
+def quiet() -> None:
+    """Fewer messages from what is deprecated or unusual."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
