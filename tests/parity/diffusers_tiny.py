@@ -25,9 +25,21 @@ SMALL = 1_500_000
 _REQUIRED: dict[str, dict[str, Any]] = {
     "AudioLDM2ProjectionModel": {"text_encoder_dim": 8, "text_encoder_1_dim": 8, "langauge_model_dim": 16},
     "AutoencoderKLHunyuanImage": {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (64, 64),
+        "in_channels": 3, "out_channels": 3, "latent_channels": 32, "block_out_channels": (64, 64),
         "layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 32,
     },
+    # Plain attributes of the old weight norm are computed at once: many trials would take their time.
+    "AutoencoderKLMiniMaxH3Audio": {"encoder_dim": 8, "latent_dim": 32, "latent_channels": 8, "num_attention_heads": 2,
+                                    "decoder_dim": 128, "encoder_rates": (2, 4), "decoder_rates": (4, 2),
+                                    "decoder_kernel_sizes": (8, 4), "resblock_kernel_sizes": (3,),
+                                    "resblock_dilation_sizes": ((1, 3),)},
+    "AutoencoderOobleck": {"encoder_hidden_size": 12, "decoder_channels": 12, "decoder_input_channels": 8,
+                           "downsampling_ratios": [2, 4], "channel_multiples": [1, 2]},
+    "ControlNetUnionModel": {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                             "projection_class_embeddings_input_dim": 32, "num_trans_channel": 32,
+                             "num_proj_channel": 32, "num_trans_head": 2, "block_out_channels": (32, 64),
+                             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 32,
+                             "attention_head_dim": 4, "conditioning_embedding_out_channels": (16, 32)},
     "UniDiffuserTextDecoder": {
         "prefix_length": 4, "prefix_inner_dim": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128,
     },

@@ -21,11 +21,12 @@ from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candida
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
 from weightlift.integrations import diffusers_pipeline
+from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_model import ORIGINAL, load_pretrained
 from weightlift.integrations.exclusive import LOADING, NotNative
 from weightlift.integrations.room import in_room, unwrapped
 
-AUTO_ORIGINAL: Any = AutoModel.__dict__["from_pretrained"]
+AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
 _AUTO_PIPELINES = tuple(
     value
     for name, value in vars(auto_pipeline).items()
@@ -49,10 +50,10 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
         from weightlift.integrations import diffusers_dduf
 
         return diffusers_dduf.load_archive(cls, name, kwargs)
-    if installed() or LOADING.writing:
-        return cls.from_pretrained(name, *args, **kwargs)
     if issubclass(cls, AutoModel):
         return load_auto(cls, name, **kwargs)
+    if installed() or LOADING.writing:
+        return cls.from_pretrained(name, *args, **kwargs)
     if issubclass(cls, _AUTO_PIPELINES):
         return _auto_pipeline(cls, name, kwargs)
     if issubclass(cls, DiffusionPipeline):

@@ -27,6 +27,7 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.exclusive import LOADING, NotNative
 from weightlift.integrations.room import Delegate, in_room
@@ -38,8 +39,8 @@ from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import settled
 
-ORIGINAL: Any = ModelMixin.__dict__["from_pretrained"]
-"""Diffusers' own ``from_pretrained``, as it is while `weightlift.install` has not replaced it."""
+ORIGINAL: Any = original(ModelMixin, "from_pretrained")
+"""Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""
 
 _logger = modeling_utils.logger
 

@@ -23,13 +23,14 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import validate_hf_hub_args
 from tqdm.auto import tqdm
 
+from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import refuse
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.integrations.share import Share, shares, within
 
-ORIGINAL: Any = DiffusionPipeline.__dict__["from_pretrained"]
-"""Diffusers' own ``from_pretrained``, as it is while `weightlift.install` has not replaced it."""
+ORIGINAL: Any = original(DiffusionPipeline, "from_pretrained")
+"""Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -80,11 +81,11 @@ class Loading:
 
     def room(self) -> Callable[..., Any]:
         """Diffusers' ``from_pretrained`` with this load's loop and component loader."""
-        original = pipeline_utils
+        theirs = pipeline_utils
         names = {
-            "logging": Delegate(original.logging, tqdm=self._twice),
-            "logger": Delegate(original.logger, info=self._in_second(original.logger.info)),
-            "maybe_raise_or_warn": self._in_second(original.maybe_raise_or_warn),
+            "logging": Delegate(theirs.logging, tqdm=self._twice),
+            "logger": Delegate(theirs.logger, info=self._in_second(theirs.logger.info)),
+            "maybe_raise_or_warn": self._in_second(theirs.maybe_raise_or_warn),
             "load_sub_model": self._load_sub_model,
             "_get_pipeline_class": _pipeline_class,
             "_get_final_device_map": _final_device_map,
