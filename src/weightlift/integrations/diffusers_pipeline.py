@@ -41,18 +41,23 @@ def load_pipeline(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs:
     name = pretrained_model_name_or_path
     if LOADING.writing:
         return ORIGINAL.__func__(cls, name, **kwargs)
-    loading = Loading()
     try:
         with LOADING.shared():
-            refuse(kwargs)
-            try:
-                return loading.room()(cls, name, **kwargs)
-            finally:
-                loading.stop()
+            return load_native(cls, name, kwargs)
     except NotNative as reason:
         reason.report(cls)
     with LOADING.alone():
         return ORIGINAL.__func__(cls, name, **kwargs)
+
+
+def load_native(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a pipeline natively, or raise `NotNative`. The calling thread holds the lock with other readers."""
+    refuse(kwargs)
+    loading = Loading()
+    try:
+        return loading.room()(cls, name, **kwargs)
+    finally:
+        loading.stop()
 
 
 class _Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]

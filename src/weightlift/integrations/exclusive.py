@@ -89,7 +89,9 @@ class FairLock:
         finally:
             with self._condition:
                 self._helpers.discard(me)
-                del self._readers[me]
+                self._readers[me] -= 1
+                if not self._readers[me]:
+                    del self._readers[me]
                 self._condition.notify_all()
 
     @contextlib.contextmanager
