@@ -24,6 +24,8 @@ SELECTED = (
     "MotionAdapter", "PriorTransformer", "T2IAdapter", "Transformer2DModel", "UNet1DModel", "UniDiffuserTextDecoder",
     "WanTransformer3DModel",
 )  # fmt: skip
+# Diffusers gives each name of a tied tensor one of its own; here they stay tied, as the class has them.
+TIED = ("UniDiffuserTextDecoder",)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,14 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
+def save(model: Any, folder: Path) -> None:
+    """In two files where that works; as a pickle where tensors share memory, which safetensors does not write."""
+    try:
+        save_in_two(model, folder)
+    except RuntimeError:
+        model.save_pretrained(folder, safe_serialization=False)
+
+
 def check(name: str, folder: Path) -> list[str]:
     """What differs for one class, in float32 and bfloat16. Skips what can't be built or saved here at all."""
     cls: Any = getattr(diffusers, name)
@@ -49,7 +59,7 @@ def check(name: str, folder: Path) -> list[str]:
     except Exception as error:
         pytest.skip(f"no tiny {name}: {error!r:.150}")
     try:
-        save_in_two(model, folder)
+        save(model, folder)
         for dtype in DTYPES:
             ORIGINAL.__func__(cls, folder, dtype=dtype)
     except Exception as error:
@@ -57,7 +67,7 @@ def check(name: str, folder: Path) -> list[str]:
     found = []
     for dtype in DTYPES:
         (ours, info), (theirs, their_info) = both(cls, folder, dtype=dtype)
-        found += [f"{dtype}: {item}" for item in differences(ours, theirs)]
+        found += [f"{dtype}: {item}" for item in differences(ours, theirs) if not (name in TIED and "ties" in item)]
         if not same_info(info, their_info):
             found.append(f"{dtype}: loading info {info} for {their_info}")
     return found

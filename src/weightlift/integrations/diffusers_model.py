@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,10 @@ class StandIn:
     def from_config(self, config: Any, **kwargs: Any) -> Any:
         """The model, deferred."""
         model, self._recorder = construct(
-            lambda: self._cls.from_config(config, **kwargs), self._load, default_dtype=self._dtype
+            lambda: self._cls.from_config(config, **kwargs),
+            self._load,
+            default_dtype=self._dtype,
+            answers=_answers(),
         )
         return model
 
@@ -166,6 +170,15 @@ class StandIn:
         filling = Filling(self._cls, model, self._recorder, self._load, checkpoint, keys, wanted)
         missing, unexpected, mismatched = filling.run(loaded_keys)
         return model, missing, unexpected, mismatched, None, []
+
+
+def _answers() -> Any:
+    """For the models that are partly Transformers': its constructors patch the process unless they are told better."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from weightlift.integrations.transformers_init import ANSWERS
+
+    return ANSWERS
 
 
 def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, str]]:

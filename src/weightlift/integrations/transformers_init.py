@@ -33,7 +33,7 @@ _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__cod
 def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad) -> tuple[Any, Recorder]:
     """Run a constructor deferred. ``config`` is the load's own copy, ``dtype`` the default dtype for it."""
     restore = _without_dtypes(config)
-    model, recorder = construct(make, load, default_dtype=dtype, answers={torch.tensor: _meta_if_asked})
+    model, recorder = construct(make, load, default_dtype=dtype, answers=ANSWERS)
     assert recorder is not None
     restore(model, dtype)
     return model, recorder
@@ -44,6 +44,10 @@ def _meta_if_asked(frame: FrameType, args: Any, kwargs: Any) -> Any:
     if frame.f_code is _ASKS_FOR_META:
         return torch.empty(0, device="meta")
     return NotImplemented
+
+
+ANSWERS = {torch.tensor: _meta_if_asked}
+"""What the recorder answers while constructors of Transformers run, also those within models of other libraries."""
 
 
 def _without_dtypes(config: Any) -> Callable[[nn.Module, torch.dtype], None]:
