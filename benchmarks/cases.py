@@ -13,7 +13,7 @@ FILES = {
     "tensors-18k": "small_tensors", "tensors-91k": "small_tensors",
     "ordinary": "ordinary_module",
     "threads": "threads",
-    "pipeline": "pipeline",
+    "pipeline": "pipeline", "pipeline-cast": "pipeline", "pipeline-read": "pipeline",
     "fresh-process": "fresh_process",
     "accelerator": "accelerator",
 }  # fmt: skip

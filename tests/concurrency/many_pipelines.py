@@ -61,7 +61,8 @@ def main() -> None:
         for turn in range(loads):
             path, dtype, expected = jobs[(7 * number + turn) % len(jobs)]
             try:
-                found = [f"{path.name}, {dtype}: {it}" for it in pipeline_differences(load(path, dtype, mode), expected)]
+                pipe = load(path, dtype, mode)
+                found = [f"{path.name}, {dtype}: {item}" for item in pipeline_differences(pipe, expected)]
             except Exception:
                 found = [traceback.format_exc()[-900:]]
             wrong.extend(found)

@@ -78,7 +78,7 @@ def test_a_damaged_archive_is_refused(packed: tuple[Path, Path], temporary: Path
     data[at + 2] ^= 1
     (temporary / "bad").mkdir()
     (temporary / "bad" / "pipe.dduf").write_bytes(data)
-    with pytest.raises(wl.CheckpointError, match="is damaged.*expected the checksum"):
+    with pytest.raises(wl.CheckpointError, match=r"is damaged.*expected the checksum"):
         wl.from_pretrained(DiffusionPipeline, temporary / "bad", dduf_file="pipe.dduf")
     with pytest.raises(wl.CheckpointError, match="an archive of a whole pipeline"):
         wl.open_checkpoint(packed[1] / "pipe.dduf")

@@ -97,7 +97,7 @@ def test_a_broken_component_is_an_error_and_leaves_no_thread(tmp_path: Path) -> 
     for file in (folder / "transformer").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-10])
     before = set(threading.enumerate())
-    with pytest.raises(wl.CheckpointError, match="is truncated|longer|safetensors"):
+    with pytest.raises(wl.CheckpointError, match=r"beyond the end of the file"):
         wl.from_pretrained(DiffusionPipeline, folder)
     assert set(threading.enumerate()) == before
     assert not LOADING._readers and not LOADING._helpers

@@ -69,8 +69,13 @@ def differences(ours: Any, theirs: Any) -> list[str]:
 
 def settings(ours: Any, theirs: Any) -> list[str]:
     """What differs between the configurations of two models, schedulers or tokenizers."""
-    a, b = (dict(item.config) if not hasattr(item.config, "to_dict") else item.config.to_dict() for item in (ours, theirs))
-    return [] if a == b else [f"configuration: {[(k, a.get(k), b.get(k)) for k in a.keys() | b.keys() if a.get(k) != b.get(k)]}"]
+    if not hasattr(theirs, "config"):
+        return []
+    a, b = (
+        item.config.to_dict() if hasattr(item.config, "to_dict") else dict(item.config) for item in (ours, theirs)
+    )
+    names = sorted(a.keys() | b.keys())
+    return [f"configuration: {name}: {a.get(name)} for {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 
 def pipeline_differences(ours: Any, theirs: Any) -> list[str]:

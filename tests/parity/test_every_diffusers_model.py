@@ -16,6 +16,7 @@ import torch
 from tests.parity import diffusers_tiny as tiny
 from tests.parity.compare import DTYPES, save_in_two
 from tests.parity.diffusers_compare import both, differences, same_info
+
 from weightlift.integrations.diffusers_model import ORIGINAL
 
 # Down and up blocks, joint and single transformer blocks, parts kept in fp32, buffers, 3D, audio, motion, adapters.

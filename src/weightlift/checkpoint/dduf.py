@@ -117,7 +117,9 @@ class _Archive(StoredZip):
     def _overlaps(self, ranges: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
         """Records that begin, with their headers, before another one ends."""
         reached, before = 0, ""
-        for begin, end, name in sorted((self.records[name].header_offset, end, name) for name, (_, end) in ranges.items()):
+        for begin, end, name in sorted(
+            (self.records[name].header_offset, end, name) for name, (_, end) in ranges.items()
+        ):
             if begin < reached:
                 yield Problem(f"the record {name!r} overlaps {before!r}", file=self.path, start=begin, end=reached)
             if end > reached:

@@ -80,34 +80,28 @@ def _explained(error: CheckpointError, path: Path, head: bytes) -> CheckpointErr
 
 def _header_text(stream: io.FileIO, path: Path, begin: int, size: int) -> str:
     """The header as text. The length read from the file is trusted only within the real size from ``begin`` on."""
+    first = begin + 8
     if size < 8:
         expected = "at least 8 bytes, the length of the header"
         found = f"{size} bytes" if size else "an empty file"
-        _fail(path, "is truncated", start=begin, end=begin + 8, expected=expected, found=found, hint=_TRUNCATED)
+        _fail(path, "is truncated", start=begin, end=first, expected=expected, found=found, hint=_TRUNCATED)
     length = int.from_bytes(read_exactly(stream, path, begin, 8), "little")
     if length > MAX_HEADER_BYTES:
         expected = f"a header of at most {MAX_HEADER_BYTES} bytes"
-        _fail(path, "the header is too long", start=begin, end=begin + 8, expected=expected, found=f"{length} bytes")
+        _fail(path, "the header is too long", start=begin, end=first, expected=expected, found=f"{length} bytes")
     if 8 + length > size:
         found = f"{size - 8} bytes after the length"
         expected = f"a header of {length} bytes"
-        _fail(
-            path,
-            "the header is longer than the file",
-            start=begin + 8,
-            end=begin + 8 + length,
-            expected=expected,
-            found=found,
-            hint=_TRUNCATED,
-        )
-    raw = read_exactly(stream, path, begin + 8, length)
+        what = "the header is longer than the file"
+        _fail(path, what, start=first, end=first + length, expected=expected, found=found, hint=_TRUNCATED)
+    raw = read_exactly(stream, path, first, length)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        _fail(path, "the header is not UTF-8", start=begin + 8 + error.start, end=begin + 8 + error.end, found=error.reason)
+        _fail(path, "the header is not UTF-8", start=first + error.start, end=first + error.end, found=error.reason)
     if not text.startswith("{"):
         found = repr(text[:1]) if text else "an empty header"
-        _fail(path, "the header does not begin with '{'", start=begin + 8, end=begin + 8 + length, expected="'{'", found=found)
+        _fail(path, "the header does not begin with '{'", start=first, end=first + length, expected="'{'", found=found)
     return text
 
 

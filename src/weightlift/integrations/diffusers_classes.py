@@ -2,7 +2,8 @@
 
 A model class that doesn't override ``from_pretrained`` goes straight to `load_pretrained`, a pipeline class to
 `load_pipeline`. Where a class overrides it, and for the Auto classes, the override runs in a room in which ``super()``
-and the classes that it looks up lead here; somebody else's override runs alone in the process. With `weightlift.install` in force only the Auto class needs that.
+and the classes that it looks up lead here; somebody else's override runs alone in the process. With
+`weightlift.install` in force only the Auto class needs that.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ from weightlift.integrations.room import in_room, unwrapped
 
 AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
 _AUTO_PIPELINES = tuple(
-    value
-    for name, value in vars(auto_pipeline).items()
-    if isinstance(value, type) and name.startswith("AutoPipeline")
+    value for name, value in vars(auto_pipeline).items() if isinstance(value, type) and name.startswith("AutoPipeline")
 )
 
 
@@ -49,7 +48,7 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     if issubclass(cls, DiffusionPipeline) and kwargs.get("dduf_file"):
         from weightlift.integrations import diffusers_dduf
 
-        return diffusers_dduf.load_archive(cls, name, kwargs)
+        return diffusers_dduf.load_archive(cls, name, **kwargs)
     if issubclass(cls, AutoModel):
         return load_auto(cls, name, **kwargs)
     if installed() or LOADING.writing:

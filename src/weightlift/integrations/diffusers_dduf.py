@@ -21,14 +21,14 @@ from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def load_archive(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+def load_archive(cls: Any, pretrained_model_name_or_path: Any, *, dduf_file: str, **kwargs: Any) -> Any:
     """``cls.from_pretrained(name, dduf_file=…, …)``: the pipeline that the archive in a folder or repository holds.
 
     Raises `CheckpointError` for an archive that breaks its format, and what `load_pipeline` raises.
     """
-    options = {key: value for key, value in kwargs.items() if key != "dduf_file"}
+    name, options = pretrained_model_name_or_path, dict(kwargs)
     hub = {key: options.pop(key) for key in _HUB if key in options}
-    archive = read_dduf(_path(name, kwargs["dduf_file"], hub))
+    archive = read_dduf(_path(name, dduf_file, hub))
     with tempfile.TemporaryDirectory(prefix="weightlift-dduf-") as made:
         folder = Path(made)
         members = archive.weights()
@@ -37,14 +37,14 @@ def load_archive(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
             (folder / member).parent.mkdir(exist_ok=True)
             (folder / member).touch()
         try:
-            with standing_for({folder / member: found for member, found in members.items()}):
-                # Whatever would have to run alone reads files itself: it is to have them.
-                with LOADING.shared(), LOADING.helping():
-                    pipe = load_native(cls, made, options)
+            # A helper can't run alone: what would have to reads files itself, and is to have them.
+            standing = standing_for({folder / member: found for member, found in members.items()})
+            with standing, LOADING.shared(), LOADING.helping():
+                pipe = load_native(cls, made, options)
         except (NotNative, HelperThread):
             _write(archive, folder, list(members))
             pipe = load_pipeline(cls, made, **options)
-    _rename(pipe, made, os.path.join(str(name), kwargs["dduf_file"]), name)
+    _rename(pipe, made, os.path.join(str(name), dduf_file), name)
     return pipe
 
 
@@ -76,4 +76,3 @@ def _rename(pipe: Any, made: str, archive: str, name: Any) -> None:
         elif isinstance(getattr(part, "init_kwargs", None), dict):
             part.name_or_path = renamed(part.name_or_path)
             part.init_kwargs.update({key: renamed(value) for key, value in part.init_kwargs.items()})
-

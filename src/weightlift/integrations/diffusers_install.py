@@ -14,32 +14,32 @@ from typing import Any
 Replace = Callable[[Any, str, Any], None]
 
 
-def _model(cls: Any, name: Any = None, **kwargs: Any) -> Any:
+def _model(cls: Any, *args: Any, **kwargs: Any) -> Any:
     from weightlift.integrations.diffusers_model import load_pretrained
 
-    return load_pretrained(cls, name, **kwargs)
+    return load_pretrained(cls, *args, **kwargs)
 
 
-def _pipeline(cls: Any, name: Any = None, **kwargs: Any) -> Any:
+def _pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("dduf_file"):
         from weightlift.integrations.diffusers_dduf import load_archive
 
-        return load_archive(cls, name, kwargs)
+        return load_archive(cls, *args, **kwargs)
     from weightlift.integrations.diffusers_pipeline import load_pipeline
 
-    return load_pipeline(cls, name, **kwargs)
+    return load_pipeline(cls, *args, **kwargs)
 
 
-def _auto(cls: Any, name: Any = None, **kwargs: Any) -> Any:
+def _auto(cls: Any, *args: Any, **kwargs: Any) -> Any:
     from weightlift.integrations.diffusers_classes import load_auto
 
-    return load_auto(cls, name, **kwargs)
+    return load_auto(cls, *args, **kwargs)
 
 
-def _single_file(cls: Any, name: Any = None, **kwargs: Any) -> Any:
+def _single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
     from weightlift.integrations.diffusers_single_file import load_single_file
 
-    return load_single_file(cls, name, kwargs)
+    return load_single_file(cls, *args, **kwargs)
 
 
 _REPLACED: dict[str, tuple[str, str, Callable[..., Any]]] = {
@@ -58,7 +58,7 @@ def original(owner: Any, name: str) -> Any:
 
 
 def replace_methods(replace: Replace) -> Finder:
-    """Replace what is imported; the finder that is returned does the rest, until it is taken out of ``sys.meta_path``."""
+    """Replace what is imported; the finder that is returned does the rest, while it is in ``sys.meta_path``."""
     finder = Finder(replace)
     sys.meta_path.insert(0, finder)
     for name in _REPLACED:
@@ -84,7 +84,7 @@ class Finder:
             look = getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = None if finder is self or look is None else look(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader, self)
+                spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
 
@@ -94,8 +94,8 @@ class Finder:
         owner = getattr(module, class_name)
         theirs = owner.__dict__[method]
 
-        def replacement(cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-            return ours(cls, pretrained_model_name_or_path, *args, **kwargs)
+        def replacement(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            return ours(cls, *args, **kwargs)
 
         replacement.__name__ = method
         replacement.__qualname__ = f"{class_name}.{method}"

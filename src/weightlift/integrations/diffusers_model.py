@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from diffusers.models import modeling_utils
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import validate_hf_hub_args
+from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
@@ -246,7 +247,7 @@ class Filling:
     def _unexpected(self, loaded_keys: list[str]) -> list[str]:
         found = [key for key in loaded_keys if key not in self._state]
         for pattern in self._cls._keys_to_ignore_on_load_unexpected or ():
-            found = [key for key in found if modeling_utils.re.search(pattern, key) is None]
+            found = [key for key in found if re.search(pattern, key) is None]
         return found
 
     def _decide(self) -> Decisions:

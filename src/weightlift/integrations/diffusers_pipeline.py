@@ -20,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import validate_hf_hub_args
+from huggingface_hub.utils._validators import validate_hf_hub_args
 from tqdm.auto import tqdm
 
 from weightlift.integrations.diffusers_install import original

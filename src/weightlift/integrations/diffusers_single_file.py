@@ -11,10 +11,10 @@ from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.exclusive import LOADING, NotNative
 
 
-def load_single_file(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
-    """``cls.from_single_file(name, **kwargs)``."""
+def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``cls.from_single_file(*args, **kwargs)``."""
     owner = FromSingleFileMixin if issubclass(cls, FromSingleFileMixin) else FromOriginalModelMixin
     if not LOADING.writing:
         NotNative("a single file", "its names are converted while tensors are read").report(cls)
     with LOADING.alone():
-        return original(owner, "from_single_file").__func__(cls, name, **kwargs)
+        return original(owner, "from_single_file").__func__(cls, *args, **kwargs)
