@@ -303,7 +303,8 @@ def packed_seeds(name: str) -> list[bytes]:
 
 def normalised(text: str) -> str:
     """An error's text without what differs from input to input."""
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", text)
+    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text)
+    text = re.sub(r"['\"].*", "…", text, flags=re.DOTALL)  # a quotation that the cut at a semicolon left open
     return re.sub(r"\d+", "N", text)[:200]
 
 
