@@ -15,7 +15,7 @@ FILES = {
     "ordinary": "ordinary_module",
     "threads": "threads",
     "sizes": "sizes",
-    "pipeline": "pipeline",
+    "pipeline": "pipeline", "pipeline-cast": "pipeline", "pipeline-read": "pipeline",
     "fresh-process": "fresh_process",
     "accelerator": "accelerator",
 }  # fmt: skip

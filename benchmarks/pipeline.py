@@ -1,4 +1,9 @@
-"""A Stable-Diffusion-like pipeline of four components (UNet, VAE, two text encoders), fp16 on disk and in memory."""
+"""A Stable-Diffusion-like pipeline of four components (UNet, VAE, two text encoders), 2 GB in fp16, 4 GB in fp32.
+
+Three ways: in the dtype of the files, which both sides map; fp32 files wanted in bf16, which have to be converted; and
+without mapping (``disable_mmap=True``, for network file systems), which has to be read. Diffusers has its parallel
+loading on.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +46,10 @@ def build(width: int, text_width: int, layers: int) -> Any:
     )  # fmt: skip
 
 
-def prepare(folder: Path, scale: float) -> None:
+def prepare(folder: Path, scale: float, *, dtype: torch.dtype = FP16) -> None:
     big = build(width=max(32, round(640 * scale) // 32 * 32), text_width=768, layers=max(1, round(12 * scale)))
-    big.to(dtype=FP16).save_pretrained(folder, max_shard_size="200MB")
-    build(width=32, text_width=64, layers=1).to(dtype=FP16).save_pretrained(folder / llama.TINY)
+    big.to(dtype=dtype).save_pretrained(folder, max_shard_size="200MB")
+    build(width=32, text_width=64, layers=1).to(dtype=dtype).save_pretrained(folder / llama.TINY)
 
 
 def _class() -> Any:
@@ -53,22 +58,22 @@ def _class() -> Any:
     return DiffusionPipeline
 
 
-def _ours(folder: Path) -> Any:
+def _ours(folder: Path, **options: Any) -> Any:
     import weightlift as wl
 
-    return wl.from_pretrained(_class(), folder, torch_dtype=FP16)
+    return wl.from_pretrained(_class(), folder, **options)
 
 
-def _theirs(folder: Path) -> Any:
-    return _class().from_pretrained(folder, torch_dtype=FP16)
+def _theirs(folder: Path, **options: Any) -> Any:
+    return _class().from_pretrained(folder, **options)
 
 
-def _ready(load: Any, folder: Path) -> Ready:
+def _ready(load: Any, options: dict[str, Any], folder: Path) -> Ready:
     os.environ["HF_ENABLE_PARALLEL_LOADING"] = "yes"  # before diffusers is imported
-    load(folder / llama.TINY)
+    load(folder / llama.TINY, **options)
 
     def timed() -> object:
-        pipe = load(folder)
+        pipe = load(folder, **options)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 touch(component)
@@ -77,10 +82,16 @@ def _ready(load: Any, folder: Path) -> Ready:
     return timed
 
 
+def _case(name: str, title: str, made: Any, **options: Any) -> Case:
+    contenders = {
+        OURS: partial(_ready, _ours, options), "diffusers, parallel loading": partial(_ready, _theirs, options)
+    }  # fmt: skip
+    return Case(name, title, made, contenders, target="≥ 1.4× diffusers with parallel loading on")
+
+
+_FP32 = partial(prepare, dtype=torch.float32)
 CASES = (
-    Case(
-        "pipeline", "pipeline of four components, fp16, sharded", prepare,
-        {OURS: partial(_ready, _ours), "diffusers, parallel loading": partial(_ready, _theirs)},
-        target="≥ 1.4× diffusers with parallel loading on",
-    ),
-)  # fmt: skip
+    _case("pipeline", "pipeline of four components, fp16, mapped", prepare, dtype=FP16),
+    _case("pipeline-cast", "the same pipeline, fp32 files wanted in bf16", _FP32, dtype=torch.bfloat16),
+    _case("pipeline-read", "the same pipeline, fp16, disable_mmap", prepare, dtype=FP16, disable_mmap=True),
+)

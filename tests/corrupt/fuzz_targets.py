@@ -6,6 +6,7 @@ refuses, and raises nothing but `CheckpointError` with problems.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,8 +21,10 @@ from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub import read_dduf_file
 
 from weightlift.checkpoint import Checkpoint, open_checkpoint, verify
+from weightlift.checkpoint.dduf import read_dduf, read_member
 from weightlift.errors import CheckpointError
 
 # What weightlift refuses and the official parsers do not: docs/checkpoints.md.
@@ -34,6 +37,7 @@ _FORBIDDEN_EVENTS = (
     "os.mk",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
+_FILES = {"safetensors": "x.safetensors", "index": INDEX, "zip": "x.pt", "legacy": "y.pt", "dduf": "x.dduf"}
 
 
 class Violation(Exception):
@@ -68,7 +72,7 @@ class Target:
         self.name = name
         self.folder = folder
         self.watch = watch
-        self.path = folder / {"safetensors": "x.safetensors", "index": INDEX, "zip": "x.pt", "legacy": "y.pt"}[name]
+        self.path = folder / _FILES[name]
         self._official: Callable[[bytes, Checkpoint | None], str | None] = getattr(self, f"_{name}")
         if name == "index":
             from safetensors.torch import save_file
@@ -105,7 +109,7 @@ class Target:
         if watch is not None:
             watch.on = True
         try:
-            opened = open_checkpoint(self.path)
+            opened = open_checkpoint(self.path) if self.name != "dduf" else open_dduf(self.path)
             for key in opened:
                 if opened[key].nbytes <= 1 << 20 and opened[key].end - opened[key].start <= len(self.path.read_bytes()):
                     opened.read(key)
@@ -132,6 +136,23 @@ class Target:
                 entry = opened[key]
                 if bytes(info["data"]) != data[entry.start : entry.end]:
                     raise Violation(f"{key}: other bytes")
+        return None
+
+    def _dduf(self, data: bytes, opened: Checkpoint | None) -> str | None:
+        """Archives in which all weights could be opened; the weights themselves are the safetensors target's."""
+        try:
+            entries = read_dduf_file(self.path)
+        except Exception as error:  # whatever it may be, it is a refusal
+            return f"{type(error).__name__}: {error}"
+        if opened is not None:
+            members = read_dduf(self.path).members
+            if set(members) != set(entries):
+                raise Violation(f"members differ: {sorted(members)} and {sorted(entries)}")
+            for name, entry in entries.items():
+                if (members[name].start, members[name].end) != (entry.offset, entry.offset + entry.length):
+                    raise Violation(f"{name}: another range")
+                if Path(self.folder, name).resolve().parts[: len(self.folder.parts)] != self.folder.parts:
+                    raise Violation(f"{name} leads out of the folder")
         return None
 
     def _index(self, data: bytes, opened: Checkpoint | None) -> str | None:
@@ -174,6 +195,39 @@ class Target:
     _zip = _legacy = _torch
 
 
+def open_dduf(path: Path) -> Checkpoint:
+    """Everything in an archive: the small files read, the weights' headers as one checkpoint."""
+    archive = read_dduf(path)
+    entries = {}
+    for name, member in archive.members.items():
+        if name.endswith(".safetensors"):
+            entries.update({f"{name}:{entry.key}": entry for entry in read_member(member).entries})
+        else:
+            archive.read(name)
+    return Checkpoint(str(path), entries, files=(archive.file,))
+
+
+def archive_of(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip of these files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def pipeline_members() -> dict[str, bytes]:
+    """A pipeline of one model."""
+    from safetensors.torch import save
+
+    return {
+        "model_index.json": b'{"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]}',
+        "vae/config.json": b"{}",
+        "vae/diffusion_pytorch_model.safetensors": save({"a": torch.ones(2), "b": torch.zeros(1, dtype=torch.int8)}),
+        "notes.txt": b"text",
+    }
+
+
 def seeds(name: str) -> list[bytes]:
     """Valid inputs to begin with."""
     from safetensors.torch import save
@@ -181,6 +235,13 @@ def seeds(name: str) -> list[bytes]:
     if name == "safetensors":
         plain = save({"a": torch.ones(2), "b": torch.zeros(1, 3, dtype=torch.float16), "c": torch.ones(0, 2)})
         return [plain, save({"x": torch.tensor(1)}, {"format": "pt", "é": "\n"}), b"\2\0\0\0\0\0\0\0{}"]
+    if name == "dduf":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for member, content in pipeline_members().items():
+                with archive.open(member, "w", force_zip64=True) as file:
+                    file.write(content)
+        return [archive_of(pipeline_members()), buffer.getvalue(), archive_of({"model_index.json": b"{}"})]
     if name == "index":
         good = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
         return [json.dumps({"metadata": {"total_size": 24}, "weight_map": good}).encode(), *(
@@ -209,6 +270,13 @@ def unpack(name: str, data: bytes) -> bytes:
     if name == "safetensors":
         size = body[0] if body else 0
         return len(body[1:]).to_bytes(8, "little") + body[1:] + bytes(size)
+    if name == "dduf":
+        head, _, rest = body.partition(b"\n")
+        with contextlib.suppress(ValueError, IndexError, zipfile.error), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are there twice
+            made = {**pipeline_members(), "model_index.json": rest}
+            return archive_of({**made, head.decode("latin1"): b"{}"} if head else made)
+        return body
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", body)
@@ -225,6 +293,8 @@ def packed_seeds(name: str) -> list[bytes]:
         if name == "safetensors":
             length = int.from_bytes(seed[:8], "little")
             made.append(b"\1" + bytes([len(seed) - 8 - length]) + seed[8 : 8 + length])
+        elif name == "dduf":
+            made += [b'\1vae/model_index.json\n{"vae": 1}', b'\1../x.json\n{"..": 1, "vae": []}', b"\1\n{}"]
         elif name == "zip":
             with zipfile.ZipFile(io.BytesIO(seed)) as archive:
                 made.append(b"\1" + archive.read("archive/data.pkl"))
@@ -233,7 +303,8 @@ def packed_seeds(name: str) -> list[bytes]:
 
 def normalised(text: str) -> str:
     """An error's text without what differs from input to input."""
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", text)
+    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text)
+    text = re.sub(r"['\"].*", "…", text, flags=re.DOTALL)  # a quotation that the cut at a semicolon left open
     return re.sub(r"\d+", "N", text)[:200]
 
 

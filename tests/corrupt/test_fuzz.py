@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from fuzz import mutate
-from fuzz_targets import Target, packed_seeds, unpack
+from fuzz_targets import Target, open_dduf, packed_seeds, unpack
 
 from weightlift.checkpoint import open_checkpoint
 from weightlift.errors import CheckpointError
 
 CORPUS = Path(__file__).with_name("corpus")
-TARGETS = ("safetensors", "index", "zip", "legacy")
+TARGETS = ("safetensors", "index", "zip", "legacy", "dduf")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -42,7 +42,7 @@ def told(target: Target, data: bytes) -> list[str]:
     """The problems of a file, without the folder that it lies in."""
     target.path.write_bytes(data)
     try:
-        open_checkpoint(target.path)
+        open_dduf(target.path) if target.name == "dduf" else open_checkpoint(target.path)
     except CheckpointError as error:
         return [str(problem).replace(str(target.folder), "").replace(str(target.folder.parent), "..")[:400]
                 for problem in error.problems]  # fmt: skip

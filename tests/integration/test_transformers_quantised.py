@@ -1,6 +1,6 @@
 """Checkpoints that are quantised already: natively where the quantiser only replaces modules, else still right.
 
-Needs the extra ``quantised``; each test is skipped where its package is not installed.
+Each test is skipped where its package is not installed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-Format = Literal["safetensors", "torch", "torch-legacy"]
+Format = Literal["safetensors", "torch", "torch-legacy", "dduf"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightlift.checkpoint.dduf import member_at, read_member
 from weightlift.checkpoint.entry import ShardContents, TensorEntry
 from weightlift.checkpoint.files import sniff_file
 from weightlift.checkpoint.index import Index, read_index
@@ -64,8 +65,15 @@ def _note(gathered: Gathered, error: CheckpointError) -> None:
 
 def read_file(path: Path) -> ShardContents:
     """The header of one file, by its suffix if that is ``.safetensors``, else by its content."""
+    member = member_at(path)
+    if member is not None:
+        return read_member(member)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if path.suffix == ".dduf":
+        hint = "wl.from_pretrained(DiffusionPipeline, folder, dduf_file=name) loads it"
+        problem = Problem("is an archive of a whole pipeline", file=path, expected="one model", hint=hint)
+        raise CheckpointError("not the checkpoint of one model", [problem])
     sniffed, size = sniff_file(path)
     kind = sniffed.kind if sniffed is not None else None
     if kind == "zip":

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from weightlift import dtypes
-from weightlift.checkpoint.entry import ShardContents, TensorEntry
+from weightlift.checkpoint.entry import ShardContents, ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
+from weightlift.checkpoint.reader import require_unchanged
 from weightlift.checkpoint.sniff import HEAD_BYTES, sniff
 from weightlift.errors import CheckpointError, Problem
 
@@ -42,17 +43,25 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _TRUNCATED = "is the download complete?"
 
 
-def read_safetensors(path: Path) -> ShardContents:
+def read_safetensors(
+    path: Path, *, within: tuple[int, int] | None = None, known: ShardFile | None = None
+) -> ShardContents:
     """The records of a ``.safetensors`` file, in the order of its header, with absolute byte ranges.
 
-    Raises `CheckpointError` with every problem of the file, `CheckpointNotFound` when it does not exist.
+    ``within`` is the range of an archive that is such a file, ``known`` the archive as it was when that was found out.
+    Raises `CheckpointError` with every problem of the file, `CheckpointNotFound` when it does not exist,
+    `CheckpointChanged` when it is not the archive that is known.
     """
     with opened(path) as (stream, status):
+        if known is not None:
+            require_unchanged(known, status)
+        start, end = (0, status.st_size) if within is None else within
         try:
-            text = _header_text(stream, path, status.st_size)
-            return _Header(path, status).parse(text, _loads(text, path))
+            text = _header_text(stream, path, start, end - start)
+            file = shard_file(path, "safetensors", status) if known is None else known
+            return _Header(file, start, end).parse(text, _loads(text, path))
         except CheckpointError as error:
-            head = read_exactly(stream, path, 0, min(status.st_size, HEAD_BYTES))
+            head = read_exactly(stream, path, start, min(end - start, HEAD_BYTES))
             raise _explained(error, path, head) from None
 
 
@@ -69,36 +78,30 @@ def _explained(error: CheckpointError, path: Path, head: bytes) -> CheckpointErr
     return CheckpointError("not a valid safetensors file", [Problem(what, file=path, hint=sniffed.hint)])
 
 
-def _header_text(stream: io.FileIO, path: Path, size: int) -> str:
-    """The header as text. The length read from the file is trusted only within the file's real size."""
+def _header_text(stream: io.FileIO, path: Path, begin: int, size: int) -> str:
+    """The header as text. The length read from the file is trusted only within the real size from ``begin`` on."""
+    first = begin + 8
     if size < 8:
         expected = "at least 8 bytes, the length of the header"
         found = f"{size} bytes" if size else "an empty file"
-        _fail(path, "is truncated", start=0, end=8, expected=expected, found=found, hint=_TRUNCATED)
-    length = int.from_bytes(read_exactly(stream, path, 0, 8), "little")
+        _fail(path, "is truncated", start=begin, end=first, expected=expected, found=found, hint=_TRUNCATED)
+    length = int.from_bytes(read_exactly(stream, path, begin, 8), "little")
     if length > MAX_HEADER_BYTES:
         expected = f"a header of at most {MAX_HEADER_BYTES} bytes"
-        _fail(path, "the header is too long", start=0, end=8, expected=expected, found=f"{length} bytes")
+        _fail(path, "the header is too long", start=begin, end=first, expected=expected, found=f"{length} bytes")
     if 8 + length > size:
         found = f"{size - 8} bytes after the length"
         expected = f"a header of {length} bytes"
-        _fail(
-            path,
-            "the header is longer than the file",
-            start=8,
-            end=8 + length,
-            expected=expected,
-            found=found,
-            hint=_TRUNCATED,
-        )
-    raw = read_exactly(stream, path, 8, length)
+        what = "the header is longer than the file"
+        _fail(path, what, start=first, end=first + length, expected=expected, found=found, hint=_TRUNCATED)
+    raw = read_exactly(stream, path, first, length)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        _fail(path, "the header is not UTF-8", start=8 + error.start, end=8 + error.end, found=error.reason)
+        _fail(path, "the header is not UTF-8", start=first + error.start, end=first + error.end, found=error.reason)
     if not text.startswith("{"):
         found = repr(text[:1]) if text else "an empty header"
-        _fail(path, "the header does not begin with '{'", start=8, end=8 + length, expected="'{'", found=found)
+        _fail(path, "the header does not begin with '{'", start=first, end=first + length, expected="'{'", found=found)
     return text
 
 
@@ -167,9 +170,11 @@ def _finite(digits: str) -> float:
 class _Header:
     """The checks of one header against the file it came from."""
 
-    def __init__(self, path: Path, status: os.stat_result) -> None:
-        self.path = path
-        self.status = status
+    def __init__(self, file: ShardFile, start: int, end: int) -> None:
+        self.file = file
+        self.path = file.path
+        self.start = start
+        self.end = end
         self.problems: list[Problem] = []
         # (start, end, key), relative to the data; None once a tensor's offsets are no offsets at all.
         self.spans: list[tuple[int, int, str]] | None = []
@@ -178,13 +183,13 @@ class _Header:
         header, duplicates = loaded
         self.problems += duplicates
         metadata = self._metadata(header.pop(_METADATA, None))
-        self.data = 8 + (len(text) if text.isascii() else len(text.encode("utf-8")))
+        self.data = self.start + 8 + (len(text) if text.isascii() else len(text.encode("utf-8")))
         entries = [entry for key, info in header.items() if (entry := self._entry(key, info)) is not None]
         if self.spans is not None:
             self._layout(self.spans)
         if self.problems:
             raise CheckpointError("not a valid safetensors file", self.problems)
-        return ShardContents(shard_file(self.path, "safetensors", self.status, metadata), tuple(entries))
+        return ShardContents(replace(self.file, metadata=metadata), tuple(entries))
 
     def _problem(self, key: str, what: str, **more: Any) -> None:
         self.problems.append(Problem(what, key=key, file=self.path, **more))
@@ -311,7 +316,7 @@ class _Header:
 
     def _layout(self, spans: list[tuple[int, int, str]]) -> None:
         """Sorted by their offsets, the tensors must cover the data exactly: no hole, no overlap, nothing left."""
-        data, size = self.data, self.status.st_size - self.data
+        data, size = self.data, self.end - self.data
         spans.sort()
         position, before = 0, ""
         for start, end, key in spans:

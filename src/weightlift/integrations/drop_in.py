@@ -2,20 +2,26 @@
 
 `install` is the one place where attributes of another library are replaced, because the user asks for it. It replaces
 ``transformers.PreTrainedModel.from_pretrained`` (model classes inherit it, Auto classes call it), the collector behind
-Transformers' own ``output_hidden_states=True``, which mixes up threads while anything compiles, and nothing else.
+Transformers' own ``output_hidden_states=True``, which mixes up threads while anything compiles, and the methods of
+Diffusers that `weightlift.integrations.diffusers_install` names; nothing else.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
+from weightlift.integrations.diffusers_install import Finder, replace_methods
+
 _lock = threading.Lock()
 _undo: list[tuple[Any, str, Any]] = []
+_finders: list[Finder] = []
 
 
 def install() -> None:
-    """From now on ``from_pretrained`` of Transformers' models goes through weightlift. Imports Transformers.
+    """From now on ``from_pretrained`` of Transformers' models, and of Diffusers' models and pipelines, goes through
+    weightlift. Imports Transformers; Diffusers is attended to when the program imports it.
 
     For the whole process and all threads; calling it again changes nothing. Loads that are running go on as they began.
     """
@@ -34,11 +40,14 @@ def install() -> None:
         from_pretrained.__wrapped__ = ORIGINAL.__func__  # type: ignore[attr-defined]
         _replace(_model_class(), "from_pretrained", classmethod(from_pretrained))
         _replace_collector()
+        _finders.append(replace_methods(_replace))
 
 
 def uninstall() -> None:
     """Put the very objects back that `install` replaced. Without `install` it does nothing."""
     with _lock:
+        while _finders:
+            sys.meta_path.remove(_finders.pop())
         while _undo:
             owner, name, was = _undo.pop()
             setattr(owner, name, was)

@@ -7,9 +7,30 @@ duration, is the writer: it runs alone. Waiting is first come, first served, so 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
+
+_log = logging.getLogger("weightlift")
+
+
+class NotNative(Exception):
+    """A load that is left to the library it is for."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what, why)
+        self.what = what
+        self.why = why
+
+    def report(self, cls: Any) -> None:
+        """Say it, once for each load, at the level of information."""
+        _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, self.what, self.why)
+
+
+class HelperThread(Exception):
+    """A helper thread of a load came to something that has to run alone: the thread that it helps has to do that."""
 
 
 class FairLock:
@@ -22,6 +43,7 @@ class FairLock:
         self._condition = threading.Condition()
         self._queue: deque[object] = deque()
         self._readers: dict[int, int] = {}
+        self._helpers: set[int] = set()
         self._writer: int | None = None
         self._depth = 0
 
@@ -53,10 +75,32 @@ class FairLock:
                     self._condition.notify_all()
 
     @contextlib.contextmanager
+    def helping(self) -> Iterator[None]:
+        """Read along with another thread that reads and waits for this one: never waits for the lock itself.
+
+        `alone` raises `HelperThread` within, because the thread that waits could not step out of reading.
+        """
+        me = threading.get_ident()
+        with self._condition:
+            self._readers[me] = self._readers.get(me, 0) + 1
+            self._helpers.add(me)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._helpers.discard(me)
+                self._readers[me] -= 1
+                if not self._readers[me]:
+                    del self._readers[me]
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold it alone. What this thread holds with others it gives up for that time, and takes again afterwards."""
         me = threading.get_ident()
         with self._condition:
+            if me in self._helpers:
+                raise HelperThread
             held = self._readers.pop(me, 0)
             if self._writer != me:
                 if held:

@@ -41,6 +41,15 @@ def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: Curren
     return model, recorder
 
 
+def _meta_if_asked(frame: FrameType, args: Any, kwargs: Any) -> Any:
+    """``torch.tensor([])`` in the function that finds out whether this thread builds on meta."""
+    return torch.empty(0, device="meta") if frame.f_code is _ASKS_FOR_META else NotImplemented
+
+
+ANSWERS = {torch.tensor: _meta_if_asked}
+"""What the recorder answers while constructors of Transformers run within models of other libraries."""
+
+
 class _Dtypes:
     """The dtypes of a configuration, which are taken out of it while its model is built, and put back afterwards.
 
@@ -57,8 +66,9 @@ class _Dtypes:
 
         Every constructor of a model comes to that question, so this is where to see what it was made from.
         """
-        if frame.f_code is not _ASKS_FOR_META:
-            return NotImplemented
+        answer = _meta_if_asked(frame, args, kwargs)
+        if answer is NotImplemented:
+            return answer
         makers, at = [], frame.f_back
         while at is not None:
             if at.f_code is _MAKES_SUB_MODEL:
@@ -67,7 +77,7 @@ class _Dtypes:
         for config in reversed(makers):
             if all(config is not other for other in self._made):
                 self._made.append(config)
-        return torch.empty(0, device="meta")
+        return answer
 
     def restore(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Give every configuration the dtype that Transformers would have left it with: making a sub-model from one

@@ -31,6 +31,7 @@ from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import LOADING
+from weightlift.integrations.share import of_this_load
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
@@ -179,7 +180,7 @@ class Filling:
             copy=bool(load_config.disable_mmap),
             workers=1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None,
             seed=load.seed,
-            progress=None if is_progress_bar_enabled() else False,
+            **{"progress": None if is_progress_bar_enabled() else False, **of_this_load()},
         )
         tie(model)
         inventory = Inventory.of(model)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import monkey_patching
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-_log = logging.getLogger("weightlift")
+from weightlift.integrations.exclusive import NotNative as NotNative
 
 _PARALLEL = "its tensors are distributed while they load"
 _KERNELS = "kernels of others replace classes of the process"
@@ -26,19 +25,6 @@ REASONS: Mapping[str, str] = {
     "fusion_config": "it registers replacements of classes of the process",
 }
 """Options of ``from_pretrained`` that make a load not native when they are given, and why."""
-
-
-class NotNative(Exception):
-    """A load that is left to the library it is for."""
-
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(what, why)
-        self.what = what
-        self.why = why
-
-    def report(self, cls: Any) -> None:
-        """Say it, once for each load, at the level of information."""
-        _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, self.what, self.why)
 
 
 def refuse(kwargs: Mapping[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""Zips whose records are stored as they are, so that each is a byte range of the file. No record is unpacked.
+
+The directory is read by Python's zipfile; what that doesn't check of the end records and of each record's own header is
+checked here. Shared by the formats that are zips.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+from weightlift.checkpoint.files import read_exactly
+from weightlift.errors import CheckpointError, Problem
+
+_LOCAL = struct.Struct("<4s5H3I2H")  # signature, version, flags, method, time, date, crc, sizes, name and extra lengths
+_FLAGS = 0x0808  # sizes follow the record; its name is UTF-8: what torch writes, and plain zips have neither
+_FOLDER = 0x10
+_ENTRY = struct.Struct("<28s3H12s")  # … lengths of name, extra and comment …
+_END = struct.Struct("<4s4H2IH")  # signature, disk, directory's disk, records on it, records, size, offset, comment
+_END64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disks, records on it, records, size, offset
+_LOCATOR64 = struct.Struct("<4sIQI")  # signature, disk, offset, disks
+_MAX_TAIL_BYTES = _END.size + 0xFFFF
+
+DAMAGE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError)
+"""What reading a directory raises for a damaged zip, `CheckpointError` (a ValueError) aside."""
+
+
+class StoredZip:
+    """The directory of a zip, and the byte range of each of its records. To be used while ``stream`` is open.
+
+    A subclass fills ``records``, the directory's entries by the names that it gives them. ``summary`` and
+    ``packed_hint`` are for messages.
+    """
+
+    def __init__(self, path: Path, stream: io.FileIO, size: int, *, summary: str, packed_hint: str) -> None:
+        self.path = path
+        self.stream = stream
+        self._summary = summary
+        self._packed_hint = packed_hint
+        # zipfile takes a short read, which a raw stream may give, for the end of the file.
+        buffered = io.BufferedReader(stream)
+        try:
+            with zipfile.ZipFile(buffered) as directory:
+                self.infos = directory.infolist()
+                self.limit = directory.start_dir
+            self._check_end(size, len(self.infos))
+        finally:
+            buffered.detach()
+        self.records: dict[str, zipfile.ZipInfo] = {}
+        self._ranges: dict[str, tuple[int, int] | Problem] = {}
+
+    def fail(self, what: str, **more: str | None) -> NoReturn:
+        """Raise the error of this file."""
+        raise CheckpointError(self._summary, [Problem(what, file=self.path, **more)])  # type: ignore[arg-type]
+
+    def _check_end(self, size: int, count: int) -> None:
+        """The end record, of which zipfile believes only parts: one disk, all records, nothing before or behind."""
+        begin = max(0, size - _MAX_TAIL_BYTES)
+        tail = read_exactly(self.stream, self.path, begin, size - begin)
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or at + _END.size > len(tail):
+            self.fail("the zip is damaged: it has no end record")
+        _, disk, first_disk, here, records, length, offset, comment = _END.unpack_from(tail, at)
+        end = directory_end = begin + at
+        wide = self._wide_end(end)
+        if wide is not None:
+            directory_end, here, records, length, offset = wide
+        right = (
+            disk == first_disk == 0 and here == records == count
+            and offset == self.limit and offset + length == directory_end and end + _END.size + comment == size
+        )  # fmt: skip
+        if not right:
+            self.fail("the zip is damaged: its end record does not describe this file")
+        directory = read_exactly(self.stream, self.path, self.limit, length)
+        at = 0
+        while at + _ENTRY.size <= length:  # zipfile overlooks a name, extra or comment that ends behind the directory
+            at += _ENTRY.size + sum(_ENTRY.unpack_from(directory, at)[1:4])
+        if at != length:
+            self.fail("the zip is damaged: its directory is not of its length")
+
+    def _wide_end(self, end: int) -> tuple[int, int, int, int, int] | None:
+        """Where the zip64 end record lies, and what it says of the directory; None when there is none."""
+        if end < _LOCATOR64.size + _END64.size:
+            return None
+        locator = read_exactly(self.stream, self.path, end - _LOCATOR64.size, _LOCATOR64.size)
+        signature, disk, at, disks = _LOCATOR64.unpack(locator)
+        if signature != b"PK\6\7":
+            return None
+        if disk != 0 or disks > 1 or at + _END64.size + _LOCATOR64.size != end:
+            self.fail("the zip is damaged: its zip64 end record is not where it should be")
+        record = _END64.unpack(read_exactly(self.stream, self.path, at, _END64.size))
+        if record[0] != b"PK\6\6" or record[4] or record[5]:
+            self.fail("the zip is damaged: its zip64 end record is wrong")
+        return (at, *record[6:])
+
+    def range(self, name: str) -> tuple[int, int] | Problem:
+        """Where the bytes of a record lie in the file; looked up once."""
+        if name not in self._ranges:
+            self._ranges[name] = self._range(name)
+        return self._ranges[name]
+
+    def _range(self, name: str) -> tuple[int, int] | Problem:
+        info = self.records.get(name)
+        if info is None:
+            return Problem(f"the record {name!r} is missing", file=self.path, hint="is the file damaged?")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ~_FLAGS:
+            return Problem(
+                f"the record {name!r} is compressed or encrypted",
+                file=self.path,
+                expected="stored as it is",
+                hint=self._packed_hint,
+            )
+        if info.external_attr & _FOLDER:
+            return self.damaged(name, "it is marked as a folder, which has no bytes")
+        begin = info.header_offset
+        if begin < 0 or begin + _LOCAL.size > self.limit:
+            return self.damaged(name, "its header is not in the file")
+        signature, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack(
+            read_exactly(self.stream, self.path, begin, _LOCAL.size)
+        )
+        start = begin + _LOCAL.size + name_length + extra_length
+        end = start + info.file_size
+        if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or flags & ~_FLAGS:
+            return self.damaged(name, "its header does not agree with the directory")
+        if info.compress_size != info.file_size or end > self.limit:
+            return self.damaged(name, f"its bytes, {start}:{end}, are not in the file")
+        stored = read_exactly(self.stream, self.path, begin + _LOCAL.size, name_length)
+        if stored != info.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
+            return self.damaged(name, "its header has another name")
+        return start, end
+
+    def damaged(self, name: str, why: str) -> Problem:
+        """A problem with a record."""
+        return Problem(f"the record {name!r} of the zip is damaged: {why}", file=self.path)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a record, no more than the file has."""
+        where = self.range(name)
+        if isinstance(where, Problem):
+            raise CheckpointError(self._summary, [where])
+        return read_exactly(self.stream, self.path, where[0], where[1] - where[0])

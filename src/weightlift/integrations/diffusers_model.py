@@ -1,0 +1,340 @@
+"""`from_pretrained` of Diffusers models: its own code for everything but building and filling the model.
+
+That code runs in a room (`weightlift.integrations.room`): where it would replace functions of ``torch.nn.init`` and of
+``nn.Module`` for the whole process, nothing happens; where it would read a file's tensors, headers are read; and a
+stand-in for the class builds the model deferred and fills it by a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models import modeling_utils
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils._validators import validate_hf_hub_args
+
+from weightlift.ambient import outside_modes
+from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.gather import gather
+from weightlift.deferred.construct import CurrentLoad, construct
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.integrations.diffusers_install import original
+from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
+from weightlift.integrations.exclusive import LOADING, NotNative
+from weightlift.integrations.room import Delegate, in_room
+from weightlift.integrations.share import of_this_load
+from weightlift.options import LoadOptions
+from weightlift.plan.match import Supply, match
+from weightlift.plan.records import Action, Decisions, Offer, Row
+from weightlift.transfer.apply import apply
+from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.ties import settled
+
+ORIGINAL: Any = original(ModelMixin, "from_pretrained")
+"""Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""
+
+_logger = modeling_utils.logger
+
+
+class DoesNotFit(PlanError, ValueError):
+    """A `PlanError` that is also the ValueError which Diffusers raises for shapes that differ."""
+
+
+@validate_hf_hub_args
+def load_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+    """Load a model of a `ModelMixin` class: natively, or where that is not sound, by Diffusers' own code alone in the
+    process."""
+    name = pretrained_model_name_or_path
+    if LOADING.writing:
+        return ORIGINAL.__func__(cls, name, **kwargs)
+    try:
+        with LOADING.shared():
+            refuse(kwargs)
+            return _in_room()(StandIn(cls), name, **kwargs)
+    except NotNative as reason:
+        reason.report(cls)
+    with LOADING.alone():
+        return ORIGINAL.__func__(cls, name, **kwargs)
+
+
+def _in_room() -> Any:
+    names: dict[str, Any] = {
+        "no_init_weights": contextlib.nullcontext,
+        "load_state_dict": headers,
+        "DiffusersAutoQuantizer": Quantisers(),
+    }
+    accelerate = getattr(modeling_utils, "accelerate", None)
+    if accelerate is not None:
+        names["accelerate"] = Delegate(accelerate, init_empty_weights=contextlib.nullcontext)
+    return in_room(ORIGINAL, names)
+
+
+def headers(checkpoint_file: str | os.PathLike[str], disable_mmap: bool = False) -> dict[str, Any]:
+    """What Diffusers takes for a state dict: the entries of a file by their keys, which it may rename."""
+    checkpoint = opened([checkpoint_file])
+    return {**{key: (key, checkpoint) for key in checkpoint.extras}, **{key: (key, checkpoint) for key in checkpoint}}
+
+
+def opened(files: Iterable[str | os.PathLike[str]]) -> Checkpoint:
+    """The headers of files that Diffusers has found. Raises `CheckpointError`, which is a ValueError."""
+    paths = tuple(Path(file).absolute() for file in files)
+    if any(path.suffix == ".gguf" for path in paths):
+        raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
+    gathered = gather(paths, is_index=False)
+    if gathered.problems:
+        kind = CheckpointNotFound if gathered.missing else CheckpointError
+        raise kind(f"cannot open the checkpoint {paths[0].parent}", gathered.problems)
+    return Checkpoint(
+        str(paths[0]),
+        gathered.entries,
+        files=tuple(contents.file for contents in gathered.contents),
+        extras=gathered.extras,
+        state_dict_metadata=gathered.state_dict_metadata,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the caller wants of the values, as Diffusers' own loading function gets it."""
+
+    name: str
+    dtype: torch.dtype | None
+    keep_in_fp32: tuple[str, ...]
+    device_map: Mapping[str, Any] | None
+    low_cpu_mem_usage: bool
+    ignore_mismatched: bool
+    copy: bool
+
+
+class StandIn:
+    """Stands for a model class in its own ``from_pretrained``, for one load."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+        self._load = CurrentLoad(source=None, deferred=True, seed=torch.initial_seed())
+        self._dtype: torch.dtype | None = None
+        self._recorder: Recorder | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cls, name)
+
+    @property
+    def __name__(self) -> str:
+        return str(self._cls.__name__)
+
+    def _set_default_torch_dtype(self, dtype: torch.dtype) -> None:
+        """What the constructor shall find to be the default dtype: it is told so by the recorder."""
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f"Can't instantiate {self.__name__} model under dtype={dtype} since it is not a floating point dtype"
+            )
+        self._dtype = dtype
+
+    def from_config(self, config: Any, **kwargs: Any) -> Any:
+        """The model, deferred."""
+        model, self._recorder = construct(
+            lambda: self._cls.from_config(config, **kwargs),
+            self._load,
+            default_dtype=self._dtype,
+            answers=_answers(),
+        )
+        return model
+
+    def _load_pretrained_model(
+        self, model: Any, state_dict: Any, files: list[str], name: Any, loaded_keys: list[str], **options: Any
+    ) -> tuple[Any, list[str], list[str], list[Any], None, list[str]]:
+        """What Diffusers' own does: the model and the keys that were missing, unexpected, mismatched."""
+        assert self._recorder is not None
+        if "disk" in (options["device_map"] or {}).values():
+            raise NotNative("offloading to disk", OFFLOAD)
+        wanted = Wanted(
+            str(name),
+            options["dtype"],
+            tuple(options["keep_in_fp32_modules"] or ()),
+            options["device_map"],
+            bool(options["low_cpu_mem_usage"]),
+            bool(options["ignore_mismatched_sizes"]),
+            bool(options["disable_mmap"]),
+        )
+        checkpoint, keys = _offered(state_dict, files, loaded_keys)
+        filling = Filling(self._cls, model, self._recorder, self._load, checkpoint, keys, wanted)
+        missing, unexpected, mismatched = filling.run(loaded_keys)
+        return model, missing, unexpected, mismatched, None, []
+
+
+def _answers() -> Any:
+    """For the models that are partly Transformers': its constructors patch the process unless they are told better."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from weightlift.integrations.transformers_init import ANSWERS
+
+    return ANSWERS
+
+
+def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint, and its keys by the names that Diffusers has given them."""
+    if state_dict is not None:
+        checkpoint = next(iter(state_dict.values()))[1] if state_dict else opened(files)
+        return checkpoint, {name: key for name, (key, _) in state_dict.items() if key in checkpoint}
+    checkpoint = opened(files)
+    absent = [key for key in promised if key not in checkpoint and key not in checkpoint.extras]
+    if absent:
+        problems = [Problem("no file has the key that the index promises", key=key) for key in absent]
+        raise CheckpointError(f"cannot open the checkpoint {checkpoint.source}", problems)
+    return checkpoint, {key: key for key in checkpoint}
+
+
+class Filling:
+    """Gives one deferred model its values."""
+
+    def __init__(
+        self,
+        cls: Any,
+        model: Any,
+        recorder: Recorder,
+        load: CurrentLoad,
+        checkpoint: Checkpoint,
+        keys: Mapping[str, str],
+        wanted: Wanted,
+    ) -> None:
+        self._cls = cls
+        self._checkpoint = checkpoint
+        self._wanted = wanted
+        progress = None if diffusers_logging.is_progress_bar_enabled() else False
+        self._options = LoadOptions.create(
+            strict=False,
+            ignore_mismatched=True,
+            copy=wanted.copy,
+            seed=load.seed,
+            **{"progress": progress, **of_this_load()},
+        )
+        self._subject = Subject(Inventory.of(model), recorder)
+        self._state = {slot.fqn: slot.tensor for slot in self._subject.inventory.slots if slot.persistent}
+        self._offers = {name: Offer(name, key, checkpoint[key]) for name, key in keys.items() if name in self._state}
+        self._assigned = self._assigned_files()
+
+    def run(self, loaded_keys: list[str]) -> tuple[list[str], list[str], list[Any]]:
+        """Plan, report as Diffusers does, read. Returns missing, unexpected and mismatched keys."""
+        mismatched = [
+            (name, torch.Size(offer.entry.shape), self._state[name].shape)
+            for name, offer in self._offers.items()
+            if offer.entry.shape != tuple(self._state[name].shape)
+        ]
+        if mismatched and not self._wanted.ignore_mismatched:
+            raise self._misfit(mismatched)
+        loaded = set(loaded_keys)
+        missing = [name for name in self._state if name not in loaded]
+        unexpected = self._unexpected(loaded_keys)
+        decisions = self._decide()
+        source = Bytes(self._checkpoint.files, self._checkpoint.tensors, self._checkpoint.extras)
+        with outside_modes():
+            decisions = settled(decisions, source, self._options)
+        apply(decisions, self._subject, source, self._options)
+        self._report(missing, unexpected, mismatched)
+        return missing, unexpected, mismatched
+
+    def _unexpected(self, loaded_keys: list[str]) -> list[str]:
+        found = [key for key in loaded_keys if key not in self._state]
+        for pattern in self._cls._keys_to_ignore_on_load_unexpected or ():
+            found = [key for key in found if re.search(pattern, key) is None]
+        return found
+
+    def _decide(self) -> Decisions:
+        spec = self._subject.inventory.spec(lambda tensor: self._subject.record_of(tensor) is None)
+        supply = Supply(self._checkpoint.source, self._offers, self._checkpoint.files)
+        decisions = match(spec, supply, self._options)
+        read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
+        devices = self._devices()
+        rows = []
+        for row in decisions.rows:
+            source = read.get(row.target)
+            dtype = row.dtype if source is None or source.offer is None else self._dtype(source, source.offer)
+            rows.append(replace(row, dtype=dtype, device=devices.get(row.fqn, row.device)))
+        return replace(decisions, rows=tuple(rows))
+
+    def _dtype(self, row: Row, offer: Offer) -> torch.dtype:
+        """The dtype of a value that is read."""
+        wanted, entry = self._wanted, offer.entry
+        if not wanted.low_cpu_mem_usage:
+            return entry.dtype if entry.file in self._assigned else row.own_dtype
+        if wanted.dtype is None or not entry.dtype.is_floating_point:
+            return row.own_dtype
+        kept = any(part in wanted.keep_in_fp32 for part in row.fqn.split("."))
+        return torch.float32 if kept else wanted.dtype
+
+    def _assigned_files(self) -> set[Path | None]:
+        """Files whose tensors Diffusers assigns with the dtype they have, where it doesn't save memory: the one that
+        holds the model's first tensor, if that has the dtype of the model's."""
+        first = next(iter(self._state), None)
+        offer = self._offers.get(first) if first is not None else None
+        if offer is None or first is None or not getattr(self._cls, "_supports_param_buffer_assignment", True):
+            return set()
+        return {offer.entry.file} if offer.entry.dtype == self._state[first].dtype else set()
+
+    def _devices(self) -> dict[str, str]:
+        """Where what the checkpoint can hold goes; accelerate moves the rest when it dispatches the model."""
+        places = self._wanted.device_map
+        if places is None:
+            return {}
+        found = {}
+        for name in self._state:
+            prefix = name
+            while prefix and prefix not in places:
+                prefix = prefix.rpartition(".")[0]
+            if prefix not in places:
+                raise ValueError(f"{name} doesn't have any device set.")
+            place = places[prefix]
+            found[name] = str(torch.device(place))
+        return found
+
+    def _misfit(self, mismatched: list[Any]) -> DoesNotFit:
+        hint = "pass ignore_mismatched_sizes=True to initialise it"
+        return DoesNotFit(
+            f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed",
+            [
+                Problem(
+                    "the shapes differ",
+                    fqn=name,
+                    expected=f"{list(shape)} as the model has it",
+                    found=f"{list(found)} in the checkpoint",
+                    hint=hint,
+                )
+                for name, found, shape in mismatched
+            ],
+        )
+
+    def _report(self, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
+        """The warnings that Diffusers gives."""
+        cls, name = self._cls.__name__, self._wanted.name
+        if unexpected:
+            _logger.warning(
+                f"Some weights of the model checkpoint at {name} were not used when initializing {cls}: \n "
+                f"{[', '.join(unexpected)]}"
+            )
+        if missing:
+            _logger.warning(
+                f"Some weights of {cls} were not initialized from the model checkpoint at {name} and are newly "
+                f"initialized: {missing}\nYou should probably TRAIN this model on a down-stream task to be able to use "
+                "it for predictions and inference."
+            )
+        if mismatched:
+            lines = "\n".join(
+                f"- {key}: found shape {found} in the checkpoint and {shape} in the model instantiated"
+                for key, found, shape in mismatched
+            )
+            _logger.warning(
+                f"Some weights of {cls} were not initialized from the model checkpoint at {name} and are newly "
+                f"initialized because the shapes did not match:\n{lines}\nYou should probably TRAIN this model on a "
+                "down-stream task to be able to use it for predictions and inference."
+            )

@@ -1,0 +1,227 @@
+"""`from_pretrained` of Diffusers pipelines: its own code, with the models among the components loaded at once.
+
+That code loads the components one after the other, in a loop. Here it goes round that loop twice: the first time each
+model is begun in a thread of its own, the second time it is waited for, and what is no model (tokenizers, schedulers)
+is loaded in the calling thread meanwhile. The threads share the workers and the memory budget of one load.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils._validators import validate_hf_hub_args
+from tqdm.auto import tqdm
+
+from weightlift.integrations.diffusers_install import original
+from weightlift.integrations.diffusers_options import refuse
+from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
+from weightlift.integrations.room import Delegate, in_room
+from weightlift.integrations.share import Share, shares, within
+
+ORIGINAL: Any = original(DiffusionPipeline, "from_pretrained")
+"""Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""
+
+_WEIGHTS = (".safetensors", ".bin")
+
+
+@validate_hf_hub_args
+def load_pipeline(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+    """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
+    name = pretrained_model_name_or_path
+    if LOADING.writing:
+        return ORIGINAL.__func__(cls, name, **kwargs)
+    try:
+        with LOADING.shared():
+            return load_native(cls, name, kwargs)
+    except NotNative as reason:
+        reason.report(cls)
+    with LOADING.alone():
+        return ORIGINAL.__func__(cls, name, **kwargs)
+
+
+def load_native(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a pipeline natively, or raise `NotNative`. The calling thread holds the lock with other readers."""
+    refuse(kwargs)
+    loading = Loading()
+    try:
+        return loading.room()(cls, name, **kwargs)
+    finally:
+        loading.stop()
+
+
+class _Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+    # tqdm would start a monitor thread for the life of the process.
+    monitor_interval = 0
+
+
+@dataclass
+class _Component:
+    """One model among the components: how it is loaded, and by whom."""
+
+    load: Callable[[], Any]
+    nbytes: int
+    thread: threading.Thread | None = None
+    value: Any = None
+    error: BaseException | None = None
+
+
+@dataclass
+class Loading:
+    """One load of a pipeline."""
+
+    _round: int = 0
+    _models: dict[str, _Component] = field(default_factory=dict)
+    _cancel: threading.Event = field(default_factory=threading.Event)
+
+    def room(self) -> Callable[..., Any]:
+        """Diffusers' ``from_pretrained`` with this load's loop and component loader."""
+        theirs = pipeline_utils
+        names = {
+            "logging": Delegate(theirs.logging, tqdm=self._twice),
+            "logger": Delegate(theirs.logger, info=self._in_second(theirs.logger.info)),
+            "maybe_raise_or_warn": self._in_second(theirs.maybe_raise_or_warn),
+            "load_sub_model": self._load_sub_model,
+            "_get_pipeline_class": _pipeline_class,
+            "_get_final_device_map": _final_device_map,
+        }
+        return in_room(ORIGINAL, names)
+
+    def stop(self) -> None:
+        """End the threads that are still loading, because something failed; none are left afterwards."""
+        self._cancel.set()
+        for component in self._models.values():
+            if component.thread is not None:
+                component.thread.join()
+
+    def _in_second(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def only(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs) if self._round != 1 else None
+
+        return only
+
+    def _twice(self, items: Any, **options: Any) -> Iterator[Any]:
+        """The components, twice; the bar is for the second time."""
+        known = list(items)
+        self._round = 1
+        yield from known
+        self._begin()
+        self._round = 2
+        options.setdefault("disable", not diffusers_logging.is_progress_bar_enabled())
+        yield from _Bar(known, **options)
+        self._round = 3
+
+    def _load_sub_model(self, **options: Any) -> Any:
+        name = options["name"]
+        if self._round == 1:
+            if _is_model(options):
+                self._models[name] = _Component(lambda: _load(options), _bytes_in(options["cached_folder"], name))
+            return None
+        component = self._models.get(name)
+        return _load(options) if component is None else self._result(component)
+
+    def _begin(self) -> None:
+        """Start the threads, unless the caller has modes on (a device, say), which belong to this thread only."""
+        if len(self._models) < 2 or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+            return
+        of_each = shares([component.nbytes for component in self._models.values()], self._cancel)
+        for (name, component), share in zip(self._models.items(), of_each, strict=True):
+            context = contextvars.copy_context()
+            component.thread = threading.Thread(
+                target=context.run,
+                args=(_help, component, share, torch.is_grad_enabled()),
+                name=f"weightlift-{name}",
+                daemon=True,
+            )
+            component.thread.start()
+
+    def _result(self, component: _Component) -> Any:
+        if component.thread is None:
+            return component.load()
+        component.thread.join()
+        error, component.error = component.error, None
+        if isinstance(error, HelperThread):  # it has to run alone: this thread can step out of reading for it
+            return component.load()
+        if error is not None:
+            raise error
+        value, component.value = component.value, None
+        return value
+
+
+def _help(component: _Component, share: Share, grad: bool) -> None:
+    """The body of a thread that loads one component."""
+    try:
+        with LOADING.helping(), within(share), torch.set_grad_enabled(grad):
+            component.value = component.load()
+    except BaseException as error:
+        component.error = error
+
+
+def _pipeline_class(*args: Any, **kwargs: Any) -> Any:
+    found = pipeline_utils._get_pipeline_class(*args, **kwargs)
+    if found._load_connected_pipes:
+        raise NotNative("a pipeline with connected pipelines", "it loads further pipelines within")
+    return found
+
+
+def _final_device_map(*, device_map: Any, **options: Any) -> Any:
+    if device_map == "balanced":
+        raise NotNative('device_map="balanced"', "Diffusers builds every component on meta to know its size")
+    return pipeline_utils._get_final_device_map(device_map=device_map, **options)
+
+
+# -- components -------------------------------------------------------------------------------------------------------
+
+
+def _candidates(options: dict[str, Any]) -> Any:
+    """The class of a component and its possible parents, as Diffusers' ``load_sub_model`` asks for them."""
+    return pipeline_loading_utils.get_class_obj_and_candidates(
+        options["library_name"],
+        options["class_name"],
+        options["importable_classes"],
+        options["pipelines"],
+        options["is_pipeline_module"],
+        component_name=options["name"],
+        cache_dir=options["cached_folder"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+
+
+def _is_model(options: dict[str, Any]) -> bool:
+    """Whether a component is a model that loads natively. Imports its class, here in the calling thread."""
+    from weightlift.integrations.diffusers_classes import loader
+
+    found, _ = _candidates(options)
+    return loader(found) is not None
+
+
+def _load(options: dict[str, Any]) -> Any:
+    """Diffusers' ``load_sub_model``, with our loading for the component's class."""
+    from weightlift.integrations.diffusers_classes import loader
+
+    def attribute(owner: Any, name: str, *default: Any) -> Any:
+        if name == "from_pretrained" and (ours := loader(owner)) is not None:
+            return ours
+        return builtins.getattr(owner, name, *default)
+
+    found = _candidates(options)
+    names = {"getattr": attribute, "get_class_obj_and_candidates": lambda *_, **__: found}
+    return in_room(pipeline_loading_utils.load_sub_model, names)(**options)
+
+
+def _bytes_in(folder: Any, name: str) -> int:
+    """About how much there is to read for a component."""
+    where = Path(folder, name)
+    if not where.is_dir():
+        return 1
+    return 1 + sum(entry.stat().st_size for entry in os.scandir(where) if entry.name.endswith(_WEIGHTS))

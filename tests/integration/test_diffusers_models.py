@@ -1,0 +1,287 @@
+"""What ``from_pretrained`` of Diffusers models takes means the same through weightlift; what is missing, extra or of
+another shape is told as Diffusers tells it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoModel, ControlNetModel, ModelMixin, UNet2DConditionModel
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from safetensors.torch import load_file, save_file
+from tests.parity import diffusers_pipelines as tiny
+from tests.parity.compare import FellBack, native_only
+from tests.parity.diffusers_compare import ORIGINAL, both, differences, same_info
+
+import weightlift as wl
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    state = load_file(folder / FILE)
+    change(state)
+    save_file(state, folder / FILE, {"format": "pt"})
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dtype": torch.bfloat16},
+    {"torch_dtype": torch.float16},
+    {"torch_dtype": "float16"},
+    {"device_map": "cpu"},
+    {"device_map": {"": "cpu"}, "dtype": torch.float16},
+    {"device_map": {"encoder": "cpu", "": torch.device("cpu")}},
+    {"low_cpu_mem_usage": False},
+    {"low_cpu_mem_usage": False, "dtype": torch.bfloat16},
+    {"use_safetensors": True},
+    {"disable_mmap": True},
+    {"latent_channels": 4, "scaling_factor": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(vae: Path, options: dict[str, Any]) -> None:
+    (ours, info), (theirs, their_info) = both(AutoencoderKL, vae, **options)
+    assert differences(ours, theirs) == []
+    assert same_info(info, their_info)
+    assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
+
+
+def test_float8(vae: Path) -> None:
+    (ours, _), (theirs, _) = both(AutoencoderKL, vae, dtype=torch.float8_e4m3fn)
+    assert differences(ours, theirs) == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_modules_that_stay_in_float32(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    class Kept(AutoencoderKL):
+        _keep_in_fp32_modules = ("norm1", "quant_conv")
+
+    tiny.vae().to(torch.bfloat16).save_pretrained(tmp_path)
+    Kept._keep_in_fp32_modules = ["norm1", "quant_conv"]
+    (ours, _), (theirs, _) = both(Kept, tmp_path, dtype=dtype)
+    assert differences(ours, theirs) == []
+
+
+def test_variants_subfolders_and_pickles(tmp_path: Path) -> None:
+    for number, saving in enumerate(({"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "90KB"})):
+        folder = tmp_path / str(number)
+        tiny.vae().to(torch.float16).save_pretrained(folder / "inner", **saving)
+        loading = {"variant": "fp16"} if "variant" in saving else {}
+        (ours, info), (theirs, their_info) = both(AutoencoderKL, folder, subfolder="inner", **loading)
+        assert differences(ours, theirs) == [] and same_info(info, their_info)
+    with pytest.raises(OSError, match="no file named"):
+        wl.from_pretrained(AutoencoderKL, tmp_path / "1" / "inner", use_safetensors=True)
+
+
+def test_missing_and_unexpected_keys(vae: Path) -> None:
+    rewrite(vae, lambda state: (state.pop("encoder.conv_in.weight"), state.update(extra=torch.ones(1))))
+    (ours, info), (theirs, their_info) = both(AutoencoderKL, vae)
+    assert same_info(info, their_info) and info["missing_keys"] == ["encoder.conv_in.weight"]
+    # Diffusers leaves it on meta; here it has what the class initialises it with.
+    assert theirs.encoder.conv_in.weight.is_meta
+    weight = ours.encoder.conv_in.weight
+    bound = (3 * 3 * 3) ** -0.5
+    assert weight.device.type == "cpu" and 0.8 * bound < weight.abs().max() <= bound
+    again, _ = both(AutoencoderKL, vae)[0]
+    assert torch.equal(weight, again.encoder.conv_in.weight)
+
+
+def test_shapes_that_differ(vae: Path) -> None:
+    rewrite(vae, lambda state: state.update({"encoder.conv_in.weight": torch.ones(8, 3, 3, 3)}))
+    for load in (wl.from_pretrained, ORIGINAL.__func__):
+        with pytest.raises(ValueError, match=r"encoder\.conv_in\.weight"):
+            load(AutoencoderKL, vae)
+    with pytest.raises(wl.PlanError, match=r"nothing was changed.*pass ignore_mismatched_sizes=True"):
+        wl.from_pretrained(AutoencoderKL, vae)
+    for options in ({}, {"low_cpu_mem_usage": False}):
+        given = {"ignore_mismatched_sizes": True, **options}
+        (ours, info), (_, their_info) = both(AutoencoderKL, vae, **given)
+        assert same_info(info, their_info) and len(info["mismatched_keys"]) == 1
+        assert ours.encoder.conv_in.weight.shape == (32, 3, 3, 3) and not ours.encoder.conv_in.weight.is_meta
+
+
+def test_damage_is_an_error(vae: Path) -> None:
+    with pytest.raises(ValueError, match="floating point dtype"):
+        wl.from_pretrained(AutoencoderKL, vae, dtype=torch.int8)
+    data = (vae / FILE).read_bytes()
+    (vae / FILE).write_bytes(data[:-1])
+    with pytest.raises(wl.CheckpointError, match="beyond the end of the file"):
+        wl.from_pretrained(AutoencoderKL, vae)
+    (vae / FILE).unlink()
+    with pytest.raises(OSError, match="no file named"):
+        wl.from_pretrained(AutoencoderKL, vae)
+
+
+def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
+    tiny.vae().save_pretrained(tmp_path, max_shard_size="90KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(index.read_text().replace("encoder.conv_in.bias", "encoder.conv_in.nothing"))
+    with pytest.raises(wl.CheckpointError, match=r"encoder\.conv_in\.nothing"):
+        wl.from_pretrained(AutoencoderKL, tmp_path)
+
+
+def test_old_attention_names(tmp_path: Path) -> None:
+    tiny.vae().save_pretrained(tmp_path)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old(state: dict[str, torch.Tensor]) -> None:
+        for key in list(state):
+            for new, was in names.items():
+                if f"attentions.0.{new}." in key:
+                    state[key.replace(new, was)] = state.pop(key)
+
+    rewrite(tmp_path, old)
+    (ours, info), (theirs, their_info) = both(AutoencoderKL, tmp_path)
+    assert differences(ours, theirs) == [] and same_info(info, their_info) and not info["missing_keys"]
+
+
+def test_classes_that_turn_into_others_or_hold_several(tmp_path: Path) -> None:
+    from diffusers import Transformer2DModel
+
+    Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=1, sample_size=16, patch_size=2,
+        norm_type="ada_norm_zero", num_embeds_ada_norm=10,
+    ).save_pretrained(tmp_path / "dit")  # fmt: skip
+    control = ControlNetModel(
+        block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32,
+        attention_head_dim=4,
+    )  # fmt: skip
+    MultiControlNetModel([control, control]).save_pretrained(str(tmp_path / "several"))
+    for cls, name in ((Transformer2DModel, "dit"), (MultiControlNetModel, "several")):
+        with native_only():
+            ours = wl.from_pretrained(cls, str(tmp_path / name))
+        assert differences(ours, cls.from_pretrained(str(tmp_path / name))) == []
+
+
+def test_auto_model_leaves_its_class_alone(vae: Path) -> None:
+    pipeline = tiny.save("flux", vae.parent)
+    for folder, subfolder in ((str(vae), None), (str(pipeline), "transformer"), (str(pipeline), "text_encoder_2")):
+        theirs = AutoModel.from_pretrained(folder, subfolder=subfolder)
+        before = dict(vars(AutoModel))
+        with native_only():
+            ours = wl.from_pretrained(AutoModel, folder, subfolder=subfolder)
+        assert dict(vars(AutoModel)) == before
+        assert differences(ours, theirs) == [] and ours._diffusers_load_id == theirs._diffusers_load_id
+
+
+def test_what_is_not_native_is_left_to_diffusers(vae: Path, tmp_path: Path) -> None:
+    class Own(AutoencoderKL):
+        @classmethod
+        def from_pretrained(cls, name: Any, **options: Any) -> Any:
+            return super().from_pretrained(name, **options)
+
+    with pytest.raises(FellBack), native_only():
+        wl.from_pretrained(AutoencoderKL, vae, offload_state_dict=True)
+    with pytest.raises(FellBack), native_only():
+        assert isinstance(wl.from_pretrained(Own, vae), Own)
+    with pytest.raises(FellBack, match="offloading to disk"), native_only():
+        given = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}
+        wl.from_pretrained(AutoencoderKL, vae, **given)
+
+
+def test_constructors_of_transformers_within_are_kept_from_patching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.parity.diffusers_tiny import tiny_arguments
+    from transformers import PreTrainedModel
+
+    cls = diffusers.UniDiffuserTextDecoder
+    cls(**tiny_arguments(cls.__name__)).save_pretrained(tmp_path, safe_serialization=False)
+    seen: list[Any] = []
+    monkeypatch.setattr(PreTrainedModel, "initialize_weights", lambda self, *_: seen.append(self))
+    with native_only():
+        wl.from_pretrained(cls, tmp_path)
+    assert seen == []
+
+
+def test_eight_threads_and_a_bystander(vae: Path) -> None:
+    expected = AutoencoderKL.from_pretrained(vae, dtype=torch.bfloat16)
+    register, failed = torch.nn.Module.register_parameter, []
+
+    def work() -> None:
+        for _ in range(3):
+            ours = wl.from_pretrained(AutoencoderKL, vae, dtype=torch.bfloat16)
+            failed.extend(differences(ours, expected))
+            if torch.nn.Module.register_parameter is not register or torch.nn.Linear(2, 2).weight.is_meta:
+                failed.append("patched")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+PROGRAM = """
+import sys, torch
+assert not any(name.startswith("diffusers") for name in sys.modules)
+from diffusers import AutoencoderKL, AutoModel, ModelMixin
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
+
+model = AutoencoderKL.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
+again = AutoModel.from_pretrained(sys.argv[1])
+print(type(model).__name__, model.dtype, type(again).__name__, hasattr(ModelMixin.from_pretrained, "replaced"),
+      hasattr(FromOriginalModelMixin.from_single_file, "replaced"))
+"""
+
+
+def test_an_unchanged_program(vae: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift.cli.main", "run", str(tmp_path / "program.py"), str(vae)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["AutoencoderKL", "torch.float16", "AutoencoderKL", "True", "True"], done.stderr
+
+
+def test_install_and_uninstall(vae: Path) -> None:
+    methods = [
+        (ModelMixin, "from_pretrained"),
+        (AutoModel, "from_pretrained"),
+        (diffusers.DiffusionPipeline, "from_pretrained"),
+        (diffusers.loaders.single_file.FromSingleFileMixin, "from_single_file"),
+        (diffusers.loaders.single_file_model.FromOriginalModelMixin, "from_single_file"),
+    ]
+    before = [owner.__dict__[name] for owner, name in methods]
+    finders = list(sys.meta_path)
+    wl.install()
+    try:
+        wl.install()
+        assert all(owner.__dict__[name] is not was for (owner, name), was in zip(methods, before, strict=True))
+        with native_only():
+            AutoencoderKL.from_pretrained(vae)
+            wl.from_pretrained(AutoModel, str(vae))
+            AutoModel.from_pretrained(pretrained_model_or_path=str(vae))
+            AutoencoderKL.from_pretrained(pretrained_model_name_or_path=vae)
+    finally:
+        wl.uninstall()
+    assert [owner.__dict__[name] for owner, name in methods] == before and sys.meta_path == finders
+
+
+def test_single_files_are_left_to_diffusers(tmp_path: Path) -> None:
+    UNet2DConditionModel(
+        block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    wl.install()
+    try:
+        with pytest.raises(FellBack, match="a single file"), native_only():
+            UNet2DConditionModel.from_single_file(str(tmp_path / FILE), config=str(tmp_path))
+    finally:
+        wl.uninstall()

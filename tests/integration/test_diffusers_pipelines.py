@@ -1,0 +1,157 @@
+"""Pipelines of Diffusers: every component, its configuration and the pipeline's own are as Diffusers makes them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tests.parity import diffusers_pipelines as tiny
+from tests.parity.compare import FellBack, native_only
+from tests.parity.diffusers_compare import PIPELINE_ORIGINAL, both_pipelines, pipeline_differences
+
+import weightlift as wl
+from weightlift.integrations import diffusers_pipeline, share
+from weightlift.integrations.exclusive import LOADING
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {name: tiny.save(name, folder) for name in tiny.PIPELINES}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    diffusers.utils.logging.disable_progress_bar()
+    yield
+    diffusers.utils.logging.enable_progress_bar()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"torch_dtype": torch.bfloat16},
+    {"dtype": {"vae": torch.float32, "default": torch.float16}},
+    {"device_map": "cpu"},
+    {"low_cpu_mem_usage": False},
+    {"use_safetensors": True, "torch_dtype": torch.float16},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_the_same_pipeline(name: str, options: dict[str, Any], folders: dict[str, Path]) -> None:
+    ours, theirs = both_pipelines(DiffusionPipeline, folders[name], **options)
+    assert pipeline_differences(ours, theirs) == []
+
+
+def test_a_class_of_ones_own_choice_and_passed_components(folders: dict[str, Path]) -> None:
+    vae = tiny.vae()
+    given = {"vae": vae, "text_encoder_2": None, "tokenizer_2": None, "torch_dtype": torch.float16}
+    ours, theirs = both_pipelines(diffusers.StableDiffusionXLImg2ImgPipeline, folders["stable_diffusion_xl"], **given)
+    assert ours.vae is theirs.vae is vae
+    assert pipeline_differences(ours, theirs) == []
+
+
+def test_a_component_of_the_wrong_class_is_refused(folders: dict[str, Path]) -> None:
+    for load in (wl.from_pretrained, PIPELINE_ORIGINAL.__func__):
+        with pytest.raises(ValueError, match="but should be"):
+            load(DiffusionPipeline, folders["flux"], vae=diffusers.DDIMScheduler())
+
+
+def test_a_variant(tmp_path: Path) -> None:
+    folder = tiny.save("stable_diffusion_xl", tmp_path, variant="fp16")
+    ours, theirs = both_pipelines(DiffusionPipeline, folder, variant="fp16", torch_dtype=torch.float16)
+    assert pipeline_differences(ours, theirs) == []
+    with pytest.raises(ValueError, match="no such modeling files"):
+        wl.from_pretrained(DiffusionPipeline, folder, variant="ema")
+
+
+def test_auto_pipelines(folders: dict[str, Path]) -> None:
+    with native_only():
+        found = wl.from_pretrained(diffusers.AutoPipelineForImage2Image, folders["stable_diffusion_xl"])
+    assert type(found) is diffusers.StableDiffusionXLImg2ImgPipeline
+
+
+def test_custom_pipelines(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").write_text(
+        "from diffusers import StableDiffusionXLPipeline\n"
+        "class Mine(StableDiffusionXLPipeline):\n"
+        "    extra = 'my own'\n"
+    )
+    options = {"custom_pipeline": str(tmp_path), "trust_remote_code": True}
+    ours, theirs = both_pipelines(DiffusionPipeline, folders["stable_diffusion_xl"], **options)
+    assert ours.extra == "my own" and type(ours).__name__ == "Mine"
+    # A file of code is run anew for each load, which makes a class of its own.
+    assert pipeline_differences(ours, theirs) == ["a Mine for a Mine"]
+
+
+def test_a_broken_component_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None:
+    folder = tiny.save("flux", tmp_path)
+    for file in (folder / "transformer").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-10])
+    before = set(threading.enumerate())
+    with pytest.raises(wl.CheckpointError, match=r"beyond the end of the file"):
+        wl.from_pretrained(DiffusionPipeline, folder)
+    assert set(threading.enumerate()) == before
+    assert not LOADING._readers and not LOADING._helpers
+
+
+def test_what_is_not_native_is_left_to_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["stable_diffusion_xl"]
+    for options in ({"use_onnx": False, "load_connected_pipeline": True}, {"offload_state_dict": True}):
+        with pytest.raises(FellBack), native_only():
+            wl.from_pretrained(DiffusionPipeline, folder, **options)
+
+
+def test_a_component_that_is_not_native_is_loaded_alone(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from weightlift.integrations import transformers_options
+
+    monkeypatch.setattr(transformers_options, "is_fsdp_enabled", lambda: True)
+    theirs = PIPELINE_ORIGINAL.__func__(DiffusionPipeline, folders["flux"])
+    with caplog.at_level(logging.INFO, "weightlift"):
+        ours = wl.from_pretrained(DiffusionPipeline, folders["flux"])
+    assert "CLIPTextModel: loaded by its own library" in caplog.text
+    assert "FluxTransformer2DModel: loaded by" not in caplog.text
+    assert pipeline_differences(ours, theirs) == []
+    assert not LOADING._readers and not LOADING._helpers
+
+
+def test_components_share_one_budget_and_one_number_of_workers(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_PARALLEL_LOADING_WORKERS", "6")
+    of_each = share.shares([60, 30, 10, 0], threading.Event())
+    assert sum(item.memory_budget_bytes for item in of_each) <= 512 * 2**20 + len(of_each) * 2**20
+    assert [item.workers for item in of_each] == [4, 2, 1, 1]
+
+    seen = []
+    monkeypatch.setattr(diffusers_pipeline, "within", lambda item: seen.append(item) or share.within(item))
+    wl.from_pretrained(DiffusionPipeline, folders["flux"])
+    assert len(seen) == 4
+    assert sum(item.memory_budget_bytes for item in seen) <= 512 * 2**20 + 4 * 2**20
+
+
+def test_a_callers_device_context_holds_for_all_components(folders: dict[str, Path]) -> None:
+    with torch.device("cpu"):
+        ours, theirs = both_pipelines(DiffusionPipeline, folders["flux"])
+    assert pipeline_differences(ours, theirs) == []
+
+
+def test_an_image_is_the_same(folders: dict[str, Path]) -> None:
+    ours, theirs = both_pipelines(DiffusionPipeline, folders["stable_diffusion_xl"])
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    images = [
+        pipe("ab", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(1)).images
+        for pipe in (ours, theirs)
+    ]
+    assert torch.equal(*images)
