@@ -1,4 +1,4 @@
-"""Pre-quantised models on two ranks; with the packages of the extra ``quantised`` only."""
+"""Pre-quantised models on two ranks, where the packages that read them are installed."""
 
 from __future__ import annotations
 
