@@ -16,6 +16,7 @@ The cases:
 
   nothing       a model that was never captured beside another
   off           a model that has been captured, beside one that never was
+  their off     the same after Transformers' own ``output_hidden_states=True``, whose hooks stay
   bystander     a forward in a context that captures nothing while another context holds a capture open
   on            ``wl.capture`` around the forward, beside hooks written by hand, put on before and taken off after it
   on, standing  the same, beside hooks written by hand that stay on their model for ever
@@ -99,6 +100,11 @@ def nothing(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call,
 def off(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
     captured(one, inputs)
     assert hooks_on(one) == 0
+    return nothing(one, two, inputs)
+
+
+def their_off(one: nn.Module, two: nn.Module, inputs: torch.Tensor) -> tuple[Call, Call]:
+    their_flag(one, inputs)
     return nothing(one, two, inputs)
 
 
@@ -212,17 +218,19 @@ def compare(name: str, model: nn.Module, inputs: torch.Tensor, sides: Sides, blo
     return pairs
 
 
-def measure(width: int, layers: int, tokens: int, blocks: int) -> None:
+def measure(width: int, layers: int, tokens: int, blocks: int, only: str | None) -> None:
     print(f"Llama, width {width}, {layers} layers, batch 2, {tokens} tokens; {blocks * PAIRS_PER_BLOCK} pairs a case")
     model, inputs = llama(width, layers), torch.randint(0, 1000, (2, tokens))
     for name, sides in {
         "nothing": nothing,
         "off": off,
+        "their off": their_off,
         "on": on,
         "on, standing": on_standing,
         "declared": own_flag,
     }.items():
-        compare(name, model, inputs, sides, blocks)
+        if only in (None, name):
+            compare(name, model, inputs, sides, blocks)
 
 
 def measure_bystander(blocks: int) -> None:
@@ -251,6 +259,7 @@ def compare_compiled(name: str, model: nn.Module, inputs: torch.Tensor, sides: S
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=40, help=f"of {PAIRS_PER_BLOCK} pairs")
+    parser.add_argument("--case", help="one of the small and large ones, for instance off")
     parser.add_argument("--only", choices=("small", "large", "bystander", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -258,8 +267,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}")
     cases: dict[str, Callable[[], None]] = {
         "bystander": lambda: measure_bystander(arguments.blocks),
-        "small": lambda: measure(256, 6, 56, arguments.blocks),
-        "large": lambda: measure(768, 4, 128, max(arguments.blocks // 4, 4)),
+        "small": lambda: measure(256, 6, 56, arguments.blocks, arguments.case),
+        "large": lambda: measure(768, 4, 128, max(arguments.blocks // 4, 4), arguments.case),
         "compiled": lambda: measure_compiled(arguments.blocks),
     }
     with torch.no_grad():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weightlift.handles import Deferred, LoadPlan
     from weightlift.integrations import from_pretrained, install, uninstall
     from weightlift.plan.report import LoadReport
+    from weightlift.transfer.mapped import mapped_files
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "from_pretrained",
     "install",
     "load",
+    "mapped_files",
     "open_checkpoint",
     "plan",
     "recorder",
@@ -105,6 +107,7 @@ _HOMES = {
     "from_pretrained": "weightlift.integrations",
     "install": "weightlift.integrations",
     "load": "weightlift.api",
+    "mapped_files": "weightlift.transfer.mapped",
     "open_checkpoint": "weightlift.checkpoint",
     "plan": "weightlift.api",
     "recorder": "weightlift.capture",

@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import json
 import os
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import accelerate  # noqa: F401  (the attributes of these are watched)
 import diffusers.models.modeling_utils  # noqa: F401
 import transformers.modeling_utils  # noqa: F401
-from tests.concurrency import audit, scenarios
-from tests.concurrency.many_loads import Bystander
+from tests.concurrency import audit, scenarios, watch
 
 import weightlift as wl
 
@@ -51,10 +48,7 @@ def main() -> None:
         scenarios.run(one, files)  # what is imported and cached at first use is not a leak
     wl.save(files.state, folder / "again")
     gc.collect()
-    ambient, attributes, left = audit.ambient(), audit.attributes(), left_over(folder)
-    opened, threads = audit.open_files(), audit.threads()
-    bystander = Bystander()
-    bystander.start()
+    left = left_over(folder)
     wrong: list[str] = []
     todo = all_scenarios()
 
@@ -62,32 +56,11 @@ def main() -> None:
         for one in todo[number::4]:
             wrong.extend(scenarios.run(one, files))
 
-    workers = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
-    for thread in workers:
-        thread.start()
-    for thread in workers:
-        thread.join()
-    wl.save(files.state, folder / "again")
-    bystander.stop.set()
-    bystander.join()
-    gc.collect()
-    after = audit.ambient()
-    after["rng"] = ambient["rng"]  # the bystander's draws
-    result = {
-        "loads": len(todo),
-        "wrong": wrong[:5],
-        "bystander": bystander.seen[:5],
-        "ambient": audit.differences(ambient, after),
-        "attributes": audit.differences(attributes, audit.attributes()),
-        "files": sorted(audit.open_files() - opened),
-        "threads": sorted(audit.threads() - threads),
-        "left": audit.differences(left, left_over(folder)),
-        "watched": len(attributes),
-        "looks": bystander.looks,
-    }
-    print(json.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)
+    with watch.Watched() as watched:
+        watch.on_threads(4, worker)
+        wl.save(files.state, folder / "again")
+    found = {"loads": len(todo), "wrong": wrong[:5], "left": audit.differences(left, left_over(folder))}
+    watch.answer({**found, **watched.found})
 
 
 if __name__ == "__main__":

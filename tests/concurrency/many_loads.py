@@ -5,18 +5,14 @@ of its own: ``python -m tests.concurrency.many_loads FOLDER THREADS LOADS``; pri
 from __future__ import annotations
 
 import faulthandler
-import gc
-import json
-import os
 import sys
-import threading
 from pathlib import Path
 
 import accelerate  # noqa: F401  (its attributes are watched)
 import torch
 import transformers  # noqa: F401  (likewise)
 from safetensors.torch import load_file, save_file
-from tests.concurrency import audit
+from tests.concurrency import watch
 from torch import nn
 
 import weightlift as wl
@@ -59,37 +55,6 @@ def faults(model: Tied, expected: dict[str, torch.Tensor]) -> list[str]:
     return found
 
 
-def watched() -> tuple[object, ...]:
-    """What other loaders replace while they load."""
-    return nn.Module.register_parameter, torch.nn.init.normal_, torch.empty, torch.linspace, nn.Linear.__init__
-
-
-class Bystander(threading.Thread):
-    """Builds modules and reads torch's defaults for as long as the others load."""
-
-    def __init__(self) -> None:
-        super().__init__(name="bystander")
-        self.stop = threading.Event()
-        self.seen: list[str] = []
-        self.looks = 0
-        self.before = audit.ambient()
-        self.patched = watched()
-
-    def run(self) -> None:
-        while not self.stop.is_set():
-            self.looks += 1
-            layer = nn.Linear(4, 4)  # draws from the process's generator, which is why "rng" is left out below
-            if layer.weight.is_meta or layer.weight.dtype != torch.float32 or not bool(layer.weight.abs().sum() > 0):
-                self.seen.append(f"a linear layer: {layer.weight.device} {layer.weight.dtype}")
-            now = audit.ambient()
-            self.seen += [
-                f"{what}: {now[what]}" for what in now if what not in ("rng",) and now[what] != self.before[what]
-            ]
-            current = watched()
-            if current != self.patched:
-                self.seen.append("a function of torch was replaced")
-
-
 def main() -> None:
     folder, thread_count, loads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     faulthandler.dump_traceback_later(400, exit=True)  # what hangs says where
@@ -97,14 +62,10 @@ def main() -> None:
     # Copies: safetensors maps the file, and the count of mappings at the end is to be ours alone.
     expected = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
     sys.setswitchinterval(1e-4)
-    ambient, attributes = audit.ambient(), audit.attributes()
-    files, threads = audit.open_files(), audit.threads()
     wrong: list[str] = []
     done = [0] * thread_count
-    start = threading.Barrier(thread_count)
 
     def worker(number: int) -> None:
-        start.wait()
         for _ in range(loads):
             try:
                 found = faults(wl.load(Tied, folder, workers=2), expected)
@@ -113,33 +74,10 @@ def main() -> None:
             wrong.extend(found)
             done[number] += not found
 
-    bystander = Bystander()
-    bystander.start()
-    workers = [threading.Thread(target=worker, args=(number,)) for number in range(thread_count)]
-    for thread in workers:
-        thread.start()
-    for thread in workers:
-        thread.join()
-    bystander.stop.set()
-    bystander.join()
-    gc.collect()
-    after = audit.ambient()
-    after["rng"] = ambient["rng"]  # the bystander's draws
+    with watch.Watched() as watched:
+        watch.on_threads(thread_count, worker)
     mapped = sum("model.safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines())
-    result = {
-        "right": sum(done),
-        "wrong": wrong[:5],
-        "bystander": bystander.seen[:5],
-        "looks": bystander.looks,
-        "ambient": audit.differences(ambient, after),
-        "attributes": audit.differences(attributes, audit.attributes()),
-        "files": sorted(audit.open_files() - files),
-        "threads": sorted(audit.threads() - threads),
-        "mapped": mapped,
-    }
-    json.dump(result, sys.stdout)
-    sys.stdout.flush()
-    os._exit(0)
+    watch.answer({"right": sum(done), "wrong": wrong[:5], "mapped": mapped, **watched.found})
 
 
 if __name__ == "__main__":

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def _run(folder: Path, threads: int, loads: int, mode: str) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.concurrency.many_pretrained", str(folder), str(threads), str(loads), mode],
-        cwd=ROOT,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=590,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, object] = json.loads(done.stdout)
-    return result
+from tests.concurrency.watch import check, in_process
 
 
-def _check(result: dict[str, object], loads: int) -> None:
-    assert result["right"] == loads, result
-    for what in ("wrong", "bystander", "ambient", "attributes"):
-        assert result[what] == [], result
-    assert int(str(result["looks"])) > 10, result
+def _loads(folder: Path, each: int, mode: str) -> None:
+    result = in_process("many_pretrained", folder, 8, each, mode, timeout_s=590)
+    assert result["right"] == 8 * each, result
+    check(result)
 
 
 @pytest.mark.parametrize("mode", ["direct", "installed"])
 def test_eight_threads_load_models_of_several_classes(tmp_path: Path, mode: str) -> None:
-    _check(_run(tmp_path, 8, 8, mode), 64)
+    _loads(tmp_path, 8, mode)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["direct", "installed"])
 def test_a_thousand_loads(tmp_path: Path, mode: str) -> None:
-    _check(_run(tmp_path, 8, 125, mode), 1000)
+    _loads(tmp_path, 125, mode)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.concurrency.watch import check, in_process
 
 
 def test_nothing_is_written_and_nothing_is_left(tmp_path: Path) -> None:
@@ -18,12 +14,6 @@ def test_nothing_is_written_and_nothing_is_left(tmp_path: Path) -> None:
     files, temporary = tmp_path / "files", tmp_path / "tmp"
     files.mkdir()
     temporary.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.concurrency.audited_loads", str(files), str(temporary)],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    for what in ("wrong", "bystander", "ambient", "attributes", "files", "threads", "left"):
-        assert result[what] == [], result
-    assert result["watched"] > 50_000 and result["looks"] > 5 and result["loads"] >= 90, result
+    result = in_process("audited_loads", files, temporary, timeout_s=400)
+    check(result, "files", "threads", "left", looks=5)
+    assert result["watched"] > 50_000 and result["loads"] >= 90, result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import weightlift as wl
+from weightlift.transfer.memory import mappings
 
 
 class Net(nn.Module):
@@ -203,3 +205,22 @@ def test_compile(path: Path) -> None:
         assert same(wl.load(Net, path), before)
     """)
     _in_process(code, path)
+
+
+def test_which_files_a_model_is_mapped_from(path: Path) -> None:
+    gc.collect()
+    model = wl.load(Net, path)
+    names = tuple(dict(model.named_parameters()))
+    assert wl.mapped_files(model) == {path: names}
+    assert wl.mapped_files(wl.load(Net, path, copy=True)) == {}
+    other = wl.load(Net, path)
+    with torch.no_grad():
+        other.first.weight.add_(1)  # its pages are copies now, its mapping is not gone
+    assert wl.mapped_files(other) == {path: names}
+    model.first.to(torch.float64)
+    assert wl.mapped_files(model) == {path: ("last.weight", "last.bias")}
+    model.last = nn.Linear(128, 8)
+    assert wl.mapped_files(model) == {}
+    del other
+    gc.collect()
+    assert not any(mapped == path for _, _, mapped in mappings())

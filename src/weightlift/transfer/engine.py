@@ -232,7 +232,7 @@ class _Run:
             try:
                 handle = self._source.open(file)
                 try:
-                    mapping = FileMapping(handle.fileno(), file.size_bytes)
+                    mapping = FileMapping(handle.fileno(), file.size_bytes, file.path)
                     problem = handle.changed()
                 finally:
                     handle.close()

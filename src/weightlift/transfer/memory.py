@@ -6,12 +6,14 @@ Everything here hands out ordinary CPU tensors on memory that goes back to the s
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 
@@ -42,14 +44,29 @@ def bits(dtype: torch.dtype) -> torch.dtype:
     return dtypes.carrier(dtype.itemsize)
 
 
+# Every mapping that lives. Written one entry at a time, also by the collector, and read as a copy: no lock is needed.
+_mapped: dict[int, tuple[int, int, Path]] = {}
+_numbers = itertools.count()
+
+
+def mappings() -> tuple[tuple[int, int, Path], ...]:
+    """The file mappings that live now: address, size in bytes, and file."""
+    return tuple(_mapped.copy().values())
+
+
 class FileMapping:
     """A private, writable (copy-on-write) mapping of a whole file, that holds no descriptor.
 
     ``buffer`` keeps the mapping alive; tensors made from it by ``torch.frombuffer`` do as well. Raises OSError.
     """
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
+    def __init__(self, fd: int, size_bytes: int, path: Path) -> None:
         self.buffer = _map(fd, size_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        # A counter and not the address: another mapping may lie there before this one's entry is gone.
+        key = next(_numbers)
+        _mapped[key] = address, size_bytes, path
+        weakref.finalize(self.buffer, _mapped.pop, key, None).atexit = False
 
     def tensor(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None, start: int, elements: int
