@@ -165,8 +165,8 @@ def test_plan_on_a_mesh_that_cannot_be_is_2(here, run):
     for mesh in ("fsdp", "fsdp=0", "sideways=2"):
         try:
             code = run("plan", "ckpt", "--mesh", mesh)[0]
-        except SystemExit as exit:  # argparse's own way, as everywhere
-            code = exit.code
+        except SystemExit as ended:  # argparse's own way, as everywhere
+            code = ended.code
         assert code == 2, mesh
     assert run("plan", "ckpt")[0] == 2
 
