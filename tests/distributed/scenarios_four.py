@@ -56,6 +56,18 @@ def a_mixture_of_experts_by_fsdp2():
     assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
 
 
+def a_mixture_of_experts_by_fsdp2_over_tensor_parallelism():
+    build = _mixtral()
+    path = _saved("mixtral3.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
+    reference = wl.load(build, path, strict=False, seed=3)
+    grid = mesh(2, 2, names=("dp", "tp"))
+    for source_rank in (None, 0):
+        parallelize = both(tensor_parallel(grid["tp"]), fsdp(grid["dp"]))
+        model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
+        assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
+
+
 def a_mixture_of_experts_over_tensor_and_expert_parallelism():
     build = _mixtral()
     path = _saved("mixtral2.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
@@ -100,6 +112,7 @@ SCENARIOS = {
     for run in (
         fsdp2_over_tensor_parallelism,
         a_mixture_of_experts_by_fsdp2,
+        a_mixture_of_experts_by_fsdp2_over_tensor_parallelism,
         a_mixture_of_experts_over_tensor_and_expert_parallelism,
         hybrid_sharding,
         three_axes,

@@ -42,14 +42,23 @@ def build():
     return LlamaForCausalLM(config)
 
 
-def load(folder, kind):
-    """Only the first rank can see the file. DDP sends by itself, FSDP1 would on a GPU, accelerate does for FSDP2."""
-    path = folder / "model.pt" if RANK == 0 else "/nowhere"
-    model = wl.load(build, path, source_rank=0 if SPREAD else None)
-    assert bool(model.model.embed_tokens.weight.any()) == (RANK == 0)
+def load(folder):
+    """Only the first rank can see the file."""
+    path = folder / "model.safetensors" if RANK == 0 else "/nowhere"
+    return wl.load(build, path, source_rank=0 if SPREAD else None)
+
+
+def pretrained(folder):
+    """By the variables of efficient loading, where they are set."""
+    return wl.from_pretrained(LlamaForCausalLM, folder)
+
+
+def sent(model, kind):
+    """DDP sends the parameters by itself, FSDP1 would on a GPU, and accelerate does for FSDP2."""
+    unfilled = not model.model.embed_tokens.weight.any()
+    assert unfilled == (RANK != 0)
     if kind == "fsdp1":
-        states = [tensor.detach() for tensor in model.parameters()]
-        _sync_params_and_buffers(dist.group.WORLD, states, 1 << 20, 0)
+        _sync_params_and_buffers(dist.group.WORLD, [tensor.detach() for tensor in model.parameters()], 1 << 20, 0)
     return model
 
 
@@ -128,13 +137,12 @@ def main():
         dist.init_process_group("gloo")
     else:
         torch.manual_seed(0)
-        torch.save(build().state_dict(), folder / "model.pt")
+        build().save_pretrained(folder)
     for kind in kinds:
         os.environ["ACCELERATE_USE_FSDP"] = str(kind.startswith("fsdp")).lower()
-        found = {
-            "trainer": by_trainer(load(folder, kind), folder, kind),
-            "accelerate": by_accelerate(load(folder, kind), kind),
-        }
+        model = load(folder) if kind == "ddp" else pretrained(folder)
+        found = {"trainer": by_trainer(sent(model, kind), folder, kind)}
+        found["accelerate"] = by_accelerate(sent(load(folder), kind), kind)
         (folder / f"{kind}-{RANK}.json").write_text(json.dumps(found))
     if SPREAD:
         dist.destroy_process_group()

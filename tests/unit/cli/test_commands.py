@@ -144,6 +144,33 @@ def test_plan_json(here, run):
     assert found["mismatched_keys"][0] == {"fqn": "embed.weight", "found": [16, 8], "expected": [16, 12]}
 
 
+@pytest.mark.parametrize("model", [TIED, []], ids=["model", "headers alone"])
+def test_plan_on_a_mesh(here, run, model):
+    code, out, err = run("plan", "ckpt", *model, "--mesh", "fsdp=1024")
+    assert (code, err) == (0, "")
+    assert "mesh fsdp=1024: 1,024 ranks" in out
+    for row in ("memory", "read", "requests", "files"):
+        assert re.search(rf"^{row} .*\d", out, re.M)
+    assert "1.00×" in out
+    code, out, _ = run("plan", "ckpt", *model, "--mesh", "fsdp=2,tp=2", "--json")
+    found = json.loads(out)
+    found = found["mesh"] if model else found
+    assert code == 0
+    assert found["mesh"] == {"fsdp": 2, "tp": 2}
+    assert [rank["coordinate"] for rank in found["ranks"]] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert sum(rank["read_bytes"] for rank in found["ranks"]) == found["read_bytes"] > 0
+
+
+def test_plan_on_a_mesh_that_cannot_be_is_2(here, run):
+    for mesh in ("fsdp", "fsdp=0", "sideways=2"):
+        try:
+            code = run("plan", "ckpt", "--mesh", mesh)[0]
+        except SystemExit as ended:  # argparse's own way, as everywhere
+            code = ended.code
+        assert code == 2, mesh
+    assert run("plan", "ckpt")[0] == 2
+
+
 # -- load -------------------------------------------------------------------------------------------------------------
 
 
