@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import monkey_patching
+from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 _log = logging.getLogger("weightlift")
@@ -41,11 +42,14 @@ class NotNative(Exception):
         _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, self.what, self.why)
 
 
-def refuse(kwargs: Mapping[str, Any]) -> None:
+def refuse(name: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise `NotNative` for what can be told from the arguments and the process."""
-    for name, why in REASONS.items():
-        if kwargs.get(name):
-            raise NotNative(f"{name}=", why)
+    where = (kwargs.get("subfolder") or "", kwargs.get("gguf_file"), kwargs.get("state_dict"))
+    if get_distributed_checkpoint_dir(name, *where) is not None:
+        raise NotNative("a distributed checkpoint", "torch.distributed reads it")
+    for option, why in REASONS.items():
+        if kwargs.get(option):
+            raise NotNative(f"{option}=", why)
     implementation = kwargs.get("attn_implementation")
     if isinstance(implementation, str) and "/" in implementation:
         raise NotNative("attn_implementation from the hub", _KERNELS)
