@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.parity.compare import both, differences, named, native_only
+from tests.parity.compare import FellBack, both, differences, named, native_only
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -265,6 +265,18 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
         MixtralForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError):
         wl.from_pretrained(MixtralForCausalLM, tmp_path)
+
+
+def test_a_distributed_checkpoint_goes_to_transformers(tmp_path: Path) -> None:
+    """Files that torch.distributed wrote, one set a rank."""
+    from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
+
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).eval()
+    model.config.save_pretrained(tmp_path)
+    _save_model_checkpoint_distributed(model, str(tmp_path))
+    with pytest.raises(FellBack, match="distributed checkpoint"), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 def test_an_index_that_leads_out_of_its_folder(llama: Path) -> None:

@@ -145,6 +145,7 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
     subclass: Any = _Building(cls.__name__, (cls,), body)
     return native_or_alone(
         cls,
+        name,
         kwargs,
         lambda: subclass.from_pretrained(name, *args, **kwargs),
         lambda: cls.from_pretrained(name, *args, **kwargs),

@@ -53,6 +53,7 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     in the process."""
     return native_or_alone(
         cls,
+        name,
         kwargs,
         lambda: ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs),
         lambda: ORIGINAL.__func__(cls, name, *args, **kwargs),
@@ -60,14 +61,14 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def native_or_alone(
-    cls: Any, kwargs: Mapping[str, Any], native: Callable[[], Any], original: Callable[[], Any]
+    cls: Any, name: Any, kwargs: Mapping[str, Any], native: Callable[[], Any], original: Callable[[], Any]
 ) -> Any:
     """``native()`` beside other loads; where that turns out not to be sound, ``original()`` while no other runs."""
     if LOADING.writing:
         return original()
     try:
         with LOADING.shared():
-            refuse(kwargs)
+            refuse(name, kwargs)
             return native()
     except NotNative as reason:
         reason.report(cls)

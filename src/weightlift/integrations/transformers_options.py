@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import monkey_patching
+from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from weightlift.integrations.exclusive import NotNative as NotNative
@@ -27,11 +28,14 @@ REASONS: Mapping[str, str] = {
 """Options of ``from_pretrained`` that make a load not native when they are given, and why."""
 
 
-def refuse(kwargs: Mapping[str, Any]) -> None:
+def refuse(name: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise `NotNative` for what can be told from the arguments and the process."""
-    for name, why in REASONS.items():
-        if kwargs.get(name):
-            raise NotNative(f"{name}=", why)
+    where = (kwargs.get("subfolder") or "", kwargs.get("gguf_file"), kwargs.get("state_dict"))
+    if get_distributed_checkpoint_dir(name, *where) is not None:
+        raise NotNative("a distributed checkpoint", "torch.distributed reads it")
+    for option, why in REASONS.items():
+        if kwargs.get(option):
+            raise NotNative(f"{option}=", why)
     implementation = kwargs.get("attn_implementation")
     if isinstance(implementation, str) and "/" in implementation:
         raise NotNative("attn_implementation from the hub", _KERNELS)
