@@ -179,9 +179,12 @@ class Filling:
             strict=False,
             ignore_mismatched=True,
             copy=bool(load_config.disable_mmap),
-            workers=1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None,
             seed=load.seed,
-            **{"progress": None if is_progress_bar_enabled() else False, **of_this_load()},
+            **{
+                "progress": None if is_progress_bar_enabled() else False,
+                **of_this_load(),
+                **({"workers": 1} if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else {}),
+            },
         )
         tie(model)
         inventory = Inventory.of(model)
