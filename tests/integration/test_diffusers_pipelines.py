@@ -115,7 +115,7 @@ def test_a_component_that_is_not_native_is_loaded_alone(
 ) -> None:
     from weightlift.integrations import transformers_options
 
-    monkeypatch.setattr(transformers_options, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(transformers_options, "is_deepspeed_zero3_enabled", lambda: True)
     theirs = PIPELINE_ORIGINAL.__func__(DiffusionPipeline, folders["flux"])
     with caplog.at_level(logging.INFO, "weightlift"):
         ours = wl.from_pretrained(DiffusionPipeline, folders["flux"])
