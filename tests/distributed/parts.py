@@ -11,7 +11,8 @@ from weightlift.distributed.together import Together
 from weightlift.options import LoadOptions
 from weightlift.plan import regions
 from weightlift.plan.match import Supply, match
-from weightlift.plan.regions import composed, part, whole
+from weightlift.plan.parts import composed, part
+from weightlift.plan.regions import whole
 from weightlift.transfer.subject import Bytes, Subject
 
 EXPERTS, WIDE, DEEP = 3, 6, 10

@@ -375,6 +375,14 @@ def another_engine_fills_the_other_ranks():
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
+def a_tie_that_the_source_gives_up_is_given_up_by_all():
+    state = checkpoint_of(Tied)
+    state["head.weight"] = state["head.weight"] + 1
+    model = wl.load(Tied, _saved("given_up.pt", state) if RANK == 0 else "/nowhere", strict=False, source_rank=0)
+    assert model.head.weight is not model.embed.weight
+    assert_same_state(DistributedDataParallel(model).module, wl.load(Tied, state, strict=False))
+
+
 def what_another_engine_fills_takes_no_memory_before():
     class Wide(nn.Module):
         def __init__(self):
@@ -547,6 +555,7 @@ SCENARIOS = {
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,
         another_engine_fills_the_other_ranks,
+        a_tie_that_the_source_gives_up_is_given_up_by_all,
         what_another_engine_fills_takes_no_memory_before,
         accelerate_fills_the_other_ranks,
         accelerates_variables_name_the_source,

@@ -86,12 +86,18 @@ class Together:
             yield
 
     def settled(self, decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
-        """As `weightlift.transfer.ties.settled`. One rank compares the bytes of tied names for all."""
+        """As `weightlift.transfer.ties.settled`. One rank compares the bytes of tied names, and tells the others."""
+        team = self._team
         if self._homes is not None:
             refuse_conflicts(decisions, source, options, self._ranks)
-        elif self._team is None or self._team.rank == self._leader:
+            return decisions
+        if team is None:
             return settled(decisions, source, options)
-        return decisions
+        if not decisions.checks:
+            return decisions
+        own = settled(decisions, source, options) if team.rank == self._leader else decisions
+        rows, left_out = self._wire(team).hand_out((own.rows, own.left_out), self._leader)
+        return own if team.rank == self._leader else replace(decisions, rows=rows, left_out=left_out)
 
     def execute(
         self,
