@@ -378,7 +378,8 @@ def another_engine_fills_the_other_ranks():
 def a_tie_that_the_source_gives_up_is_given_up_by_all():
     state = checkpoint_of(Tied)
     state["head.weight"] = state["head.weight"] + 1
-    model = wl.load(Tied, _saved("given_up.pt", state) if RANK == 0 else "/nowhere", strict=False, source_rank=0)
+    path = _saved("given_up.pt", state)
+    model = wl.load(Tied, path if RANK == 0 else "/nowhere", strict=False, source_rank=0)
     assert model.head.weight is not model.embed.weight
     assert_same_state(DistributedDataParallel(model).module, wl.load(Tied, state, strict=False))
 
