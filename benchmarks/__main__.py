@@ -6,13 +6,14 @@ import argparse
 import datetime
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import cases, report
-from benchmarks.harness import Case, Result, run_case
+from benchmarks.harness import CEILING, OURS, Case, Result, run_case
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases.FILES)}; all when none is given")
     parser.add_argument("--list", action="store_true", help="name the cases and what each demands, and measure nothing")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", metavar="NAMES", help="only these contenders (and us), separated by commas")
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
     parser.add_argument("--out", type=Path, help="write results.json, results.md and results.svg there")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made (a few GB; removed again)")
@@ -28,7 +30,7 @@ def main() -> None:
     unknown = set(arguments.cases) - set(cases.FILES)
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
-    wanted = [cases.find(name) for name in arguments.cases or cases.FILES]
+    wanted = [_beside(cases.find(name), arguments.beside) for name in arguments.cases or cases.FILES]
     if arguments.list:
         print("\n".join(f"{case.name:14} {case.title}: {case.target}" for case in wanted))
         return
@@ -37,7 +39,7 @@ def main() -> None:
         for case in wanted
         if (result := _run(case, arguments.rounds, arguments.scale, arguments.folder)) is not None
     ]
-    where, date = report.machine(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    where, date = report.machine(arguments.scale), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     text = report.as_markdown(results, where, date)
     print(text)
     if arguments.out is not None:
@@ -45,6 +47,18 @@ def main() -> None:
         (arguments.out / "results.md").write_text(text)
         (arguments.out / "results.json").write_text(report.as_json(results, where, date))
         (arguments.out / "results.svg").write_text(report.as_svg(results))
+
+
+def _beside(case: Case, names: str | None) -> Case:
+    """The case with fewer contenders: ours, the named ones, and the ceilings."""
+    if names is None:
+        return case
+    kept = {
+        name: ready
+        for name, ready in case.contenders.items()
+        if name.startswith((OURS, CEILING)) or name in names.split(",")
+    }
+    return replace(case, contenders=kept)
 
 
 def _run(case: Case, rounds: int, scale: float, parent: Path | None) -> Result | None:

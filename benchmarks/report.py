@@ -19,14 +19,16 @@ _PEERS = (
 )  # fmt: skip
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
+def machine(scale: float = 1.0) -> dict[str, str]:
+    """What the figures depend on; ``scale`` of the models is said where it is not 1."""
     found = {
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "load average": f"{os.getloadavg()[0]:.1f}",
     }
+    if scale != 1.0:
+        found["scale"] = f"{scale} of the models' size"
     import torch
 
     if torch.cuda.is_available():

@@ -6,12 +6,8 @@ modules. Run by test_pipeline_threads.py in a process of its own:
 from __future__ import annotations
 
 import faulthandler
-import gc
-import json
 import logging
-import os
 import sys
-import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -21,8 +17,7 @@ import accelerate  # noqa: F401  (its attributes are watched)
 import diffusers
 import torch
 import transformers
-from tests.concurrency import audit
-from tests.concurrency.many_loads import Bystander
+from tests.concurrency import watch
 from tests.parity import diffusers_pipelines
 from tests.parity.compare import native_only
 from tests.parity.diffusers_compare import pipeline_differences
@@ -49,15 +44,10 @@ def main() -> None:
     for path, dtype, _ in jobs:  # imports and caches of others come to rest
         load(path, dtype, mode)
     sys.setswitchinterval(1e-4)
-    gc.collect()
-    ambient, attributes = audit.ambient(), audit.attributes()
-    opened, threads = audit.open_files(), audit.threads()
     wrong: list[str] = []
     done = [0] * thread_count
-    start = threading.Barrier(thread_count)
 
     def worker(number: int) -> None:
-        start.wait()
         for turn in range(loads):
             path, dtype, expected = jobs[(7 * number + turn) % len(jobs)]
             try:
@@ -68,32 +58,9 @@ def main() -> None:
             wrong.extend(found)
             done[number] += not found
 
-    bystander = Bystander()
-    bystander.start()
-    workers = [threading.Thread(target=worker, args=(number,)) for number in range(thread_count)]
-    with native_only():
-        for thread in workers:
-            thread.start()
-        for thread in workers:
-            thread.join()
-    bystander.stop.set()
-    bystander.join()
-    gc.collect()
-    after = audit.ambient()
-    after["rng"] = ambient["rng"]  # the bystander's draws
-    result = {
-        "right": sum(done),
-        "wrong": wrong[:5],
-        "bystander": bystander.seen[:5],
-        "looks": bystander.looks,
-        "ambient": audit.differences(ambient, after),
-        "attributes": audit.differences(attributes, audit.attributes()),
-        "files": sorted(audit.open_files() - opened),
-        "threads": sorted(audit.threads() - threads),
-    }
-    json.dump(result, sys.stdout)
-    sys.stdout.flush()
-    os._exit(0)
+    with watch.Watched() as watched, native_only():
+        watch.on_threads(thread_count, worker)
+    watch.answer({"right": sum(done), "wrong": wrong[:5], **watched.found})
 
 
 def load(path: Path, dtype: torch.dtype, mode: str) -> Any:

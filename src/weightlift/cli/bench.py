@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases; all when none is given")
     parser.add_argument("--list", action="store_true", help="name the cases and what each demands, and measure nothing")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender of a case runs (5)")
+    parser.add_argument("--beside", metavar="NAMES", help="only these peers, separated by commas")
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json, .md and .svg there")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made (a few GB; removed again)")
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("the benchmarks are part of the source, not of the installed package: run it in a clone")
     words = [*arguments.cases, "--rounds", str(arguments.rounds), "--scale", str(arguments.scale)]
     words += ["--list"] * arguments.list
+    words += [] if arguments.beside is None else ["--beside", arguments.beside]
     for name in ("out", "folder"):
         path: Path | None = getattr(arguments, name)
         words += [] if path is None else [f"--{name}", str(path.absolute())]

@@ -7,6 +7,7 @@ subclass made for the call has both. With `weightlift.install` in force none of 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, add_gener
 
 from weightlift.integrations.exclusive import LOADING
 from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained, native_or_alone
+
+# Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
+# count of the recursion depth that belongs to all threads) when two threads parse at once.
+_PARSING = threading.RLock()
 
 
 def handles(cls: Any) -> bool:
@@ -34,7 +39,8 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     if installed() or LOADING.writing:
         return cls.from_pretrained(name, *args, **kwargs)
     if issubclass(cls, _BaseAutoModelClass):
-        found = _remote_class(cls, name, kwargs)
+        with _PARSING:
+            found = _remote_class(cls, name, kwargs)
         if found is not None:
             return from_pretrained(found, name, args, kwargs)
         return _auto_subclass(cls).from_pretrained(name, *args, **kwargs)
