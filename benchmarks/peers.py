@@ -118,9 +118,7 @@ def contenders(dtype: torch.dtype, names: tuple[str, ...] = tuple(LOADS)) -> dic
     return {name: partial(_ready, LOADS[name], dtype) for name in names}
 
 
-_COPYING = (
-    "accelerate", "fastsafetensors", "runai-model-streamer", "tensorizer", "flashpack", "torch.distributed.checkpoint",
-)  # fmt: skip
+_COPYING = ("fastsafetensors", "runai-model-streamer", "tensorizer", "torch.distributed.checkpoint")
 
 
 def copying(dtype: torch.dtype) -> dict[str, Callable[[Path], Ready]]:
@@ -130,6 +128,8 @@ def copying(dtype: torch.dtype) -> dict[str, Callable[[Path], Ready]]:
         f"{OURS}.load": partial(weightlift_load, copy=True),
         "transformers": lambda folder, dtype: _own(transformers(folder, dtype)),
         "safetensors": lambda folder, dtype: _own(safetensors(folder, dtype)),
+        "accelerate": lambda folder, dtype: _own(accelerate(folder, dtype)),
+        "flashpack": lambda folder, dtype: _own(own_formats.flashpack(folder, dtype)),
         **{name: LOADS[name] for name in _COPYING},
     }
     return {name: partial(_ready, load, dtype) for name, load in loads.items()}

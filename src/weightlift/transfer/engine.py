@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -280,7 +279,7 @@ class _Run:
             self._trace.choices.update(workers=limit.workers, block_bytes=limit.block_bytes, pieces=len(pieces))
         open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
         executor = Executor(
-            self._jobs, targets, self._touched, open_files, self._backends, limit, cores=_cores(), stopped=cancel,
+            self._jobs, targets, self._touched, open_files, self._backends, limit, stopped=cancel,
             trace=self._trace,
         )
         queue: list[Work] = sorted(tasks, key=lambda task: -task.nbytes)
@@ -373,9 +372,3 @@ def _share_of(budget: int | None, devices: int) -> int | None:
     """Each device has a ring of its own beside the CPU's staging."""
     whole = chunks.DEFAULT_BUDGET_BYTES if budget is None else budget
     return whole // (1 + devices)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,6 +12,7 @@ from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, Transfe
 from weightlift.transfer.accelerator import Backend
 from weightlift.transfer.chunks import Block, Cut, Direct, Limits, Piece
 from weightlift.transfer.convert import copy_serially
+from weightlift.transfer.cores import cores
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import Staging, StagingPool, memory_of
 from weightlift.transfer.sources import Handle, OpenFiles
@@ -44,7 +45,6 @@ class Executor:
         backends: Mapping[torch.device, Backend],
         limit: Limits,
         *,
-        cores: int,
         stopped: threading.Event | None,
         trace: Trace | None = None,
     ) -> None:
@@ -61,9 +61,7 @@ class Executor:
             device: StagingPool(limit.block_bytes, 2 * limit.workers, backend.pinned)
             for device, backend in backends.items()
         }
-        # More threads than cores help while they wait for a disk. What is cached needs the processor only, and more
-        # threads than cores would merely push each other's blocks out of the cache.
-        self._cores = threading.Semaphore(max(1, min(cores, limit.workers)))
+        self._cores = cores()
 
     def execute(self, work: Work) -> int:
         """Do one piece or task; the bytes it counts for. Raises `TransferError` with its problems, the cause chained,
