@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,18 @@ def test_what_is_not_native_is_still_right(tmp_path: Path) -> None:
     with pytest.raises(FellBack, match="on disk in part"), native_only():
         ours = wl.from_pretrained(cls, tmp_path / "saved", **options)
     assert [p.device for p in ours.parameters()] == [p.device for p in theirs.parameters()]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    cls, full = save(tmp_path / "model", "experts"), tmp_path / "full"
+    full.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(full)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(wl.TransferError, match="not enough room on the disk"), native_only():
+            wl.from_pretrained(cls, tmp_path / "model", device_map=SOME, offload_folder=full)
+        assert not list(full.iterdir())
+    finally:
+        subprocess.run(["umount", str(full)], check=True)

@@ -7,7 +7,9 @@ other, so that no more than one of them is in memory.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload, expand
 
 from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.inventory import Inventory, Slot
+from weightlift.errors import Problem, TransferError
 from weightlift.integrations.transformers_options import NotNative
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
@@ -64,11 +67,14 @@ class Offload:
     def write(
         self, decisions: Decisions, subject: Subject, checkpoint: Checkpoint, source: Bytes, options: LoadOptions
     ) -> None:
-        """Bring everything that stays on disk into files that accelerate can read."""
-        for group in self._on_disk:
-            reading = next((row for row, _ in group if row.action is Action.LOADED), None)
-            name = group[0][0].fqn if reading is None else reading.fqn
-            if reading is None or not (name in self.index and _as_it_lies(reading, checkpoint)):
+        """Bring everything that stays on disk into files that accelerate can read.
+
+        Raises TransferError, before anything is written, where the folder's disk has no room for it.
+        """
+        named = [(group, *self._name(group, checkpoint)) for group in self._on_disk]
+        self._require_room(sum(group[0][0].nbytes for group, _, lies in named if not lies))
+        for group, name, lies in named:
+            if not lies:
                 value = _value(decisions, group, subject, source, options)
                 offload_weight(value, name, self._config.disk_offload_folder, self.index)
             self.index[name]["dtype"] = str(group[0][0].dtype).removeprefix("torch.")
@@ -78,6 +84,26 @@ class Offload:
                 record = subject.record_of(slot.tensor)
                 if record is not None:
                     record.last = None
+
+    def _name(self, group: Group, checkpoint: Checkpoint) -> tuple[str, bool]:
+        """The name that provides the value of a group, and whether a file of the checkpoint has it as it is wanted."""
+        reading = next((row for row, _ in group if row.action is Action.LOADED), None)
+        if reading is None:
+            return group[0][0].fqn, False
+        return reading.fqn, reading.fqn in self.index and _as_it_lies(reading, checkpoint)
+
+    def _require_room(self, nbytes: int) -> None:
+        folder = Path(self._config.disk_offload_folder)
+        if not nbytes or (free := shutil.disk_usage(folder).free) >= nbytes:
+            return
+        problem = Problem(
+            "there is not enough room on the disk for what is offloaded",
+            file=folder,
+            expected=f"{nbytes:,} bytes",
+            found=f"{free:,} bytes free",
+            hint="another offload_folder, or a device_map with less on \"disk\"",
+        )
+        raise TransferError("loading failed", [problem])
 
     def leave(self) -> None:
         """Put tensors without memory in the places of what stays on disk: the hooks fill them for each forward."""
