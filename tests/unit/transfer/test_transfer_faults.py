@@ -186,6 +186,7 @@ class S(FaultySource):
 source = S(lambda b, o: time.sleep(0.05))
 entries, sh = entries_of(path), shard(path)
 jobs = [Job(k, e, torch.float16, CPU) for k, e in entries.items()]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program started in the background has it ignored
 print("ready", flush=True)
 start = time.monotonic()
 try:
