@@ -331,7 +331,10 @@ def test_an_ascii_pipe(here):
 def test_ctrl_c_is_130(here):
     (here / "slow.py").write_text("import time\ndef build():\n    print('building', flush=True)\n    time.sleep(60)\n")
     command = [sys.executable, "-m", "weightlift.cli.main", "load", "ckpt", "--model", "slow:build"]
-    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGINT)
