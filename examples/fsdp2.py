@@ -84,6 +84,7 @@ def main() -> None:
     loss = model(torch.randint(0, 1000, (2, 16))).logsumexp(-1).mean()
     loss.backward()
     print(f"rank {rank} loss {loss.item():.3f}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

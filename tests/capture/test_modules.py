@@ -60,6 +60,7 @@ def test_a_diffusers_unet() -> None:
 
 SHARDED = """
 import torch, torch.distributed as dist, weightlift as wl
+from tests.distributed.ending import leave
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
@@ -79,7 +80,7 @@ for _ in range(2):
     got["hidden"][1].sum().backward()
     assert net[0].weight.grad is not None
 print("sharded: right")
-dist.destroy_process_group()
+leave()
 """
 
 

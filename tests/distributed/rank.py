@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tests.distributed.ending import leave
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         with open(path, "a") as report:
             report.write(json.dumps([name, outcome]) + "\n")
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from tests.distributed.ending import leave
 from torch import nn
 from torch.distributed.utils import _sync_params_and_buffers
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -145,7 +146,7 @@ def main():
         found["accelerate"] = by_accelerate(sent(load(folder), kind), kind)
         (folder / f"{kind}-{RANK}.json").write_text(json.dumps(found))
     if SPREAD:
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_ddp_of_one_rank(path: Path) -> None:
     start = textwrap.dedent(_START.format(here=str(Path(__file__).parent)))
     code = start + textwrap.dedent("""
         import tempfile, torch.distributed as dist
+        from tests.distributed.ending import leave
         from torch.nn.parallel import DistributedDataParallel
         store = dist.FileStore(tempfile.mktemp(), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -187,7 +188,7 @@ def test_ddp_of_one_rank(path: Path) -> None:
         plain = wl.load(Net, path, copy=True)
         step(plain)
         assert same(model, plain.state_dict()) and same(wl.load(Net, path), before)
-        dist.destroy_process_group()
+        leave()
     """)
     _in_process(code, path)
 
