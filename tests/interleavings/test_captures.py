@@ -1,0 +1,93 @@
+"""Captures of one model in several threads, in every order of the lines at which hooks come and go.
+
+A thread can lose its turn in torch's own ``Module.__call__`` too, in the midst of going through a module's hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tests.interleavings.explorer import explore
+from tests.interleavings.stand_ins import stand_in
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+import weightlift as wl
+from weightlift.capture import compiled, hooks, select, session
+
+recorder = sys.modules[wl.recorder.__module__]
+MODULES = (hooks, select, session, recorder, compiled)
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch):
+    stand_in(monkeypatch, *MODULES)
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Identity()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def _scene(*kinds):
+    """Threads that forward a number of their own through one model, each with its capture or without one."""
+
+    def scene():
+        model = _Model()
+
+        def run(number, kind):
+            x = torch.full((1,), float(number))
+            if kind == "plain":
+                assert model(x) is x
+                return
+            taken = {"got": "layer"} if kind == "output" else {"got": wl.Input("layer")}
+            with wl.capture(model, **taken) as got:
+                model(x)
+            assert got["got"] == (x,)
+
+        def check():
+            layer = model.layer
+            assert not layer._forward_hooks and not layer._forward_pre_hooks
+            assert not layer._forward_hooks_with_kwargs and not layer._forward_pre_hooks_with_kwargs
+            assert not hooks._before and not hooks._after
+
+        return [lambda number=number, kind=kind: run(number, kind) for number, kind in enumerate(kinds)], check
+
+    return scene
+
+
+@pytest.mark.parametrize("kinds", [("output", "plain"), ("output", "output"), ("input", "output")], ids="-".join)
+def test_hooks_come_and_go(kinds):
+    assert explore(_scene(*kinds), inside=[hooks, select, session, torch_module], preemptions=1).complete
+
+
+def test_a_recorder_that_two_threads_find_out_of_date():
+    def scene():
+        model = nn.Sequential(nn.Identity(), nn.Identity())
+        record = wl.recorder(model, got="*")
+        model.append(nn.Identity())  # what was built for it does not fit any more
+
+        def run(number):
+            x = torch.full((1,), float(number))
+            out, got = record(x)
+            assert out is x and got["got"] == (x, x, x)
+
+        return [lambda: run(0), lambda: run(1)], lambda: None
+
+    ours = [module for name, module in sorted(sys.modules.items()) if name.startswith("weightlift.capture")]
+    assert explore(scene, inside=ours, preemptions=1).complete
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kinds", [("output", "plain"), ("output", "output"), ("output", "input", "plain")], ids="-".join
+)
+def test_hooks_come_and_go_with_two_preemptions(kinds):
+    explored = explore(_scene(*kinds), inside=[hooks, torch_module], preemptions=2, limit=50_000)
+    assert explored.orders > 1000
