@@ -24,7 +24,7 @@ from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from weightlift.integrations import diffusers_pipeline
 from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_model import ORIGINAL, load_pretrained
-from weightlift.integrations.exclusive import LOADING, NotNative
+from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
 from weightlift.integrations.room import in_room, unwrapped
 
 AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
@@ -152,9 +152,11 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if owner.__module__.startswith("diffusers."):
         with LOADING.shared():
             return in_room(method, _handles_in(unwrapped(method)))(cls, name, *args, **kwargs)
-    NotNative("a from_pretrained of its own", "it is code that nobody here knows").report(cls)
-    with LOADING.alone():
-        return method(name, *args, **kwargs)
+
+    def native() -> Any:
+        raise NotNative("a from_pretrained of its own", "it is code that nobody here knows")
+
+    return native_or_alone(cls, native, lambda: method(name, *args, **kwargs))
 
 
 def _handles_in(function: FunctionType) -> dict[str, Any]:

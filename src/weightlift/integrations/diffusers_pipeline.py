@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import refuse
-from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
+from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.integrations.share import Share, shares, within
 
@@ -39,15 +39,9 @@ _WEIGHTS = (".safetensors", ".bin")
 def load_pipeline(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     name = pretrained_model_name_or_path
-    if LOADING.writing:
-        return ORIGINAL.__func__(cls, name, **kwargs)
-    try:
-        with LOADING.shared():
-            return load_native(cls, name, kwargs)
-    except NotNative as reason:
-        reason.report(cls)
-    with LOADING.alone():
-        return ORIGINAL.__func__(cls, name, **kwargs)
+    return native_or_alone(
+        cls, lambda: load_native(cls, name, kwargs), lambda: ORIGINAL.__func__(cls, name, **kwargs)
+    )
 
 
 def load_native(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:

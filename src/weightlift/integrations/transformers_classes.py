@@ -16,8 +16,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, add_generation_mixin_to_remote_model
 
-from weightlift.integrations.exclusive import LOADING
-from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained, native_or_alone
+from weightlift.integrations.exclusive import LOADING, native_or_alone
+from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained
+from weightlift.integrations.transformers_options import refuse
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
 # count of the recursion depth that belongs to all threads) when two threads parse at once.
@@ -149,10 +150,9 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
         "config_class": cls.config_class,
     }
     subclass: Any = _Building(cls.__name__, (cls,), body)
-    return native_or_alone(
-        cls,
-        name,
-        kwargs,
-        lambda: subclass.from_pretrained(name, *args, **kwargs),
-        lambda: cls.from_pretrained(name, *args, **kwargs),
-    )
+
+    def native() -> Any:
+        refuse(name, kwargs)
+        return subclass.from_pretrained(name, *args, **kwargs)
+
+    return native_or_alone(cls, native, lambda: cls.from_pretrained(name, *args, **kwargs))
