@@ -33,11 +33,11 @@ from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
-from weightlift.integrations.share import of_this_load
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Offer, Row
 from weightlift.transfer.apply import apply
+from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import settled
 

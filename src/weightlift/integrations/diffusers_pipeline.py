@@ -27,7 +27,7 @@ from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import refuse
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
-from weightlift.integrations.share import Share, shares, within
+from weightlift.transfer.share import Share, shares, within
 
 ORIGINAL: Any = original(DiffusionPipeline, "from_pretrained")
 """Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""

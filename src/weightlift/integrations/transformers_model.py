@@ -31,7 +31,6 @@ from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import native_or_alone
-from weightlift.integrations.share import of_this_load
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
@@ -41,6 +40,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.apply import apply
+from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import settled
 
