@@ -29,8 +29,8 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
+from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions

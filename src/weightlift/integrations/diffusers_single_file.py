@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
-from weightlift.integrations.diffusers_install import original
+from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, add_generation_mixin_to_remote_model
 
 from weightlift.integrations.exclusive import LOADING, native_or_alone
+from weightlift.integrations.room import Handle
 from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained
 from weightlift.integrations.transformers_options import refuse
 
@@ -53,25 +54,9 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
 # -- Auto classes -----------------------------------------------------------------------------------------------------
 
 
-class _Handle:
-    """A model class as an Auto class sees it; its ``from_pretrained`` is ours."""
-
-    def __init__(self, cls: Any) -> None:
-        self._cls = cls
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cls, name)
-
-    @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
-
-    @property
-    def __module__(self) -> str:  # type: ignore[override]
-        return str(self._cls.__module__)
-
-    def from_pretrained(self, name: Any, *args: Any, **kwargs: Any) -> Any:
-        return from_pretrained(self._cls, name, args, kwargs)
+def _handle(cls: Any) -> Handle:
+    """A model class as an Auto class sees it."""
+    return Handle(cls, lambda name, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
 
 
 class _Handles(Mapping[Any, Any]):
@@ -82,7 +67,7 @@ class _Handles(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         found = self._mapping[key]
-        return tuple(map(_Handle, found)) if isinstance(found, (list, tuple)) else _Handle(found)
+        return tuple(map(_handle, found)) if isinstance(found, (list, tuple)) else _handle(found)
 
     def __contains__(self, key: object) -> bool:
         return key in self._mapping
