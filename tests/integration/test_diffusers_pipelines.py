@@ -17,8 +17,9 @@ from tests.parity.compare import FellBack, native_only
 from tests.parity.diffusers_compare import PIPELINE_ORIGINAL, both_pipelines, pipeline_differences
 
 import weightlift as wl
-from weightlift.integrations import diffusers_pipeline, share
+from weightlift.integrations import diffusers_pipeline
 from weightlift.integrations.exclusive import LOADING
+from weightlift.transfer import share
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from weightlift.integrations import diffusers_pipeline
-from weightlift.integrations.diffusers_install import original
+from weightlift.integrations import diffusers_dduf, diffusers_pipeline
 from weightlift.integrations.diffusers_model import ORIGINAL, load_pretrained
-from weightlift.integrations.exclusive import LOADING, NotNative
-from weightlift.integrations.room import in_room, unwrapped
+from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
+from weightlift.integrations.room import Handle, in_room, unwrapped
 
 AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
 _AUTO_PIPELINES = tuple(
@@ -46,9 +46,7 @@ def installed() -> bool:
 def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``cls.from_pretrained(name, *args, **kwargs)``; see `weightlift.from_pretrained`."""
     if issubclass(cls, DiffusionPipeline) and kwargs.get("dduf_file"):
-        from weightlift.integrations import diffusers_dduf
-
-        return diffusers_dduf.load_archive(cls, name, **kwargs)
+        return load_pipeline(cls, name, **kwargs)
     if issubclass(cls, AutoModel):
         return load_auto(cls, name, **kwargs)
     if installed() or LOADING.writing:
@@ -57,41 +55,16 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
         return _auto_pipeline(cls, name, kwargs)
     if issubclass(cls, DiffusionPipeline):
         if cls.from_pretrained.__func__ is diffusers_pipeline.ORIGINAL.__func__:
-            return diffusers_pipeline.load_pipeline(cls, name, **kwargs)
+            return load_pipeline(cls, name, **kwargs)
         return _overriding(cls, name, args, kwargs)
     if cls.from_pretrained.__func__ is ORIGINAL.__func__:
         return load_pretrained(cls, name, *args, **kwargs)
     return _overriding(cls, name, args, kwargs)
 
 
-class Handle:
-    """A class as code of Diffusers sees it; its ``from_pretrained`` is ours."""
-
-    def __init__(self, cls: Any, load: Callable[..., Any] | None = None) -> None:
-        self._cls = cls
-        self._load = load or partial(_routed, cls)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cls, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._cls(*args, **kwargs)
-
-    @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
-
-    @property
-    def __module__(self) -> str:  # type: ignore[override]
-        return str(self._cls.__module__)
-
-    def from_pretrained(self, name: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return self._load(name, *args, **kwargs)
-
-
-def _routed(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-    load = loader(cls) or cls.from_pretrained
-    return load(name, *args, **kwargs)
+def _handle(cls: Any) -> Handle:
+    """A class as code of Diffusers sees it, with our ``from_pretrained`` where there is one."""
+    return Handle(cls, lambda name, *args, **kwargs: (loader(cls) or cls.from_pretrained)(name, *args, **kwargs))
 
 
 def loader(cls: Any) -> Callable[..., Any] | None:
@@ -106,6 +79,12 @@ def loader(cls: Any) -> Callable[..., Any] | None:
     return None
 
 
+def load_pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``from_pretrained`` of a pipeline class that has none of its own, out of a folder or of an archive."""
+    load = diffusers_dduf.load_archive if kwargs.get("dduf_file") else diffusers_pipeline.load_pipeline
+    return load(loader, cls, *args, **kwargs)
+
+
 # -- Auto classes -----------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +93,10 @@ def load_auto(cls: Any, pretrained_model_or_path: Any = None, **kwargs: Any) -> 
 
     def candidates(*args: Any, **more: Any) -> Any:
         found, others = get_class_obj_and_candidates(*args, **more)
-        return (None if found is None else Handle(found)), others
+        return (None if found is None else _handle(found)), others
 
     def dynamic(*args: Any, **more: Any) -> Any:
-        return Handle(get_class_from_dynamic_module(*args, **more))
+        return _handle(get_class_from_dynamic_module(*args, **more))
 
     run = in_room(
         AUTO_ORIGINAL,
@@ -133,7 +112,7 @@ def _auto_pipeline(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
 
     def found(*args: Any, **more: Any) -> Any:
         pipeline = task_class(*args, **more)
-        return None if pipeline is None else Handle(pipeline)
+        return None if pipeline is None else _handle(pipeline)
 
     run = in_room(cls.from_pretrained, {"_get_task_class": found})
     with LOADING.shared():
@@ -152,15 +131,17 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if owner.__module__.startswith("diffusers."):
         with LOADING.shared():
             return in_room(method, _handles_in(unwrapped(method)))(cls, name, *args, **kwargs)
-    NotNative("a from_pretrained of its own", "it is code that nobody here knows").report(cls)
-    with LOADING.alone():
-        return method(name, *args, **kwargs)
+
+    def native() -> Any:
+        raise NotNative("a from_pretrained of its own", "it is code that nobody here knows")
+
+    return native_or_alone(cls, native, lambda: method(name, *args, **kwargs))
 
 
 def _handles_in(function: FunctionType) -> dict[str, Any]:
     """The model classes that a function finds among its globals: those of which it loads several into one."""
     return {
-        key: Handle(value)
+        key: _handle(value)
         for key, value in function.__globals__.items()
         if isinstance(value, type) and issubclass(value, ModelMixin) and value is not ModelMixin
     }
@@ -171,7 +152,7 @@ def _legacy(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     def remapped(config: Any, old: Any) -> Any:
         found = _fetch_remapped_cls_from_config(config, old)
-        return found if found is cls else Handle(found)
+        return found if found is cls else _handle(found)
 
     def parent(_: Any, found: Any) -> Handle:
         return Handle(found, partial(load_pretrained, found))

@@ -15,13 +15,15 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from weightlift.checkpoint.dduf import DdufArchive, read_dduf, standing_for
-from weightlift.integrations.diffusers_pipeline import load_native, load_pipeline
+from weightlift.integrations.diffusers_pipeline import Loader, load_native, load_pipeline
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def load_archive(cls: Any, pretrained_model_name_or_path: Any, *, dduf_file: str, **kwargs: Any) -> Any:
+def load_archive(
+    loader: Loader, cls: Any, pretrained_model_name_or_path: Any, *, dduf_file: str, **kwargs: Any
+) -> Any:
     """``cls.from_pretrained(name, dduf_file=…, …)``: the pipeline that the archive in a folder or repository holds.
 
     Raises `CheckpointError` for an archive that breaks its format, and what `load_pipeline` raises.
@@ -40,10 +42,10 @@ def load_archive(cls: Any, pretrained_model_name_or_path: Any, *, dduf_file: str
             # A helper can't run alone: what would have to reads files itself, and is to have them.
             standing = standing_for({folder / member: found for member, found in members.items()})
             with standing, LOADING.shared(), LOADING.helping():
-                pipe = load_native(cls, made, options)
+                pipe = load_native(loader, cls, made, options)
         except (NotNative, HelperThread):
             _write(archive, folder, list(members))
-            pipe = load_pipeline(cls, made, **options)
+            pipe = load_pipeline(loader, cls, made, **options)
     _rename(pipe, made, os.path.join(str(name), dduf_file), name)
     return pipe
 

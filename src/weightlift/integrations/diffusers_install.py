@@ -21,11 +21,7 @@ def _model(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("dduf_file"):
-        from weightlift.integrations.diffusers_dduf import load_archive
-
-        return load_archive(cls, *args, **kwargs)
-    from weightlift.integrations.diffusers_pipeline import load_pipeline
+    from weightlift.integrations.diffusers_classes import load_pipeline
 
     return load_pipeline(cls, *args, **kwargs)
 
@@ -49,12 +45,6 @@ _REPLACED: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "diffusers.loaders.single_file_model": ("FromOriginalModelMixin", "from_single_file", _single_file),
     "diffusers.loaders.single_file": ("FromSingleFileMixin", "from_single_file", _single_file),
 }
-
-
-def original(owner: Any, name: str) -> Any:
-    """The method of Diffusers' own, a classmethod object, whether or not ours stands in its place."""
-    found = owner.__dict__[name]
-    return getattr(found.__func__, "replaced", found)
 
 
 def replace_methods(replace: Replace) -> Finder:

@@ -29,15 +29,15 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
-from weightlift.integrations.exclusive import LOADING, NotNative
+from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
-from weightlift.integrations.share import of_this_load
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Offer, Row
 from weightlift.transfer.apply import apply
+from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import settled
 
@@ -56,16 +56,12 @@ def load_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, **kwarg
     """Load a model of a `ModelMixin` class: natively, or where that is not sound, by Diffusers' own code alone in the
     process."""
     name = pretrained_model_name_or_path
-    if LOADING.writing:
-        return ORIGINAL.__func__(cls, name, **kwargs)
-    try:
-        with LOADING.shared():
-            refuse(kwargs)
-            return _in_room()(StandIn(cls), name, **kwargs)
-    except NotNative as reason:
-        reason.report(cls)
-    with LOADING.alone():
-        return ORIGINAL.__func__(cls, name, **kwargs)
+
+    def native() -> Any:
+        refuse(kwargs)
+        return _in_room()(StandIn(cls), name, **kwargs)
+
+    return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, **kwargs))
 
 
 def _in_room() -> Any:

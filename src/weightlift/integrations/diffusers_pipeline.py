@@ -21,48 +21,40 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils._validators import validate_hf_hub_args
-from tqdm.auto import tqdm
 
-from weightlift.integrations.diffusers_install import original
 from weightlift.integrations.diffusers_options import refuse
-from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
+from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
-from weightlift.integrations.share import Share, shares, within
+from weightlift.transfer.progress import bar
+from weightlift.transfer.share import Share, shares, within
 
 ORIGINAL: Any = original(DiffusionPipeline, "from_pretrained")
 """Diffusers' own ``from_pretrained``, whether or not `weightlift.install` has replaced it."""
+
+Loader = Callable[[Any], Callable[..., Any] | None]
+"""Gives our ``from_pretrained`` for a component's class; None for one that is no model, or not one that we know."""
 
 _WEIGHTS = (".safetensors", ".bin")
 
 
 @validate_hf_hub_args
-def load_pipeline(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+def load_pipeline(loader: Loader, cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     name = pretrained_model_name_or_path
-    if LOADING.writing:
-        return ORIGINAL.__func__(cls, name, **kwargs)
-    try:
-        with LOADING.shared():
-            return load_native(cls, name, kwargs)
-    except NotNative as reason:
-        reason.report(cls)
-    with LOADING.alone():
-        return ORIGINAL.__func__(cls, name, **kwargs)
+    return native_or_alone(
+        cls, lambda: load_native(loader, cls, name, kwargs), lambda: ORIGINAL.__func__(cls, name, **kwargs)
+    )
 
 
-def load_native(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+def load_native(loader: Loader, cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     """Load a pipeline natively, or raise `NotNative`. The calling thread holds the lock with other readers."""
     refuse(kwargs)
-    loading = Loading()
+    loading = Loading(loader)
     try:
         return loading.room()(cls, name, **kwargs)
     finally:
         loading.stop()
-
-
-class _Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
-    # tqdm would start a monitor thread for the life of the process.
-    monitor_interval = 0
 
 
 @dataclass
@@ -80,6 +72,7 @@ class _Component:
 class Loading:
     """One load of a pipeline."""
 
+    _loader: Loader
     _round: int = 0
     _models: dict[str, _Component] = field(default_factory=dict)
     _cancel: threading.Event = field(default_factory=threading.Event)
@@ -118,17 +111,18 @@ class Loading:
         self._begin()
         self._round = 2
         options.setdefault("disable", not diffusers_logging.is_progress_bar_enabled())
-        yield from _Bar(known, **options)
+        yield from bar(known, **options)
         self._round = 3
 
     def _load_sub_model(self, **options: Any) -> Any:
         name = options["name"]
         if self._round == 1:
-            if _is_model(options):
-                self._models[name] = _Component(lambda: _load(options), _bytes_in(options["cached_folder"], name))
+            if self._loader(_candidates(options)[0]) is not None:  # its class is imported here, in the calling thread
+                nbytes = _bytes_in(options["cached_folder"], name)
+                self._models[name] = _Component(lambda: _load(options, self._loader), nbytes)
             return None
         component = self._models.get(name)
-        return _load(options) if component is None else self._result(component)
+        return _load(options, self._loader) if component is None else self._result(component)
 
     def _begin(self) -> None:
         """Start the threads, unless the caller has modes on (a device, say), which belong to this thread only."""
@@ -197,17 +191,8 @@ def _candidates(options: dict[str, Any]) -> Any:
     )
 
 
-def _is_model(options: dict[str, Any]) -> bool:
-    """Whether a component is a model that loads natively. Imports its class, here in the calling thread."""
-    from weightlift.integrations.diffusers_classes import loader
-
-    found, _ = _candidates(options)
-    return loader(found) is not None
-
-
-def _load(options: dict[str, Any]) -> Any:
+def _load(options: dict[str, Any], loader: Loader) -> Any:
     """Diffusers' ``load_sub_model``, with our loading for the component's class."""
-    from weightlift.integrations.diffusers_classes import loader
 
     def attribute(owner: Any, name: str, *default: Any) -> Any:
         if name == "from_pretrained" and (ours := loader(owner)) is not None:

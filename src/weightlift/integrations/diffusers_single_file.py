@@ -7,14 +7,15 @@ from typing import Any
 from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
-from weightlift.integrations.diffusers_install import original
-from weightlift.integrations.exclusive import LOADING, NotNative
+from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 
 
 def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``cls.from_single_file(*args, **kwargs)``."""
     owner = FromSingleFileMixin if issubclass(cls, FromSingleFileMixin) else FromOriginalModelMixin
-    if not LOADING.writing:
-        NotNative("a single file", "its names are converted while tensors are read").report(cls)
-    with LOADING.alone():
-        return original(owner, "from_single_file").__func__(cls, *args, **kwargs)
+
+    def native() -> Any:
+        raise NotNative("a single file", "its names are converted while tensors are read")
+
+    return native_or_alone(cls, native, lambda: original(owner, "from_single_file").__func__(cls, *args, **kwargs))

@@ -10,10 +10,12 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 _log = logging.getLogger("weightlift")
+
+T = TypeVar("T")
 
 
 class NotNative(Exception):
@@ -132,3 +134,20 @@ class FairLock:
 
 LOADING = FairLock()
 """Held shared by native loads of other libraries' models, alone by every load through such a library's own code."""
+
+
+def native_or_alone(cls: Any, native: Callable[[], T], original: Callable[[], T]) -> T:
+    """``native()`` beside other loads; where that raises `NotNative`, ``original()`` while no other load runs.
+
+    In a thread that runs alone already it is ``original()`` at once: that load came from the library's own code. Raises
+    what they raise, and `HelperThread` in a helper that would have to run alone.
+    """
+    if LOADING.writing:
+        return original()
+    try:
+        with LOADING.shared():
+            return native()
+    except NotNative as reason:
+        reason.report(cls)
+    with LOADING.alone():
+        return original()

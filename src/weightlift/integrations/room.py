@@ -47,6 +47,31 @@ def _importer(imports: Mapping[str, Any]) -> Callable[..., Any]:
     return load
 
 
+class Handle:
+    """A class as another library's code sees it, whose ``from_pretrained`` is ``load``."""
+
+    def __init__(self, cls: Any, load: Callable[..., Any]) -> None:
+        self._cls = cls
+        self._load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cls, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cls(*args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return str(self._cls.__name__)
+
+    @property
+    def __module__(self) -> str:  # type: ignore[override]
+        return str(self._cls.__module__)
+
+    def from_pretrained(self, name: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self._load(name, *args, **kwargs)
+
+
 class Delegate:
     """Stands for an object, with some attributes of its own."""
 

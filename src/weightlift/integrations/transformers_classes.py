@@ -16,8 +16,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, add_generation_mixin_to_remote_model
 
-from weightlift.integrations.exclusive import LOADING
-from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained, native_or_alone
+from weightlift.integrations.exclusive import LOADING, native_or_alone
+from weightlift.integrations.room import Handle
+from weightlift.integrations.transformers_model import ORIGINAL, StandIn, load_pretrained
+from weightlift.integrations.transformers_options import refuse
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
 # count of the recursion depth that belongs to all threads) when two threads parse at once.
@@ -52,25 +54,9 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
 # -- Auto classes -----------------------------------------------------------------------------------------------------
 
 
-class _Handle:
-    """A model class as an Auto class sees it; its ``from_pretrained`` is ours."""
-
-    def __init__(self, cls: Any) -> None:
-        self._cls = cls
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cls, name)
-
-    @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
-
-    @property
-    def __module__(self) -> str:  # type: ignore[override]
-        return str(self._cls.__module__)
-
-    def from_pretrained(self, name: Any, *args: Any, **kwargs: Any) -> Any:
-        return from_pretrained(self._cls, name, args, kwargs)
+def _handle(cls: Any) -> Handle:
+    """A model class as an Auto class sees it."""
+    return Handle(cls, lambda name, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
 
 
 class _Handles(Mapping[Any, Any]):
@@ -81,7 +67,7 @@ class _Handles(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         found = self._mapping[key]
-        return tuple(map(_Handle, found)) if isinstance(found, (list, tuple)) else _Handle(found)
+        return tuple(map(_handle, found)) if isinstance(found, (list, tuple)) else _handle(found)
 
     def __contains__(self, key: object) -> bool:
         return key in self._mapping
@@ -149,10 +135,9 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
         "config_class": cls.config_class,
     }
     subclass: Any = _Building(cls.__name__, (cls,), body)
-    return native_or_alone(
-        cls,
-        name,
-        kwargs,
-        lambda: subclass.from_pretrained(name, *args, **kwargs),
-        lambda: cls.from_pretrained(name, *args, **kwargs),
-    )
+
+    def native() -> Any:
+        refuse(name, kwargs)
+        return subclass.from_pretrained(name, *args, **kwargs)
+
+    return native_or_alone(cls, native, lambda: cls.from_pretrained(name, *args, **kwargs))

@@ -8,7 +8,7 @@ the loading of the weights. Nothing of Transformers is replaced for that.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ from weightlift.deferred.recorder import Recorder
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.exclusive import LOADING
-from weightlift.integrations.share import of_this_load
+from weightlift.integrations.exclusive import native_or_alone
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
@@ -41,6 +40,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.apply import apply
+from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.ties import settled
 
@@ -51,29 +51,12 @@ ORIGINAL: Any = PreTrainedModel.__dict__["from_pretrained"]
 def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a model of a `PreTrainedModel` class: natively, or where that is not sound, by Transformers' own code alone
     in the process."""
-    return native_or_alone(
-        cls,
-        name,
-        kwargs,
-        lambda: ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs),
-        lambda: ORIGINAL.__func__(cls, name, *args, **kwargs),
-    )
 
+    def native() -> Any:
+        refuse(name, kwargs)
+        return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
 
-def native_or_alone(
-    cls: Any, name: Any, kwargs: Mapping[str, Any], native: Callable[[], Any], original: Callable[[], Any]
-) -> Any:
-    """``native()`` beside other loads; where that turns out not to be sound, ``original()`` while no other runs."""
-    if LOADING.writing:
-        return original()
-    try:
-        with LOADING.shared():
-            refuse(name, kwargs)
-            return native()
-    except NotNative as reason:
-        reason.report(cls)
-    with LOADING.alone():
-        return original()
+    return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, *args, **kwargs))
 
 
 class StandIn:

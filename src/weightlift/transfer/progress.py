@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _BAR_FROM_BYTES = 256 << 20
@@ -27,7 +27,7 @@ class Reporter:
         if callable(progress):
             self._tell = progress
         elif progress:
-            self._bar = _bar(total_bytes)
+            self._bar = bar(total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights")
             self._tell = self._update_bar
 
     @property
@@ -64,11 +64,12 @@ class Reporter:
         self._bar.update(done_bytes - self._bar.n)
 
 
-def _bar(total_bytes: int) -> Any:
-    from tqdm import tqdm
+def bar(items: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar, of the kind for where it is shown."""
+    from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
         # tqdm would start a monitor thread for the life of the process.
         monitor_interval = 0
 
-    return Bar(total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights")
+    return Bar(items, **options)
