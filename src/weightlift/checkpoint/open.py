@@ -47,11 +47,22 @@ def open_checkpoint(
         expected = "a path, a hub id, a mapping of tensors or a Checkpoint"
         raise TypeError(f"cannot open a checkpoint from {type(source).__name__}; expected {expected}")
     paths, is_index, name = resolve(source, revision=revision, token=token, local_files_only=local_files_only)
+    opened = open_files(paths, name=name, is_index=is_index)
+    if verify:
+        require_content(opened.files, opened.index)
+    return opened
+
+
+def open_files(paths: tuple[Path, ...], *, name: str, is_index: bool = False) -> Checkpoint:
+    """Read the headers of these absolute paths, or of the files that the one index names.
+
+    Raises `CheckpointNotFound` when one is missing, `CheckpointError` with every problem otherwise.
+    """
     gathered = gather(paths, is_index=is_index)
     if gathered.problems:
         kind = CheckpointNotFound if gathered.missing else CheckpointError
         raise kind(f"cannot open the checkpoint {name}", gathered.problems)
-    opened = Checkpoint(
+    return Checkpoint(
         name,
         gathered.entries,
         files=tuple(contents.file for contents in gathered.contents),
@@ -59,9 +70,6 @@ def open_checkpoint(
         state_dict_metadata=gathered.state_dict_metadata,
         index=paths[0] if is_index else None,
     )
-    if verify:
-        require_content(opened.files, opened.index)
-    return opened
 
 
 def resolve(

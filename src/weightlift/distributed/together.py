@@ -96,8 +96,11 @@ class Together:
         if not decisions.checks:
             return decisions
         own = settled(decisions, source, options) if team.rank == self._leader else decisions
-        rows, left_out = self._wire(team).hand_out((own.rows, own.left_out), self._leader)
-        return own if team.rank == self._leader else replace(decisions, rows=rows, left_out=left_out)
+        changed = self._wire(team).hand_out(None if own is decisions else (own.rows, own.left_out), self._leader)
+        if changed is None or team.rank == self._leader:
+            return own
+        rows, left_out = changed
+        return replace(decisions, rows=rows, left_out=left_out)
 
     def execute(
         self,

@@ -23,15 +23,15 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint import Checkpoint
-from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint import Checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
-from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.errors import CheckpointError, PlanError, Problem
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.misfits import shapes_differ
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -87,17 +87,7 @@ def opened(files: Iterable[str | os.PathLike[str]]) -> Checkpoint:
     paths = tuple(Path(file).absolute() for file in files)
     if any(path.suffix == ".gguf" for path in paths):
         raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
-    gathered = gather(paths, is_index=False)
-    if gathered.problems:
-        kind = CheckpointNotFound if gathered.missing else CheckpointError
-        raise kind(f"cannot open the checkpoint {paths[0].parent}", gathered.problems)
-    return Checkpoint(
-        str(paths[0]),
-        gathered.entries,
-        files=tuple(contents.file for contents in gathered.contents),
-        extras=gathered.extras,
-        state_dict_metadata=gathered.state_dict_metadata,
-    )
+    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,20 +285,8 @@ class Filling:
         return found
 
     def _misfit(self, mismatched: list[Any]) -> DoesNotFit:
-        hint = "pass ignore_mismatched_sizes=True to initialise it"
-        return DoesNotFit(
-            f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed",
-            [
-                Problem(
-                    "the shapes differ",
-                    fqn=name,
-                    expected=f"{list(shape)} as the model has it",
-                    found=f"{list(found)} in the checkpoint",
-                    hint=hint,
-                )
-                for name, found, shape in mismatched
-            ],
-        )
+        message = f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed"
+        return DoesNotFit(message, [shapes_differ(*each) for each in mismatched])
 
     def _report(self, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
         """The warnings that Diffusers gives."""

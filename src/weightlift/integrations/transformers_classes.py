@@ -41,8 +41,7 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     if installed() or LOADING.writing:
         return cls.from_pretrained(name, *args, **kwargs)
     if issubclass(cls, _BaseAutoModelClass):
-        with _PARSING:
-            found = _remote_class(cls, name, kwargs)
+        found = _remote_class(cls, name, kwargs)
         if found is not None:
             return from_pretrained(found, name, args, kwargs)
         return _auto_subclass(cls).from_pretrained(name, *args, **kwargs)
@@ -92,6 +91,11 @@ def _remote_class(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     """The class that a repository brings along, when the caller trusts it; None otherwise."""
     if not kwargs.get("trust_remote_code"):
         return None
+    with _PARSING:
+        return _parsed(cls, name, kwargs)
+
+
+def _parsed(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     hub = {
         key: kwargs[key]
         for key in ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

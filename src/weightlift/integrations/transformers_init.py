@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.transformers_options import NotNative
+from weightlift.integrations.exclusive import NotNative
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
 _MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code__

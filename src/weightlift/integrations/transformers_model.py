@@ -22,19 +22,19 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 from transformers.utils.logging import is_progress_bar_enabled
 
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.checkpoint.gather import gather
+from weightlift.checkpoint import Checkpoint, open_checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, extend
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
-from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.exclusive import native_or_alone
+from weightlift.errors import CheckpointError, PlanError, Problem
+from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.misfits import shapes_differ
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
-from weightlift.integrations.transformers_options import NotNative, refuse
+from weightlift.integrations.transformers_options import refuse
 from weightlift.integrations.transformers_quantised import ShapesOnly, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -124,19 +124,13 @@ def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpo
     ]
     if problems:
         raise CheckpointError("cannot open the checkpoint", problems)
-    gathered = gather(tuple(Path(file).absolute() for file in files), is_index=False)
-    if gathered.problems:
+    paths = tuple(Path(file).absolute() for file in files)
+    try:
+        return open_files(paths, name=str(load_config.pretrained_model_name_or_path))
+    except CheckpointError as error:
         if not load_config.weights_only and not files[0].endswith(".safetensors"):
-            raise NotNative("weights_only=False", "the pickle holds more than plain tensors")
-        kind = CheckpointNotFound if gathered.missing else CheckpointError
-        raise kind(f"cannot open the checkpoint {load_config.pretrained_model_name_or_path}", gathered.problems)
-    return Checkpoint(
-        str(load_config.pretrained_model_name_or_path),
-        gathered.entries,
-        files=tuple(contents.file for contents in gathered.contents),
-        extras=gathered.extras,
-        state_dict_metadata=gathered.state_dict_metadata,
-    )
+            raise NotNative("weights_only=False", "the pickle holds more than plain tensors") from error
+        raise
 
 
 class Filling:
@@ -158,17 +152,7 @@ class Filling:
         self._config = load_config
         self._offload = offload
         self._unfilled = another_rank_loads()  # accelerate sends this rank its parameters
-        self._options = LoadOptions.create(
-            strict=False,
-            ignore_mismatched=True,
-            copy=bool(load_config.disable_mmap),
-            seed=load.seed,
-            **{
-                "progress": None if is_progress_bar_enabled() else False,
-                **of_this_load(),
-                **({"workers": 1} if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else {}),
-            },
-        )
+        self._options = _options(load_config, load.seed)
         tie(model)
         inventory = Inventory.of(model)
         self._state: dict[str, torch.Tensor | None] = {
@@ -261,20 +245,9 @@ class Filling:
             logger=modeling_utils.logger,
         )
         if info.mismatched_keys and not config.ignore_mismatched_sizes:
-            raise PlanError(
-                f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}; "
-                "nothing was changed",
-                [
-                    Problem(
-                        "the shapes differ",
-                        fqn=name,
-                        expected=f"{list(shape)} as the model has it",
-                        found=f"{list(found)} in the checkpoint",
-                        hint="pass ignore_mismatched_sizes=True to initialise it",
-                    )
-                    for name, found, shape in sorted(info.mismatched_keys)
-                ],
-            )
+            where = f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}"
+            problems = [shapes_differ(*each) for each in sorted(info.mismatched_keys)]
+            raise PlanError(f"{where}; nothing was changed", problems)
 
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
@@ -304,6 +277,14 @@ class Filling:
         for target, source in list(tied.items()):
             if self._model.get_parameter_or_buffer(target) is not self._model.get_parameter_or_buffer(source):
                 del tied[target]
+
+
+def _options(load_config: Any, seed: int | None) -> LoadOptions:
+    given = {"progress": None if is_progress_bar_enabled() else False} | of_this_load()
+    if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD"):
+        given["workers"] = 1
+    copy = bool(load_config.disable_mmap)
+    return LoadOptions.create(strict=False, ignore_mismatched=True, copy=copy, seed=seed, **given)
 
 
 def _dtype_plan(plan: Mapping[str, torch.dtype] | None, names: Mapping[str, Any]) -> dict[str, torch.dtype]:

@@ -19,7 +19,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload, expand
 from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.inventory import Inventory, Slot
 from weightlift.errors import Problem, TransferError
-from weightlift.integrations.transformers_options import NotNative
+from weightlift.integrations.exclusive import NotNative
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.apply import apply

@@ -9,7 +9,7 @@ from transformers import monkey_patching
 from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from weightlift.integrations.exclusive import NotNative as NotNative
+from weightlift.integrations.exclusive import NotNative
 
 _PARALLEL = "its tensors are distributed while they load"
 _KERNELS = "kernels of others replace classes of the process"

@@ -16,7 +16,7 @@ from torch import nn
 from weightlift.deferred.construct import CurrentLoad, extend
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.transformers_options import NotNative
+from weightlift.integrations.exclusive import NotNative
 
 _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
 
