@@ -158,27 +158,24 @@ def declared_outputs_of_a_split_llama():
     assert _close(got["hidden_states"], theirs.hidden_states)
 
 
+def _recorders_agree(net, expected, value):
+    record = wl.recorder(net, hidden="layers.*")
+    with torch.no_grad():
+        for call in (record, torch.compile(record, backend="eager")):
+            assert _close(call(value)[1]["hidden"], expected)
+
+
 def compiled_recorders_of_split_modules():
     net, plain = _net(), _net()
     value = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(3))
     for layer in net.layers:
         parallelize_module(layer, mesh(2), {"attention.query": ColwiseParallel(output_layouts=Replicate())})
-    record = wl.recorder(net, hidden="layers.*")
-    with torch.no_grad():
-        _, got = record(value)
-        assert _close(got["hidden"], states(plain, value))
-        _, got = torch.compile(record, backend="eager")(value)
-        assert _close(got["hidden"], states(plain, value))
+    _recorders_agree(net, states(plain, value), value)
 
 
 def compiled_recorders_of_sharded_modules():
     net, plain, value = _sharded(_net()), _net(), _own_input()
-    record = wl.recorder(net, hidden="layers.*")
-    with torch.no_grad():
-        _, got = record(value)
-        assert _close(got["hidden"], states(plain, value))
-        _, got = torch.compile(record, backend="eager")(value)
-        assert _close(got["hidden"], states(plain, value))
+    _recorders_agree(net, states(plain, value), value)
 
 
 def ddp():

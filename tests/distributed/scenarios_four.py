@@ -47,35 +47,32 @@ def fsdp2_over_tensor_parallelism():
     assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
 
 
-def a_mixture_of_experts_by_fsdp2():
+def _spread_mixture(name, parallelize, *source_ranks):
+    """A mixture of experts of which one layer's experts are missing; the last model, and one loaded alone."""
     build = _mixtral()
-    path = _saved("mixtral.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
+    path = _saved(name, checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
     reference = wl.load(build, path, strict=False, seed=3)
-    model = wl.load(build, path, strict=False, seed=3, parallelize=fsdp(mesh(4)))
-    assert_same_state(model, reference)
+    for source_rank in source_ranks:
+        model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
+        assert_same_state(model, reference)
+    return model, reference
+
+
+def a_mixture_of_experts_by_fsdp2():
+    model, reference = _spread_mixture("mixtral.pt", fsdp(mesh(4)), None)
     assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
 
 
 def a_mixture_of_experts_by_fsdp2_over_tensor_parallelism():
-    build = _mixtral()
-    path = _saved("mixtral3.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
-    reference = wl.load(build, path, strict=False, seed=3)
     grid = mesh(2, 2, names=("dp", "tp"))
-    for source_rank in (None, 0):
-        parallelize = both(tensor_parallel(grid["tp"]), fsdp(grid["dp"]))
-        model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
-        assert_same_state(model, reference)
+    model, reference = _spread_mixture("mixtral2.pt", both(tensor_parallel(grid["tp"]), fsdp(grid["dp"])), None, 0)
     assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
 
 
 def a_mixture_of_experts_over_tensor_and_expert_parallelism():
-    build = _mixtral()
-    path = _saved("mixtral2.pt", checkpoint_of(build, "model.layers.0.mlp.experts.down_proj"))
-    reference = wl.load(build, path, strict=False, seed=3)
     grid = mesh(2, 2, names=("dp", "tp"))
     parallelize = both(both(tensor_parallel(grid["tp"]), expert_parallel(grid["tp"])), fsdp(grid["dp"]))
-    model = wl.load(build, path, strict=False, seed=3, parallelize=parallelize)
-    assert_same_state(model, reference)
+    _spread_mixture("mixtral3.pt", parallelize, None)
 
 
 def hybrid_sharding():
