@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +21,8 @@ def mapped_files(module: nn.Module) -> dict[Path, tuple[str, ...]]:
     Only mappings that weightlift made are known. A tensor that was written to keeps its name: pages that nobody wrote
     to are still the file's. Thread-safe; loads nothing.
     """
-    known = mappings()
+    known = _by_address(mappings())
+    starts = [start for start, _, _ in known]
     found: dict[Path, list[str]] = {}
     named = (
         *module.named_parameters(remove_duplicate=False),
@@ -27,10 +30,26 @@ def mapped_files(module: nn.Module) -> dict[Path, tuple[str, ...]]:
     )
     for fqn, tensor in named:
         address = _address(tensor)
-        path = next((path for start, size, path in known if address and start <= address < start + size), None)
-        if path is not None:
-            found.setdefault(path, []).append(fqn)
+        place = bisect_right(starts, address) - 1
+        if address and place >= 0:
+            _, end, path = known[place]
+            if address < end:
+                found.setdefault(path, []).append(fqn)
     return {path: tuple(names) for path, names in found.items()}
+
+
+def _by_address(mappings: Sequence[tuple[int, int, Path]]) -> list[tuple[int, int, Path]]:
+    """Start, end and file of mappings (the oldest first), in the order of their addresses. Where two overlap, the older
+    one is gone and only its entry is not yet."""
+    found: list[tuple[int, int, int, Path]] = []
+    for start, age, size, path in sorted((start, age, size, path) for age, (start, size, path) in enumerate(mappings)):
+        while found and start < found[-1][2]:
+            if found[-1][1] > age:
+                break
+            found.pop()
+        else:
+            found.append((start, age, start + size, path))
+    return [(start, end, path) for start, _, end, path in found]
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -62,7 +62,7 @@ class FileMapping:
 
     def __init__(self, fd: int, size_bytes: int, path: Path) -> None:
         self.buffer = _map(fd, size_bytes)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        address = _address(self.buffer)
         # A counter and not the address: another mapping may lie there before this one's entry is gone.
         key = next(_numbers)
         _mapped[key] = address, size_bytes, path
@@ -132,7 +132,7 @@ def _on_huge_pages(nbytes: int) -> torch.Tensor | None:
     return torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
-def _address(block: mmap.mmap) -> int:
+def _address(block: mmap.mmap | ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 

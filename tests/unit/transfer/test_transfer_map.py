@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transfer_helpers import CPU, FaultySource, Saved, load, same
 
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged
+from weightlift.transfer import mapped
 from weightlift.transfer.jobs import Job
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -151,3 +153,12 @@ def test_big_destinations_lie_on_huge_pages_and_are_given_back(saved):
     del value
     gc.collect()
     assert not mapped()
+
+
+def test_mappings_are_found_by_address_and_the_younger_of_two_counts():
+    a, b, c, d = (Path(name) for name in "abcd")
+    assert mapped._by_address([(100, 50, a), (0, 10, b), (150, 10, c)]) == [(0, 10, b), (100, 150, a), (150, 160, c)]
+    # A mapping whose entry is not gone yet: younger ones lie where it was.
+    assert mapped._by_address([(100, 50, a), (120, 10, b), (90, 20, c)]) == [(90, 110, c), (120, 130, b)]
+    assert mapped._by_address([(120, 10, b), (100, 50, a)]) == [(100, 150, a)]
+    assert mapped._by_address([(100, 20, a), (120, 10, b), (100, 50, c), (140, 5, d)]) == [(140, 145, d)]
