@@ -208,15 +208,3 @@ def test_parts_of_several_dtypes_are_no_offer():
 def test_a_part_whose_elements_share_a_place_is_an_overlap():
     entry = TensorEntry("a", (4,), torch.float32, None, 0, 16)
     assert fault_of([part(entry, Region((4,), (0,), 0))], (4,)) == "two of them overlap"
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-def test_unsqueeze_is_torchs(dim):
-    dense = TensorEntry("a", (2, 3), torch.float32, None, 8, 32)
-    strided = regions.transpose(dense, 0, 1)
-    memory = torch.arange(8.0)
-    for entry in (dense, strided):
-        view = torch.as_strided(memory, entry.shape, entry.stride or (3, 1), 2)
-        got = regions.unsqueeze(entry, dim)
-        found = torch.as_strided(memory, got.shape, got.stride or view.unsqueeze(dim).stride(), got.start // 4)
-        assert torch.equal(found, view.unsqueeze(dim))

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from weightlift import dtypes
 from weightlift.checkpoint.entry import ShardContents, ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
+from weightlift.checkpoint.plain_header import plain_entries
 from weightlift.checkpoint.reader import require_unchanged
 from weightlift.checkpoint.sniff import HEAD_BYTES, sniff
 from weightlift.errors import CheckpointError, Problem
@@ -59,7 +60,11 @@ def read_safetensors(
         try:
             text = _header_text(stream, path, start, end - start)
             file = shard_file(path, "safetensors", status) if known is None else known
-            return _Header(file, start, end).parse(text, _loads(text, path))
+            data = start + 8 + (len(text) if text.isascii() else len(text.encode("utf-8")))
+            plain = plain_entries(text, path, data, end)
+            if plain is not None:
+                return ShardContents(replace(file, metadata=MappingProxyType(plain[0])), plain[1])
+            return _Header(file, data, end).parse(_loads(text, path))
         except CheckpointError as error:
             head = read_exactly(stream, path, start, min(end - start, HEAD_BYTES))
             raise _explained(error, path, head) from None
@@ -170,20 +175,19 @@ def _finite(digits: str) -> float:
 class _Header:
     """The checks of one header against the file it came from."""
 
-    def __init__(self, file: ShardFile, start: int, end: int) -> None:
+    def __init__(self, file: ShardFile, data: int, end: int) -> None:
         self.file = file
         self.path = file.path
-        self.start = start
+        self.data = data
         self.end = end
         self.problems: list[Problem] = []
         # (start, end, key), relative to the data; None once a tensor's offsets are no offsets at all.
         self.spans: list[tuple[int, int, str]] | None = []
 
-    def parse(self, text: str, loaded: tuple[dict[str, Any], list[Problem]]) -> ShardContents:
+    def parse(self, loaded: tuple[dict[str, Any], list[Problem]]) -> ShardContents:
         header, duplicates = loaded
         self.problems += duplicates
         metadata = self._metadata(header.pop(_METADATA, None))
-        self.data = self.start + 8 + (len(text) if text.isascii() else len(text.encode("utf-8")))
         entries = [entry for key, info in header.items() if (entry := self._entry(key, info)) is not None]
         if self.spans is not None:
             self._layout(self.spans)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import core_model_loading as core
@@ -20,7 +20,11 @@ from transformers import core_model_loading as core
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
 from weightlift.checkpoint.memory import entry_of
+from weightlift.integrations.transformers_names import Names, in_natural_order
 from weightlift.plan.records import Offer
+
+if TYPE_CHECKING:
+    from weightlift.integrations.transformers_views import Wholes
 
 
 @dataclass(slots=True)
@@ -57,13 +61,11 @@ def convert(
     renamings = [item for item in transforms if isinstance(item, core.WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, core.WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    prefix = model.base_model_prefix
+    names = Names(renamings, converters, model.base_model_prefix, expected)
     done = Conversion()
     groups: dict[str, _Group] = {}
-    for key in sorted((*checkpoint, *checkpoint.extras), key=core.dot_natural_key):
-        name, pattern = core.rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = core.rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+    for key in in_natural_order((*checkpoint, *checkpoint.extras)):
+        name, pattern = names.of(key)
         if name not in expected:
             targets = [name]
             if pattern is not None:
@@ -77,8 +79,12 @@ def convert(
                 done.offers.setdefault(name, Offer(name, key, checkpoint[key]))
         elif name not in done.offers:
             groups.setdefault(name, _Group(by_pattern[pattern])).keys[pattern].append(key)
+    if groups:
+        from weightlift.integrations.transformers_views import Wholes
+
+        wholes = Wholes()
     for name, group in groups.items():
-        _convert_group(model, checkpoint, name, group, dtypes, done)
+        _convert_group(model, checkpoint, name, group, dtypes, done, wholes)
     for name in [name for name in done.offers if name not in expected]:
         done.unexpected.add(name)
         del done.offers[name]
@@ -86,18 +92,18 @@ def convert(
 
 
 def _convert_group(
-    model: Any, checkpoint: Checkpoint, name: str, group: _Group, dtypes: Mapping[str, torch.dtype], done: Conversion
+    model: Any,
+    checkpoint: Checkpoint,
+    name: str,
+    group: _Group,
+    dtypes: Mapping[str, torch.dtype],
+    done: Conversion,
+    wholes: Wholes,
 ) -> None:
-    from weightlift.integrations.transformers_views import NotTraceable, Traced
+    from weightlift.integrations.transformers_views import NotTraceable
 
     try:
-        traced = {
-            pattern: [Traced.whole(checkpoint[key]) for key in keys] for pattern, keys in group.keys.items()
-        }
-        for target, value in _run(model, group.converter, name, traced).items():
-            if not isinstance(value, Traced):
-                raise NotTraceable(f"{target} is a {type(value).__name__}")
-            done.offers[target] = value.offer(target)
+        done.offers.update(_traced(model, checkpoint, name, group, wholes))
         return
     except (NotTraceable, ValueError, AttributeError, NotImplementedError):
         pass  # a computation, or an error: on the values it is either done or raised again
@@ -115,6 +121,29 @@ def _convert_group(
         done.computed[key] = value
         sources = ", ".join(k for keys in group.keys.values() for k in keys)
         done.offers[target] = Offer(target, sources, entry_of(key, value))
+
+
+def _traced(
+    model: Any, checkpoint: Checkpoint, name: str, group: _Group, wholes: Wholes
+) -> dict[str, Offer]:
+    """What a converter's code makes of tensors without values."""
+    traced = {pattern: [wholes.of(checkpoint[key]) for key in keys] for pattern, keys in group.keys.items()}
+    mine = [tensor for tensors in traced.values() for tensor in tensors]
+    offers = _offers(_run(model, group.converter, name, traced))
+    traced.clear()
+    wholes.give(mine)
+    return offers
+
+
+def _offers(made: Mapping[str, Any]) -> dict[str, Offer]:
+    from weightlift.integrations.transformers_views import NotTraceable, Traced
+
+    offers: dict[str, Offer] = {}
+    for target, value in made.items():
+        if not isinstance(value, Traced):
+            raise NotTraceable(f"{target} is a {type(value).__name__}")
+        offers[target] = value.offer(target)
+    return offers
 
 
 def _run(model: Any, converter: Any, name: str, tensors: Mapping[str, list[Any]]) -> dict[str, Any]:

@@ -8,17 +8,17 @@ they are and come out as `Part`s, for the engine to put each byte in its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.plan.parts import composed, part
-from weightlift.plan.records import Offer
-from weightlift.plan.regions import Region, narrow, permute, reshape, unsqueeze
+from weightlift.plan.parts import composed
+from weightlift.plan.records import Offer, Part
+from weightlift.plan.regions import narrow, permute, reshape
 from weightlift.strides import row_major
 
 aten = torch.ops.aten
@@ -29,38 +29,44 @@ class NotTraceable(Exception):
     """An operation did more than move elements."""
 
 
-@dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangular piece of a traced tensor, from ``start`` on, and the view of an entry that it is."""
+    """A rectangular piece of a traced tensor, from ``start`` on and of ``size``, and the view of an entry that it is.
 
-    start: tuple[int, ...]
-    entry: TensorEntry
+    ``origin`` has the shape of ``size`` but for dimensions of extent 1. So stacking makes no entry anew: there is a box
+    for every expert of every layer.
+    """
+
+    __slots__ = ("origin", "size", "start")
+
+    def __init__(self, start: tuple[int, ...], size: tuple[int, ...], origin: TensorEntry) -> None:
+        self.start = start
+        self.size = size
+        self.origin = origin
 
     @property
-    def size(self) -> tuple[int, ...]:
-        """Extents, those of the entry."""
-        return self.entry.shape
+    def entry(self) -> TensorEntry:
+        """The view, in the shape of the box."""
+        return self.origin if self.origin.shape == self.size else _shaped(self.origin, self.size)
+
+
+def _box(start: tuple[int, ...], entry: TensorEntry) -> Box:
+    return Box(start, entry.shape, entry)
 
 
 class Traced(torch.Tensor):
     """A tensor without values; ``boxes`` tile it."""
 
-    boxes: tuple[Box, ...]
+    boxes: Sequence[Box]
+    form: tuple[tuple[int, ...], torch.dtype]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[Box]) -> Traced:
         """A traced tensor of ``shape``."""
         made: Any = torch.Tensor._make_wrapper_subclass(Traced, tuple(shape), dtype=dtype, device=_CPU)
-        made.boxes = tuple(boxes)
+        made.boxes = boxes
+        made.form = tuple(shape), dtype
         return made  # type: ignore[no-any-return]
-
-    @staticmethod
-    def whole(entry: TensorEntry) -> Traced:
-        """A tensor of the checkpoint."""
-        if 0 in entry.shape:
-            raise NotTraceable(f"{entry.key} is empty")
-        return Traced.of(entry.shape, entry.dtype, (Box((0,) * len(entry.shape), entry),))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -71,16 +77,68 @@ class Traced(torch.Tensor):
 
     def offer(self, name: str) -> Offer:
         """What a checkpoint offers under ``name``, by this tensor. Raises ValueError when the dtypes differ."""
-        shape = tuple(self.shape)
+        shape = self.form[0]
         if len(self.boxes) == 1 and self.boxes[0].entry.stride is None:
             entry = self.boxes[0].entry
             return Offer(name, entry.key, entry)
         steps = row_major(shape)
+        shared: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         parts = []
         for box in self.boxes:
-            offset = sum(first * step for first, step in zip(box.start, steps, strict=True))
-            parts.append(part(box.entry, Region(box.size, steps, offset)))
+            known = box.size, box.origin.shape
+            shape_and_stride = shared.get(known)
+            if shape_and_stride is None:
+                shape_and_stride = shared[known] = box.origin.shape, _without_ones(*known, steps)
+            offset = 0
+            for first, step in zip(box.start, steps):
+                offset += first * step
+            parts.append(Part(box.origin.key, box.origin, *shape_and_stride, offset))
         return composed(name, shape, parts)
+
+
+def _without_ones(
+    size: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The strides of a view of ``size`` for ``shape``, which differs from it in dimensions of extent 1."""
+    left = iter([step for extent, step in zip(size, stride, strict=True) if extent != 1])
+    return tuple(1 if extent == 1 else next(left) for extent in shape)
+
+
+class Wholes:
+    """Traced tensors that stand for whole entries, used again once nobody else holds them: tens of thousands are asked
+    for, a few hundred at a time. For one thread."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[Traced]] = {}
+
+    def of(self, entry: TensorEntry) -> Traced:
+        """A tensor of the checkpoint. Raises NotTraceable for one without elements."""
+        if 0 in entry.shape:
+            raise NotTraceable(f"{entry.key} is empty")
+        boxes = (_box((0,) * len(entry.shape), entry),)
+        free = self._free.get((entry.shape, entry.dtype))
+        if not free:
+            return Traced.of(entry.shape, entry.dtype, boxes)
+        made = free.pop()
+        made.boxes = boxes
+        return made
+
+    def give(self, tensors: list[Traced]) -> None:
+        """Take back, and out of the list, those that only this list still refers to."""
+        while tensors:
+            tensor = tensors.pop()
+            if sys.getrefcount(tensor) == _HELD_HERE_ALONE:
+                tensor.boxes = ()
+                self._free.setdefault(tensor.form, []).append(tensor)
+
+
+def _references() -> int:
+    held = [object()]
+    item = held.pop()
+    return sys.getrefcount(item)
+
+
+_HELD_HERE_ALONE = _references()
 
 
 # -- calls that move elements -----------------------------------------------------------------------------------------
@@ -107,7 +165,7 @@ def _slice(tensor: Traced, dim: int = 0, start: int | None = None, end: int | No
         first, last = max(low, box.start[dim]), min(high, box.start[dim] + box.size[dim])
         if first < last:
             entry = narrow(box.entry, dim, first - box.start[dim], last - first)
-            boxes.append(Box((*box.start[:dim], first - low, *box.start[dim + 1 :]), entry))
+            boxes.append(_box((*box.start[:dim], first - low, *box.start[dim + 1 :]), entry))
     return Traced.of(shape, tensor.dtype, boxes)
 
 
@@ -115,7 +173,7 @@ def _without(tensor: Traced, dim: int) -> Traced:
     """Drop a dimension of extent 1."""
     shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
     boxes = [
-        Box((*box.start[:dim], *box.start[dim + 1 :]), _shaped(box.entry, (*box.size[:dim], *box.size[dim + 1 :])))
+        Box((*box.start[:dim], *box.start[dim + 1 :]), (*box.size[:dim], *box.size[dim + 1 :]), box.origin)
         for box in tensor.boxes
     ]
     return Traced.of(shape, tensor.dtype, boxes)
@@ -146,7 +204,7 @@ def _split(tensor: Traced, size: int, dim: int = 0) -> list[Traced]:
 
 def _permute(tensor: Traced, dims: Sequence[int]) -> Traced:
     order = [dim % tensor.dim() for dim in dims]
-    boxes = [Box(tuple(box.start[dim] for dim in order), permute(box.entry, order)) for box in tensor.boxes]
+    boxes = [_box(tuple(box.start[dim] for dim in order), permute(box.entry, order)) for box in tensor.boxes]
     return Traced.of([tensor.shape[dim] for dim in order], tensor.dtype, boxes)
 
 
@@ -173,32 +231,40 @@ def _squeeze(tensor: Traced, dim: Any = None) -> Traced:
 
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
-    first = tensors[0]
-    if any(tensor.dim() != first.dim() or tensor.dtype != first.dtype for tensor in tensors):
+    shape, dtype = tensors[0].form
+    boxes: list[Box] = []
+    low = 0
+    if any(len(tensor.form[0]) != len(shape) or tensor.form[1] != dtype for tensor in tensors):
         raise NotTraceable("a concatenation of several dtypes")
-    dim %= first.dim()
-    boxes, low = [], 0
+    dim %= len(shape)
     for tensor in tensors:
-        if any(a != b for i, (a, b) in enumerate(zip(tensor.shape, first.shape, strict=True)) if i != dim):
+        own = tensor.form[0]
+        if own[:dim] != shape[:dim] or own[dim + 1 :] != shape[dim + 1 :]:
             raise RuntimeError(f"sizes of tensors to concatenate differ: {[list(item.shape) for item in tensors]}")
-        boxes += [
-            Box((*box.start[:dim], box.start[dim] + low, *box.start[dim + 1 :]), box.entry) for box in tensor.boxes
-        ]
-        low += tensor.shape[dim]
-    return Traced.of((*first.shape[:dim], low, *first.shape[dim + 1 :]), first.dtype, boxes)
+        if low == 0:
+            boxes += tensor.boxes
+        else:
+            for box in tensor.boxes:
+                start = box.start
+                boxes.append(Box((*start[:dim], start[dim] + low, *start[dim + 1 :]), box.size, box.origin))
+        low += own[dim]
+    return Traced.of((*shape[:dim], low, *shape[dim + 1 :]), dtype, boxes)
 
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
-    first = tensors[0]
-    if any(tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in tensors):
+    form = tensors[0].form
+    if any(tensor.form != form for tensor in tensors):
         raise NotTraceable("a stack of several shapes or dtypes")
-    dim %= first.dim() + 1
-    boxes = [
-        Box((*box.start[:dim], index, *box.start[dim:]), unsqueeze(box.entry, dim))
-        for index, tensor in enumerate(tensors)
-        for box in tensor.boxes
-    ]
-    return Traced.of((*first.shape[:dim], len(tensors), *first.shape[dim:]), first.dtype, boxes)
+    shape, dtype = form
+    dim %= len(shape) + 1
+    whole = (*shape[:dim], 1, *shape[dim:])
+    boxes = []
+    for index, tensor in enumerate(tensors):
+        for box in tensor.boxes:
+            start, size = box.start, box.size
+            size = whole if size == shape else (*size[:dim], 1, *size[dim:])
+            boxes.append(Box((*start[:dim], index, *start[dim:]), size, box.origin))
+    return Traced.of((*shape[:dim], len(tensors), *shape[dim:]), dtype, boxes)
 
 
 # -- reshapes ---------------------------------------------------------------------------------------------------------
@@ -239,7 +305,7 @@ def _regrouped(box: Box, at: int, old: tuple[int, ...], new: tuple[int, ...]) ->
             low = sum(first * step for first, step in zip(start, row_major(new), strict=True)) - begin
             cut = narrow(entry, at, low, prod(size))
             shaped = _shaped(cut, (*cut.shape[:at], *size, *cut.shape[at + 1 :]))
-            yield Box((*box.start[:at], *start, *box.start[at + count :]), shaped)
+            yield _box((*box.start[:at], *start, *box.start[at + count :]), shaped)
 
 
 def _runs(

@@ -86,14 +86,17 @@ def fault_of(parts: Sequence[Part], shape: Sequence[int]) -> str | None:
     count = 0
     dense = True
     runs: list[tuple[int, int]] = []
+    measures: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, bool, int]] = {}  # few kinds of very many parts
     for item in parts:
         if item.entry.shape != item.shape:
             return f"{item.key} of shape {item.entry.shape} for a region of shape {item.shape}"
-        numel = prod(item.shape)
+        kind = item.shape, item.stride
+        measure = measures.get(kind)
+        if measure is None:
+            measure = measures[kind] = _measure(*kind)
+        numel, consecutive, span = measure
         if numel == 0:
             continue
-        consecutive = is_row_major(item.shape, item.stride)
-        span = numel if consecutive else span_elements(item.shape, item.stride)
         if item.offset < 0 or item.offset + span > total:
             return "one lies outside of the destination"
         count += numel
@@ -106,6 +109,13 @@ def fault_of(parts: Sequence[Part], shape: Sequence[int]) -> str | None:
         return None if all(end <= start for (_, end), (start, _) in pairwise(runs)) else "two of them overlap"
     regions = [Region(item.shape, item.stride, item.offset) for item in parts if 0 not in item.shape]
     return "two of them overlap" if _overlap([joined(found) for found in regions], total) else None
+
+
+def _measure(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, bool, int]:
+    """(elements, whether they lie in a row, elements from the first to the last) of a region."""
+    numel = prod(shape)
+    consecutive = is_row_major(shape, stride)
+    return numel, consecutive, numel if consecutive or not numel else span_elements(shape, stride)
 
 
 def within(entry: TensorEntry, region: Region) -> TensorEntry | None:

@@ -83,15 +83,6 @@ def transpose(view: View, first: int, second: int) -> View:
     return permute(view, order)
 
 
-def unsqueeze(entry: TensorEntry, dim: int) -> TensorEntry:
-    """``entry.unsqueeze(dim)``."""
-    dim %= len(entry.shape) + 1
-    shape = (*entry.shape[:dim], 1, *entry.shape[dim:])
-    stride = None if entry.stride is None else (*entry.stride[:dim], 1, *entry.stride[dim:])
-    # Not `dataclasses.replace`: this is called for every expert of every layer.
-    return TensorEntry(entry.key, shape, entry.dtype, entry.file, entry.start, entry.end, stride)
-
-
 def reshape(view: View, shape: Sequence[int]) -> View | None:
     """``view.view(shape)``; None where only a copy has that shape (torch's ``view`` raises there). One extent may be
     -1. Raises ValueError when the numbers of elements differ.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -150,6 +151,9 @@ class _Application:
         fault = fault_of(row.parts, row.shape)
         assert fault is None, f"the parts of {row.fqn}: {fault}"
         into = new_memory(row.shape, row.dtype, device) if into is None else into
+        if (whole := _in_files(row)) is not None:
+            job = Job(row.fqn, whole, row.dtype, device, into=into, fresh=fresh, parts=row.parts)
+            return _Order((job,), into, in_place=in_place)
         jobs = []
         for part in row.parts:
             region = into.as_strided(part.shape, part.stride, into.storage_offset() + part.offset)
@@ -290,6 +294,15 @@ class _Application:
                 )
         if problems:
             raise TransferError("the module is not complete", problems)
+
+
+def _in_files(row: Row) -> TensorEntry | None:
+    """What the parts of a row make up, if all lie in files under one dtype."""
+    dtype = row.parts[0].entry.dtype
+    if any(part.entry.file is None or part.entry.dtype != dtype for part in row.parts) or 0 in row.shape:
+        return None
+    key = row.parts[0].key if row.offer is None else row.offer.key
+    return TensorEntry(key, row.shape, dtype, None, 0, prod(row.shape) * dtype.itemsize)
 
 
 def _one_entry(row: Row) -> TensorEntry | None:

@@ -6,11 +6,12 @@ the budget. The destination ranges of all pieces are disjoint: every destination
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from weightlift.strides import row_major, span_elements
 from weightlift.transfer.combs import has_gaps, ranges_of
@@ -31,16 +32,16 @@ _MAX_DIRECT_BYTES = 16 * _MIB
 _LARGEST_ELEMENT_BYTES = 16
 _PIECES_PER_WORKER = 4
 DEFAULT_BUDGET_BYTES = 512 * _MIB
+_ONE = (1,)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One tensor as the chunker sees it: geometry only, strides in elements.
 
     ``nbytes`` counts the elements in the source's dtype. ``file`` is None for a tensor in memory. A stride of None
     means contiguous in row-major order. ``direct``: the file's bits are the destination's bits, so that what is
     contiguous in both can be read straight into it. Only requests of one ``place`` (the destination's device) share a
-    read.
+    read. ``offset`` is where in the job's destination it begins, in elements.
     """
 
     job: int
@@ -53,6 +54,7 @@ class Request:
     dst_stride: tuple[int, ...] | None
     direct: bool
     place: str = "cpu"
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,7 @@ class Direct:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A hyper-rectangle of one job's elements: byte ``at`` of the block (or of the tensor in memory), with strides and
     the destination's offset in elements. ``nbytes`` counts its elements in the source's dtype."""
 
@@ -200,24 +201,35 @@ def pieces(requests: Sequence[Request], limit: Limits) -> list[Piece]:
 
 
 def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Piece]:
+    block_bytes, direct_from = limit.block_bytes, min(_SMALL_BYTES, limit.block_bytes)
     start = end = -1
     cuts: list[Cut] = []
     for request in group:
-        if request.direct and _run_bytes(request) >= min(_SMALL_BYTES, limit.block_bytes):
-            yield from _direct_pieces(file, request, limit.direct_bytes)
-            continue
-        if request.src_stride is not None and has_gaps(request.shape, request.src_stride, request.itemsize):
-            yield from _comb_pieces(file, request, request.src_stride, limit.block_bytes)
-            continue
-        for cut, low, high in _cuts(request, limit.block_bytes):
+        nbytes = request.nbytes
+        if request.src_stride is not None or request.dst_stride is not None or nbytes >= direct_from:
+            if request.direct and _run_bytes(request) >= direct_from:
+                yield from _direct_pieces(file, request, limit.direct_bytes)
+                continue
+            if request.src_stride is not None and has_gaps(request.shape, request.src_stride, request.itemsize):
+                yield from _comb_pieces(file, request, request.src_stride, block_bytes)
+                continue
+            found: Iterable[tuple[Cut, int, int]] = _cuts(request, block_bytes)
+        else:  # nearly all tensors of a checkpoint of very many
+            low, high = request.start, request.start + nbytes
+            if cuts and start <= low <= end + _GAP_BYTES and max(high, end) - start <= block_bytes:
+                cuts.append(_whole(request, low - start))
+                end = max(end, high)
+                continue
+            found = ((_whole(request), low, high),)
+        for cut, low, high in found:
             # ``low`` lies before the block when tensors overlap: the tail of a large one, then the start of the next.
             apart = low < start or low > end + _GAP_BYTES
-            if cuts and (apart or max(high, end) - start > limit.block_bytes):
+            if cuts and (apart or max(high, end) - start > block_bytes):
                 yield Block(file, start, end, tuple(cuts))
                 cuts = []
             if not cuts:
                 start = end = low
-            cuts.append(_moved(cut, low - start))
+            cuts.append(cut if low == start else cut._replace(at=low - start))
             end = max(end, high)
     if cuts:
         yield Block(file, start, end, tuple(cuts))
@@ -242,7 +254,7 @@ def _direct_pieces(file: Path, request: Request, step: int) -> Iterator[Direct]:
     outer = () if run == request.nbytes else request.shape[:-1]
     for index in product(*map(range, outer)):
         low = request.start + sum(i * stride for i, stride in zip(index, src)) * itemsize
-        into = sum(i * stride for i, stride in zip(index, dst)) * itemsize
+        into = (request.offset + sum(i * stride for i, stride in zip(index, dst))) * itemsize
         for at in range(0, run, step):
             yield Direct(request.job, file, low + at, min(low + at + step, low + run), into + at)
 
@@ -253,7 +265,7 @@ def _comb_pieces(file: Path, request: Request, stride: tuple[int, ...], block_by
     dst = row_major(shape) if request.dst_stride is None else request.dst_stride
     for starts, sizes in boxes(shape, row_major(shape), max(block_bytes // itemsize, 1)):
         low = request.start + sum(a * b for a, b in zip(starts, stride, strict=True)) * itemsize
-        into = sum(a * b for a, b in zip(starts, dst, strict=True))
+        into = request.offset + sum(a * b for a, b in zip(starts, dst, strict=True))
         nbytes = prod(sizes) * itemsize
         ranges = tuple(ranges_of(low, sizes, stride, itemsize))
         cut = Cut(request.job, 0, sizes, row_major(sizes), dst, into, nbytes)
@@ -267,10 +279,8 @@ def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:
     """
     shape, src, dst = request.shape, request.src_stride, request.dst_stride
     if src is None and dst is None:
-        nbytes = request.nbytes
-        if nbytes <= block_bytes:  # nearly all tensors of a checkpoint of very many
-            cut = Cut(request.job, 0, (nbytes // request.itemsize,), (1,), (1,), 0, nbytes)
-            yield cut, request.start, request.start + nbytes
+        if request.nbytes <= block_bytes:
+            yield _whole(request), request.start, request.start + request.nbytes
             return
         shape, src, dst = (prod(shape),), (1,), (1,)
     src = row_major(shape) if src is None else src
@@ -279,17 +289,17 @@ def _cuts(request: Request, block_bytes: int) -> Iterator[tuple[Cut, int, int]]:
     gap = _GAP_BYTES // itemsize if request.file else None
     for starts, sizes in boxes(shape, src, max(block_bytes // itemsize, 1), gap):
         at = sum(a * b for a, b in zip(starts, src, strict=True)) * itemsize
-        into = sum(a * b for a, b in zip(starts, dst, strict=True))
+        into = request.offset + sum(a * b for a, b in zip(starts, dst, strict=True))
         low = request.start + at
         high = low + span_elements(sizes, src) * itemsize
         cut = Cut(request.job, 0 if request.file else at, sizes, src, dst, into, prod(sizes) * itemsize)
         yield cut, low, high
 
 
-def _moved(cut: Cut, at: int) -> Cut:
-    if at == 0:
-        return cut
-    return Cut(cut.job, at, cut.sizes, cut.src_stride, cut.dst_stride, cut.dst_offset, cut.nbytes)
+def _whole(request: Request, at: int = 0) -> Cut:
+    """All of what lies in a row in the file and in the destination."""
+    nbytes = request.nbytes
+    return Cut(request.job, at, (nbytes // request.itemsize,), _ONE, _ONE, request.offset, nbytes)
 
 
 def _replace(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:

@@ -19,9 +19,10 @@ from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.hashing import Hashing
 from weightlift.transfer.jobs import Job, Task
-from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, new_tensor
+from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, memory_of, new_tensor
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
+from weightlift.transfer.requests import nbytes_of, requests_of
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 from weightlift.transfer.trace import Trace, timed
 
@@ -64,7 +65,7 @@ def run(
     load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
-    reporter = Reporter(progress, sum(_nbytes(job.entry) for job in jobs) + work_bytes)
+    reporter = Reporter(progress, sum(nbytes_of(job.entry) for job in jobs) + work_bytes)
     try:
         with outside_modes():
             results = load.execute(
@@ -165,7 +166,8 @@ class _Run:
 
     def _check_files(self) -> None:
         """All files at once and before anything is written, so that a stale plan changes nothing."""
-        used = dict.fromkeys(job.entry.file for job in self._jobs if job.entry.file is not None)
+        entries = (entry for job in self._jobs for entry in job.entries)
+        used = dict.fromkeys(entry.file for entry in entries if entry.file is not None)
         problems = [problem for path in used if (problem := self._source.check(self._files[path])) is not None]
         if problems:
             raise CheckpointChanged("the checkpoint changed since it was opened", problems)
@@ -242,7 +244,7 @@ class _Run:
                 raise CheckpointChanged("a checkpoint file changed while it was mapped", [problem])
             for index in group:
                 entry = self._jobs[index].entry
-                stride, nbytes = entry.stride, _nbytes(entry)
+                stride, nbytes = entry.stride, nbytes_of(entry)
                 elements = (
                     nbytes // entry.dtype.itemsize if stride is None else strides.span_elements(entry.shape, stride)
                 )
@@ -250,13 +252,13 @@ class _Run:
                 self._done_bytes += nbytes
 
     def _bytes_of(self, group: list[int]) -> int:
-        return sum(_nbytes(self._jobs[index].entry) for index in group)
+        return sum(nbytes_of(self._jobs[index].entry) for index in group)
 
     def _share(self, shared: list[int]) -> None:
         for index in shared:
             entry = self._jobs[index].entry
             self._results[index] = in_memory(entry, self._tensors)
-            self._done_bytes += _nbytes(entry)
+            self._done_bytes += nbytes_of(entry)
 
     def _transfer(
         self,
@@ -271,9 +273,9 @@ class _Run:
         if not rest and not tasks:
             return
         targets = {index: self._target(index) for index in rest}
-        total_bytes = sum(_nbytes(self._jobs[index].entry) for index in rest)
+        total_bytes = sum(nbytes_of(self._jobs[index].entry) for index in rest)
         limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
-        requests = [_request(index, self._jobs[index], targets[index]) for index in rest]
+        requests = [request for index in rest for request in requests_of(index, self._jobs[index], targets[index])]
         pieces = chunks.pieces(requests, limit)
         if self._trace is not None:
             self._trace.choices.update(workers=limit.workers, block_bytes=limit.block_bytes, pieces=len(pieces))
@@ -311,8 +313,12 @@ class _Run:
         same = plain and entry.dtype == job.dtype
         dtype = carrier(entry.dtype) if same else entry.dtype
         written = alias(result, dtype if same else job.dtype) if plain else result.detach()
-        memory = alias(in_memory(entry, self._tensors), dtype) if entry.file is None else None
-        return Target(written, dtype, memory, None if job.device.type == "cpu" else job.device, same)
+        in_files = entry.file is not None or job.parts
+        memory = None if in_files else alias(in_memory(entry, self._tensors), dtype)
+        on_cpu = job.device.type == "cpu"
+        bytewise = same and on_cpu and memory is None and written.nbytes and written.is_contiguous()
+        view = memory_of(written, 0, written.nbytes) if bytewise else None
+        return Target(written, dtype, memory, None if on_cpu else job.device, same, view)
 
     def _destination(self, job: Job) -> torch.Tensor:
         if job.into is not None:
@@ -333,28 +339,6 @@ class _Run:
         if found is None:
             found = self._backends[device] = self._make_backend(device)
         return found
-
-
-def _request(index: int, job: Job, target: Target) -> chunks.Request:
-    entry = job.entry
-    memory, written = target.memory, target.tensor
-    src = entry.stride if memory is None else memory.stride()
-    dst = None if written.is_contiguous() else written.stride()
-    shape = entry.shape
-    if src is not None or dst is not None:
-        shape, src, dst = strides.joined(shape, src or strides.row_major(shape), dst or strides.row_major(shape))
-        src = None if strides.is_row_major(shape, src) else src
-        dst = None if strides.is_row_major(shape, dst) else dst
-    direct = memory is None and target.same and target.device is None
-    place = "cpu" if target.device is None else str(target.device)
-    return chunks.Request(
-        index, entry.file, entry.start, entry.dtype.itemsize, _nbytes(entry), shape, src, dst, direct, place
-    )
-
-
-def _nbytes(entry: TensorEntry) -> int:
-    """`TensorEntry.nbytes`, without its product where the range says the same."""
-    return entry.end - entry.start if entry.stride is None else entry.nbytes
 
 
 def _mappable(entry: TensorEntry) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,18 +20,23 @@ from weightlift.transfer.sources import Handle, OpenFiles
 from weightlift.transfer.trace import Trace, timed
 
 Work = Piece | Task
+# The interpreter is held while bytes are copied; as long as making tensors of them would hold it.
+_SMALL_BYTES = 16 << 10
+_ONE = (1,)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A job made ready: the tensor to write (an alias of the result), the dtype under which the source is read, the
-    source if it is in memory, the accelerator if there is one. ``same``: source and destination have the same bits."""
+    source if it is in memory, the accelerator if there is one. ``same``: source and destination have the same bits.
+    ``view``: the bytes of the tensor, where they may be written as such."""
 
     tensor: torch.Tensor
     dtype: torch.dtype
     memory: torch.Tensor | None
     device: torch.device | None
     same: bool
+    view: memoryview | None = None
 
 
 class Executor:
@@ -115,7 +121,8 @@ class Executor:
                                 self._read(handle, view, start, done, block)
                 self._mark(block.cuts)
                 with timed(self._trace, "convert", self._name(block), block.nbytes):
-                    copy_serially(*self._views(block.cuts, staging))
+                    cuts = self._copied_as_bytes(block.cuts, staging)
+                    copy_serially(*self._views(cuts, staging))
             finally:
                 self._staging.give(staging)
 
@@ -153,6 +160,19 @@ class Executor:
             with self._backends[device].stream():
                 part.copy_(source)
 
+    def _copied_as_bytes(self, cuts: Sequence[Cut], staging: Staging) -> list[Cut]:
+        """Copy the small ones that lie in a row on both sides, which is cheaper than two tensors for each; the rest."""
+        rest: list[Cut] = []
+        source, targets = staging.view, self._targets
+        for cut in cuts:
+            view, nbytes = targets[cut.job].view, cut.nbytes
+            if view is None or nbytes > _SMALL_BYTES or not cut.src_stride == cut.dst_stride == _ONE:
+                rest.append(cut)
+                continue
+            low = cut.dst_offset * (nbytes // cut.sizes[0])
+            view[low : low + nbytes] = source[cut.at : cut.at + nbytes]
+        return rest
+
     def _views(self, cuts: Sequence[Cut], staging: Staging) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         to: list[torch.Tensor] = []
         of: list[torch.Tensor] = []
@@ -189,12 +209,13 @@ class Executor:
             return [Problem(f"{failed} failed: {what}", fqn=work.fqn)]
         index = work.job if isinstance(work, Direct) else work.cuts[0].job
         job = self._jobs[index]
+        key = job.entry.key if work.file is None else _key_at(job, work.file, work.start, work.end)
         if isinstance(work, Block) and len(work.cuts) > 1:
             what += f" (and {len(work.cuts) - 1} more tensors that share this read)"
         if work.file is None:
-            return [Problem(f"copying failed: {what}", fqn=job.fqn, key=job.entry.key)]
+            return [Problem(f"copying failed: {what}", fqn=job.fqn, key=key)]
         verb = "reading" if error is None or isinstance(error, OSError) else "converting"
-        return [Problem(f"{verb} failed: {what}", job.entry.key, job.fqn, work.file, work.start, work.end)]
+        return [Problem(f"{verb} failed: {what}", key, job.fqn, work.file, work.start, work.end)]
 
 
 class _Released:
@@ -216,6 +237,12 @@ def _places(block: Block, staging: Staging) -> Iterator[tuple[memoryview, int]]:
     for start, end in block.reads:
         yield staging.view[at : at + end - start], start
         at += end - start
+
+
+def _key_at(job: Job, file: Path, start: int, end: int) -> str:
+    """The key of what a job reads from a range of a file."""
+    entries = (entry for entry in job.entries if entry.file == file and start < entry.end and entry.start < end)
+    return next((entry.key for entry in entries), job.entry.key)
 
 
 def _read_cached(handle: Handle, view: memoryview, start: int) -> int:

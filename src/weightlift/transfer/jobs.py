@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.plan.records import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,9 @@ class Job:
     ``fqn`` is for messages; several jobs may have one, when each fills a region of the same tensor. ``fresh``: ``into``
     is memory that nobody has seen yet, so that writing it is not reported. No two jobs of a run may have ``into``
     tensors that overlap: every destination byte has exactly one writer.
+
+    With ``parts`` these are read instead of ``entry``, which says the shape and dtype that they make up; ``into`` is
+    contiguous then, they lie in files and fill it without overlap and without a hole.
     """
 
     fqn: str
@@ -25,6 +29,12 @@ class Job:
     device: torch.device
     into: torch.Tensor | None = None
     fresh: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What is read."""
+        return tuple([part.entry for part in self.parts]) if self.parts else (self.entry,)
 
 
 @dataclass(frozen=True, slots=True)
