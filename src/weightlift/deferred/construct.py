@@ -15,7 +15,7 @@ from torch import nn
 
 from weightlift.ambient import no_dispatch_modes, outside_modes
 from weightlift.deferred.functions import Answer, FunctionRecorder
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
 
 _GARBAGE_BYTES = 16 << 20
@@ -102,9 +102,8 @@ def _checked(module: Any) -> nn.Module:
 
 def _finish(module: nn.Module, recorder: Recorder) -> None:
     """Label what belongs to the module; give everything else that is still alive its values."""
-    inventory = Inventory.of(module)
     owned = set()
-    for name, tensor in inventory.tensors():
+    for name, tensor in tensors_of(module):
         record = recorder.record_of(tensor)
         if record is not None and record not in owned:
             owned.add(record)

@@ -85,11 +85,9 @@ class DefaultDtype:
 
     def _promotes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """True for a call whose arguments torch would convert from integers to the default dtype."""
+        if not _may_promote(func) or kwargs.get("dtype") is not None or kwargs.get("rounding_mode") is not None:
+            return False
         name = func._schema.name
-        if name in _BOOLEAN or kwargs.get("dtype") is not None or kwargs.get("rounding_mode") is not None:
-            return False
-        if not (name in _FLOATING or name == "aten::div" or torch.Tag.pointwise in func.tags):
-            return False
         tensors = tensors_in((args, kwargs))
         if not tensors or any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in tensors):
             return False
@@ -111,6 +109,14 @@ def _is_factory(func: Any) -> bool:
     schema = func._schema
     named = {argument.name for argument in schema.arguments}
     return "dtype" in named and not any("Tensor" in str(argument.type) for argument in schema.arguments)
+
+
+@functools.cache
+def _may_promote(func: Any) -> bool:
+    name = func._schema.name
+    if name in _BOOLEAN:
+        return False
+    return name in _FLOATING or name == "aten::div" or torch.Tag.pointwise in func.tags
 
 
 def _is_legacy(kwargs: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 Kind = Literal["parameter", "buffer"]
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_storage_address: Callable[[torch.Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,10 @@ class Inventory:
         _walk(module, "", modules, slots)
         return cls(module, tuple(modules), tuple(slots))
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every name with its tensor."""
-        for slot in self.slots:
-            yield slot.fqn, slot.tensor
+    @property
+    def extra_state(self) -> tuple[str, ...]:
+        """The keys of the modules' extra state."""
+        return tuple([f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)])
 
     def spec(self, stays: Callable[[torch.Tensor], bool]) -> ModuleSpec:
         """The module as data. ``stays`` tells memory that is somebody else's too and has to be filled in place."""
@@ -119,7 +121,7 @@ class Inventory:
             tensors=tuple(
                 _spec(row, storages.setdefault(row[3], len(storages)), stays, len(holders[row[3]])) for row in rows
             ),
-            extra_state=tuple(f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)),
+            extra_state=self.extra_state,
         )
 
 
@@ -185,14 +187,44 @@ def _walk(module: nn.Module, prefix: str, modules: list[tuple[str, nn.Module]], 
             _walk(child, f"{prefix}{name}.", modules, slots)
 
 
+def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every name with its tensor, in ``state_dict`` order: `Inventory.of` where no more is asked."""
+    found: list[tuple[str, torch.Tensor]] = []
+    waiting = [("", module)]
+    while waiting:
+        prefix, owner = waiting.pop()
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                found.append((prefix + name, parameter))
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                found.append((prefix + name, buffer))
+        if owner._modules:
+            children = [(f"{prefix}{name}.", child) for name, child in owner._modules.items() if child is not None]
+            waiting += reversed(children)
+    return found
+
+
 def is_lazy(tensor: torch.Tensor) -> bool:
     """True for ``UninitializedParameter`` and ``UninitializedBuffer``, whose shape the checkpoint decides."""
+    if type(tensor) in _PLAIN:
+        return False
     return torch.nn.parameter.is_lazy(tensor)
 
 
 def has_extra_state(module: nn.Module) -> bool:
     """True when ``load_state_dict`` would look for this module's ``_extra_state``."""
     return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """The address that `storage_of` gives, without the rest."""
+    if is_lazy(tensor):
+        return -id(tensor)
+    try:
+        return _storage_address(tensor)
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], int]:

@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.exclusive import NotNative
 
@@ -139,9 +139,9 @@ def initialise(model: Any, supplied: set[int]) -> None:
     ``supplied`` are the ids of the tensors that have their values from elsewhere: they are marked, as Transformers
     marks what it has loaded. To be run while the model's recorder is on.
     """
-    for slot in Inventory.of(model).slots:
-        if id(slot.tensor) in supplied:
-            slot.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for _, tensor in tensors_of(model):
+        if id(tensor) in supplied:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     with _tied_targets_aside(model):
         _visit(model, model._initialize_weights, model.is_custom_code())
 

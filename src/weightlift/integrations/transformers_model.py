@@ -158,7 +158,7 @@ class Filling:
         self._state: dict[str, torch.Tensor | None] = {
             slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent
         }
-        self._extra_state = inventory.spec(lambda _: False).extra_state
+        self._extra_state = inventory.extra_state
         self._plan_dtypes = _dtype_plan(load_config.dtype_plan, self._state)
 
     def run(self) -> LoadStateDictInfo:

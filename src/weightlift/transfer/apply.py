@@ -16,7 +16,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_of, users_of
+from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_address, tensors_of, users_of
 from weightlift.deferred.tape import Record, needed, replays
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -161,7 +161,9 @@ class _Application:
         return _Order(tuple(jobs), into, in_place=in_place)
 
     def _home(self, row: Row, tensor: torch.Tensor) -> Home | None:
-        return None if row.untied or is_lazy(tensor) else self._homes.get(storage_of(tensor)[0])
+        if not self._homes or row.untied or is_lazy(tensor):
+            return None
+        return self._homes.get(storage_address(tensor))
 
     def _place(self, row: Row, slot: Slot) -> torch.Tensor | None:
         """The memory that a value belongs into; None where the tensor gets new memory."""
@@ -266,11 +268,12 @@ class _Application:
         return tensor.detach().to(device=torch.device(row.device), dtype=row.dtype)
 
     def _put(self, row: Row, slot: Slot, value: torch.Tensor) -> torch.Tensor:
-        record = None if row.untied or is_lazy(slot.tensor) else self._subject.record_of(slot.tensor)
-        if record is not None and storage_of(slot.tensor)[0] in self._watched:
-            # Somebody outside the module holds a view of the old memory: it must not be left without its values.
-            record.memory()
-            slot.tensor.detach().copy_(value)
+        if self._watched and not row.untied and not is_lazy(slot.tensor):
+            record = self._subject.record_of(slot.tensor)
+            if record is not None and storage_address(slot.tensor) in self._watched:
+                # Somebody outside the module holds a view of the old memory: it must not be left without its values.
+                record.memory()
+                slot.tensor.detach().copy_(value)
         return _adopt(slot, value, fresh=row.untied)
 
     def _own(self, row: Row, slot: Slot) -> None:
@@ -281,19 +284,24 @@ class _Application:
 
     def audit(self) -> None:
         """Law 4: no tensor leaves on ``meta`` or without its values."""
-        problems = []
-        for slot in Inventory.of(self._subject.inventory.module).slots:
-            record = None if is_lazy(slot.tensor) else self._subject.record_of(slot.tensor)
-            if slot.tensor.is_meta or (record is not None and record.pending):
-                problems.append(
-                    Problem(
-                        f"the {slot.kind} was built without a value, and the checkpoint has none",
-                        fqn=slot.fqn,
-                        hint="build it outside torch.device('meta'), or add it to the checkpoint",
-                    )
-                )
-        if problems:
-            raise TransferError("the module is not complete", problems)
+        module = self._subject.inventory.module
+        incomplete = set()
+        for fqn, tensor in tensors_of(module):
+            record = None if is_lazy(tensor) else self._subject.record_of(tensor)
+            if tensor.is_meta or (record is not None and record.pending):
+                incomplete.add(fqn)
+        if not incomplete:
+            return
+        problems = [
+            Problem(
+                f"the {slot.kind} was built without a value, and the checkpoint has none",
+                fqn=slot.fqn,
+                hint="build it outside torch.device('meta'), or add it to the checkpoint",
+            )
+            for slot in Inventory.of(module).slots
+            if slot.fqn in incomplete
+        ]
+        raise TransferError("the module is not complete", problems)
 
 
 def _in_files(row: Row) -> TensorEntry | None:
@@ -324,7 +332,7 @@ def _watched(slots: Iterable[Slot]) -> set[int]:
     holders: dict[int, dict[int, torch.Tensor]] = {}
     for slot in slots:
         if not is_lazy(slot.tensor):
-            holders.setdefault(storage_of(slot.tensor)[0], {})[id(slot.tensor)] = slot.tensor
+            holders.setdefault(storage_address(slot.tensor), {})[id(slot.tensor)] = slot.tensor
     return {
         address for address, tensors in holders.items() if users_of(next(iter(tensors.values()))) > len(tensors)
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weightlift.deferred.inventory import Slot, is_lazy, storage_of
+from weightlift.deferred.inventory import Slot, is_lazy, storage_address
 from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
@@ -63,9 +63,11 @@ def homes(members: Iterable[Member]) -> dict[int, Home]:
     storages: dict[int, list[Member]] = {}
     for row, slot in members:
         if not row.untied and not is_lazy(slot.tensor):
-            storages.setdefault(storage_of(slot.tensor)[0], []).append((row, slot))
+            storages.setdefault(storage_address(slot.tensor), []).append((row, slot))
     found = {}
     for address, group in storages.items():
+        if len(group) == 1:
+            continue
         row, slot = group[0]
         setting = {(row.dtype, row.device, slot.tensor.dtype) for row, slot in group}
         if len({id(slot.tensor) for _, slot in group}) < 2 or len(setting) > 1 or fits(row, slot.tensor):
