@@ -22,7 +22,7 @@ from weightlift.checkpoint.entry import ShardContents, ShardFile
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
 from weightlift.checkpoint.reader import require_unchanged
 from weightlift.checkpoint.safetensors import read_safetensors
-from weightlift.checkpoint.stored_zip import DAMAGE, StoredZip
+from weightlift.checkpoint.stored_zip import StoredZip, damage_told
 from weightlift.errors import CheckpointError, Problem
 
 INDEX = "model_index.json"
@@ -66,14 +66,8 @@ class DdufArchive:
 def read_dduf(path: Path) -> DdufArchive:
     """The members of a DDUF file. Raises `CheckpointError` with every problem, `CheckpointNotFound`."""
     with opened(path) as (stream, status):
-        try:
+        with damage_told(path, status.st_size, _SUMMARY):
             archive = _Archive(path, stream, status.st_size)
-        except DAMAGE as error:
-            if isinstance(error, CheckpointError):
-                raise
-            hint = "is the download complete?"
-            problem = Problem(f"the zip is damaged: {error}", file=path, found=f"{status.st_size} bytes", hint=hint)
-            raise CheckpointError(_SUMMARY, [problem]) from None
         file = shard_file(path, "dduf", status)
         members = {}
         for name, info in archive.records.items():

@@ -6,9 +6,11 @@ checked here. Shared by the formats that are zips.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,8 +26,20 @@ _END64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disks, record
 _LOCATOR64 = struct.Struct("<4sIQI")  # signature, disk, offset, disks
 _MAX_TAIL_BYTES = _END.size + 0xFFFF
 
-DAMAGE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError)
-"""What reading a directory raises for a damaged zip, `CheckpointError` (a ValueError) aside."""
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError)
+
+
+@contextlib.contextmanager
+def damage_told(path: Path, size_bytes: int, summary: str) -> Iterator[None]:
+    """Around the reading of a directory: what it raises for a damaged zip becomes the `CheckpointError` of the file."""
+    try:
+        yield
+    except CheckpointError:  # a ValueError, and told already
+        raise
+    except _DAMAGE as error:
+        hint = "is the download complete?"
+        problem = Problem(f"the zip is damaged: {error}", file=path, found=f"{size_bytes} bytes", hint=hint)
+        raise CheckpointError(summary, [problem]) from None
 
 
 class StoredZip:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NoReturn
 
 from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, shard_file
-from weightlift.checkpoint.stored_zip import DAMAGE, StoredZip
+from weightlift.checkpoint.stored_zip import StoredZip, damage_told
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_pickle import PickleReader
 from weightlift.checkpoint.torch_state import SUMMARY, StateDict, unpickle, versions
@@ -29,18 +28,11 @@ def read_torch_zip(path: Path) -> ShardContents:
     compressed or missing records, big-endian data, a nested mapping, sparse or quantised tensors, damage).
     """
     with opened(path) as (stream, status):
-        try:
+        with damage_told(path, status.st_size, SUMMARY):
             archive = _Archive(path, stream, status.st_size)
-        except DAMAGE as error:
-            if isinstance(error, CheckpointError):
-                raise
-            _fail(
-                path, f"the zip is damaged: {error}", found=f"{status.st_size} bytes", hint="is the download complete?"
-            )
         order = archive.small("byteorder")
         if order not in (None, b"little"):
-            _fail(
-                path,
+            archive.fail(
                 "the tensors have the wrong byte order",
                 expected="little",
                 found=str(order, "latin1")[:20],
@@ -54,10 +46,6 @@ def read_torch_zip(path: Path) -> ShardContents:
         return ShardContents(
             shard_file(path, "torch", status), tuple(state.entries), state.extras, versions(attributes)
         )
-
-
-def _fail(path: Path, what: str, **more: str | None) -> NoReturn:
-    raise CheckpointError(SUMMARY, [Problem(what, file=path, **more)])  # type: ignore[arg-type]
 
 
 class _Archive(StoredZip):
