@@ -18,7 +18,7 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def _empty(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
+def empty(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     """The module without values: on ``meta``, or with memory that nothing was written to."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -30,7 +30,7 @@ def _empty(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _state(folder: Path) -> dict[str, torch.Tensor]:
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     state: dict[str, torch.Tensor] = {}
@@ -45,8 +45,8 @@ def flashpack(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     path = folder / f"model-{dtype}.flashpack"
     if not path.exists():
-        pack_to_file(_state(folder), str(path), dtype)
-    model = _empty(folder, dtype, "meta")
+        pack_to_file(state_of(folder), str(path), dtype)
+    model = empty(folder, dtype, "meta")
     assign_from_file(model, str(path), device="cpu", ignore_names=["lm_head.weight"], strict_params=False)
     model.tie_weights()
     return model
@@ -59,9 +59,9 @@ def tensorizer(folder: Path, dtype: torch.dtype) -> nn.Module:
     path = folder / "model.tensors"
     if not path.exists():
         serializer = TensorSerializer(str(path))
-        serializer.write_state_dict(_state(folder))
+        serializer.write_state_dict(state_of(folder))
         serializer.close()
-    model = _empty(folder, dtype, "meta")
+    model = empty(folder, dtype, "meta")
     with TensorDeserializer(str(path), device="cpu", dtype=dtype) as reader:
         state = dict(reader.items())
     model.load_state_dict(state, strict=False, assign=True)
@@ -74,7 +74,7 @@ def distributed_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    model = _empty(folder, dtype, "cpu")
+    model = empty(folder, dtype, "cpu")
     model.tie_weights()
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -58,26 +58,16 @@ def accelerate(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def _assigned(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """Empty module, ``load_state_dict(assign=True)``, tie: what one writes around a reader of tensors."""
-    from transformers import AutoConfig
-
-    with torch.device("meta"):
-        model = _class().from_config(AutoConfig.from_pretrained(folder))
+    model = own_formats.empty(folder, dtype, "meta")
     state = {name: value.to(dtype) for name, value in state.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    rotary = model.model.rotary_emb  # non-persistent, so no checkpoint has it
-    model.model.rotary_emb = type(rotary)(model.config)
-    return model  # type: ignore[no-any-return]
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
 def safetensors(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from safetensors.torch import load_file
-
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(file))
-    return _assigned(folder, state, dtype)
+    return _assigned(folder, own_formats.state_of(folder), dtype)
 
 
 def fastsafetensors(folder: Path, dtype: torch.dtype) -> nn.Module:
