@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from math import prod
 from types import CodeType, FrameType
 from typing import Any
 
@@ -58,6 +59,8 @@ _DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 _CASTS = {_Tensor.to, _Tensor.type}
 _PLAIN = {_Tensor, torch.nn.Parameter}
 _NUMBERS = {int, float, bool}
+_shaped = torch.ops.aten._unsafe_view.default
+_SIZES = {tuple, list, torch.Size}
 
 
 class FunctionRecorder(TorchFunctionMode):
@@ -75,6 +78,7 @@ class FunctionRecorder(TorchFunctionMode):
         handlers[_Tensor.new_tensor] = self._new_tensor
         handlers[_Tensor.__deepcopy__] = self._deepcopy
         self._trunc_normal = trunc_normal_is_recognisable() if recognise is None else recognise
+        handlers[torch.empty] = self._empty
         handlers.update(dict.fromkeys(_FILLS, self._fill))
         if self._trunc_normal:
             handlers[_Tensor.normal_] = self._sample
@@ -161,6 +165,28 @@ class FunctionRecorder(TorchFunctionMode):
         copied.requires_grad_(tensor.requires_grad)
         memo[id(tensor)] = copied
         return copied
+
+    def _empty(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``torch.empty(sizes, dtype=…)``, of which nearly all parameters are made: reserved here, without the way
+        down to ATen. Not where another mode below this one, a device's for instance, has a say in it."""
+        size = args[0] if len(args) == 1 and type(args[0]) in _SIZES else args
+        if (
+            args
+            and torch._C._len_torch_dispatch_stack() == 1
+            and torch._C._get_dispatch_stack_at(0) is self._recorder  # within a nested scope it is another's
+            and torch._C._len_torch_function_stack() == 0
+            and all(type(extent) is int and extent > 0 for extent in size)
+            and all(value is None or name == "dtype" for name, value in kwargs.items())
+        ):
+            recorder = self._recorder
+            dtype = kwargs.get("dtype")
+            if dtype is None:
+                dtype = torch.get_default_dtype() if recorder.default is None else recorder.default.wanted
+            with no_dispatch_modes():
+                flat, _ = recorder.reserve(prod(size) * dtype.itemsize, dtype)
+                # What ATen would give is no view of anything; `view`, above autograd as here, would make it one.
+                return flat if len(size) == 1 else _shaped(flat, size)
+        return func(*args, **kwargs)
 
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record a plain initialiser here, without the way down to ATen: constructors call little else."""

@@ -246,7 +246,9 @@ class Filling:
         for row in decisions.rows:
             source = read.get(row.target)
             dtype = row.dtype if source is None or source.offer is None else self._dtype(source, source.offer)
-            rows.append(replace(row, dtype=dtype, device=devices.get(row.fqn, row.device)))
+            device = devices.get(row.fqn, row.device)
+            same = dtype == row.dtype and device == row.device
+            rows.append(row if same else replace(row, dtype=dtype, device=device))
         return replace(decisions, rows=tuple(rows))
 
     def _dtype(self, row: Row, offer: Offer) -> torch.dtype:

@@ -265,3 +265,14 @@ def test_another_threads_seed_is_not_ours():
         module.seeded = watch.seeded()
 
     assert constructed(work).seeded is False
+
+
+def test_empty_gives_what_torch_gives_and_refuses_what_torch_refuses() -> None:
+    recorder = Recorder(seed=0, default_dtype=torch.float16)
+    with FunctionRecorder(recorder), recorder:
+        for made in (torch.empty(3), torch.empty(2, 3), torch.empty((2, 3)), torch.empty(())):
+            assert not made._is_view()
+            assert made.dtype == torch.float16
+            assert recorder.record_of(made) is not None
+        with pytest.raises(TypeError):
+            torch.empty()
