@@ -24,8 +24,9 @@ from tests.parity.compare import FellBack
 from tests.parity.missing import faults, groups, misfits, saved
 from tests.parity.test_every_model import check
 
-LEFT: set[str] = set()  # what Transformers leaves uninitialised
-COUNT: Counter[str] = Counter()
+LEFT: set[str] = set()  # what Transformers leaves uninitialised, of the model type at hand
+OVERWRITTEN: set[str] = set()  # what it loads and then initialises in part
+COUNT: Counter[str] = Counter()  # and the groups of keys that were dropped
 
 
 class TooLong(BaseException):
@@ -59,13 +60,13 @@ def _without(model_type: str, cls: type, folder: Path) -> list[str]:
     except Exception as error:
         pytest.skip(f"no tiny {cls.__name__}: {error!r:.150}")
     left: set[str] = set()
-    found = [
-        f"{group}: {item}"
-        for group, names in groups(list(state)).items()
-        for item in faults(cls, folder, state, names, left)
-    ]
+    overwritten: set[str] = set()
+    found = []
+    for group, names in groups(list(state)).items():
+        found += [f"{group}: {item}" for item in faults(cls, folder, state, names, left, overwritten)]
+        COUNT.update(groups=1)
     LEFT.update({f"{cls.__name__}.{name}" for name in left})
-    COUNT.update(groups=len(groups(list(state))))
+    OVERWRITTEN.update({f"{cls.__name__}.{name}" for name in overwritten})
     return found + misfits(cls, folder, state)
 
 
@@ -76,7 +77,7 @@ def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
         return f"skipped: {reason}"
     except FellBack as reason:
         return f"not native: {reason}"
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         return f"fails: {error!r:.400}"
     return f"differs: {found}"[:2000] if found else "equal"
 
@@ -112,16 +113,23 @@ def main() -> None:
         if model_type in done:
             continue
         start = time.monotonic()
+        LEFT.clear()
+        OVERWRITTEN.clear()
+        COUNT.clear()
         classes = survey(model_type, options.seconds, options.missing)
         took = round(time.monotonic() - start, 1)
         done[model_type] = {"model_type": model_type, "seconds": took, "classes": classes}
+        if options.missing:
+            done[model_type].update(groups=COUNT["groups"], uninitialised=sorted(LEFT), overwritten=sorted(OVERWRITTEN))
         with options.out.open("a") as out:
             out.write(json.dumps(done[model_type]) + "\n")
     print(json.dumps(Counter(verdict(item["classes"]) for item in done.values())))
     every = [value.split(":")[0] for item in done.values() for value in item["classes"].values()]
     print("classes", json.dumps(Counter(every)))
     if options.missing:
-        print(f"{COUNT['groups']} groups; left uninitialised by Transformers: {sorted(LEFT)}")
+        print(f"{sum(item['groups'] for item in done.values())} groups")
+        for what in ("uninitialised", "overwritten"):
+            print(f"{what} by Transformers: {sorted(name for item in done.values() for name in item.get(what, ()))}")
 
 
 if __name__ == "__main__":
