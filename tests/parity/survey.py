@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import tempfile
 import time
@@ -26,6 +27,7 @@ from tests.parity.test_every_model import check
 
 LEFT: set[str] = set()  # what Transformers leaves uninitialised, of the model type at hand
 OVERWRITTEN: set[str] = set()  # what it loads and then initialises in part
+FOUND: list[str] = []  # what differs; kept also where the time is up
 COUNT: Counter[str] = Counter()  # and the groups of keys that were dropped
 
 
@@ -48,7 +50,8 @@ def survey(model_type: str, seconds: int, missing: bool) -> dict[str, Any]:
             if missing and not classes[cls.__name__].startswith("skipped"):
                 break
     except TooLong:
-        pass
+        if FOUND:
+            classes[cls.__name__] = f"differs, and too long: {FOUND}"[:2000]
     finally:
         signal.alarm(0)
     return classes
@@ -61,13 +64,12 @@ def _without(model_type: str, cls: type, folder: Path) -> list[str]:
         pytest.skip(f"no tiny {cls.__name__}: {error!r:.150}")
     left: set[str] = set()
     overwritten: set[str] = set()
-    found = []
     for group, names in groups(list(state)).items():
-        found += [f"{group}: {item}" for item in faults(cls, folder, state, names, left, overwritten)]
+        FOUND.extend(f"{group}: {item}" for item in faults(cls, folder, state, names, left, overwritten))
         COUNT.update(groups=1)
     LEFT.update({f"{cls.__name__}.{name}" for name in left})
     OVERWRITTEN.update({f"{cls.__name__}.{name}" for name in overwritten})
-    return found + misfits(cls, folder, state)
+    return FOUND + misfits(cls, folder, state)
 
 
 def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
@@ -84,7 +86,7 @@ def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
 
 def verdict(classes: dict[str, str]) -> str:
     """The worst of a model type's classes; "skipped" only when no class could be tried."""
-    kinds = {value.split(":")[0] for value in classes.values()}
+    kinds = {re.split("[:,]", value)[0] for value in classes.values()}
     for kind in ("fails", "differs", "not native", "too long", "equal"):
         if kind in kinds:
             return kind
@@ -113,6 +115,7 @@ def main() -> None:
         if model_type in done:
             continue
         start = time.monotonic()
+        FOUND.clear()
         LEFT.clear()
         OVERWRITTEN.clear()
         COUNT.clear()
