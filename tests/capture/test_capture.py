@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import gc
@@ -219,6 +220,45 @@ def test_a_captured_model_pickles_and_copies() -> None:
         other(x())
         assert hooks_on(other) == 0, "a copy loses the hooks it was made with when it first runs"
     pickle.dumps(net)
+
+
+def test_records_can_be_read_while_the_capture_is_open() -> None:
+    net, value = Net(), x()
+    with wl.capture(net, hidden="layers.*", last=wl.Output("layers.2", calls=[-1])) as got:
+        net(value)
+        assert len(got["hidden"]) == 3 and repr(got) == "Records(hidden: 3, last: 1)"
+        net(value)
+        assert len(got["hidden"]) == 6
+    assert [len(forward) for forward in got.forwards("hidden")] == [3, 3]
+
+
+class Again(nn.Module):
+    """Calls itself; what fails within is caught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+
+    def forward(self, value: torch.Tensor, inner: str = "", fails: bool = False) -> torch.Tensor:
+        for how in inner:
+            with contextlib.suppress(ValueError):
+                self(value + 1, fails=how == "f")
+        out = self.layer(value)
+        if fails:
+            raise ValueError("as asked for")
+        return out
+
+
+def test_failed_forwards_are_told_from_those_that_run_within_others() -> None:
+    net, value = Again(), x()
+    with wl.capture(net, seen="layer") as got:
+        net(value, "gfg")
+        with pytest.raises(ValueError):
+            net(value, "g", fails=True)
+        net(value)
+    # Two of the three within the first, and itself; what was within the one that failed later; the last one.
+    assert same(got["seen"], [value + 1, value + 1, value, value + 1, value])
+    assert [len(forward) for forward in got.forwards("seen")] == [1, 1, 1, 1, 1]
 
 
 def test_a_failing_forward_leaves_nothing() -> None:

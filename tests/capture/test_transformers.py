@@ -343,13 +343,15 @@ def toggling_in_threads(each: int) -> None:
     reference.load_state_dict(model.state_dict())
     plain = torch.compile(reference, backend="eager")
     record = torch.compile(wl.recorder(reference, "hidden_states"), backend="eager")
+    values = [torch.full((2, 6), 3 + number) for number in range(8)]
     with torch.no_grad():
         plain(ids(), use_cache=False), record(ids(), use_cache=False)
+        # Not in the threads: Transformers' own flag is not safe while anything compiles, our hooks included.
+        expected = [model(value, output_hidden_states=True, use_cache=False).hidden_states for value in values]
 
     def work(number: int) -> None:
-        value = torch.full((2, 6), 3 + number)
+        value, states = values[number], expected[number]
         with torch.no_grad():
-            states = model(value, output_hidden_states=True, use_cache=False).hidden_states
             for turn in range(each):
                 if (turn + number) % 3 == 0:
                     out = plain(value, use_cache=False)

@@ -61,6 +61,16 @@ def test_each_group_of_keys_in_turn(model_type: str, tmp_path: Path) -> None:
     assert {group: items for group, items in found.items() if items} == {}
 
 
+def test_what_the_checkpoint_holds_is_not_overwritten(tmp_path: Path) -> None:
+    """Transformers makes ChineseCLIP's row for padding zero after it has loaded it, whatever the checkpoint says."""
+    cls, state = prepared("chinese_clip_text_model", tmp_path)
+    write(tmp_path, state)
+    (ours, _), (theirs, _) = both(cls, tmp_path)
+    name = "embeddings.word_embeddings.weight"
+    assert torch.equal(ours.get_parameter(name), state[name])
+    assert not theirs.get_parameter(name)[0].any(), "Transformers no longer does so: docs/transformers.md says it does"
+
+
 def test_the_same_seed_gives_the_same_values_whatever_else_is_missing(tmp_path: Path) -> None:
     cls, state = prepared("bert", tmp_path)
     name = "bert.encoder.layer.0.output.dense.weight"

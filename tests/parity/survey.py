@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import tempfile
 import time
@@ -24,8 +25,10 @@ from tests.parity.compare import FellBack
 from tests.parity.missing import faults, groups, misfits, saved
 from tests.parity.test_every_model import check
 
-LEFT: set[str] = set()  # what Transformers leaves uninitialised
-COUNT: Counter[str] = Counter()
+LEFT: set[str] = set()  # what Transformers leaves uninitialised, of the model type at hand
+OVERWRITTEN: set[str] = set()  # what it loads and then initialises in part
+FOUND: list[str] = []  # what differs; kept also where the time is up
+COUNT: Counter[str] = Counter()  # and the groups of keys that were dropped
 
 
 class TooLong(BaseException):
@@ -47,7 +50,8 @@ def survey(model_type: str, seconds: int, missing: bool) -> dict[str, Any]:
             if missing and not classes[cls.__name__].startswith("skipped"):
                 break
     except TooLong:
-        pass
+        if FOUND:
+            classes[cls.__name__] = f"differs, and too long: {FOUND}"[:2000]
     finally:
         signal.alarm(0)
     return classes
@@ -59,14 +63,13 @@ def _without(model_type: str, cls: type, folder: Path) -> list[str]:
     except Exception as error:
         pytest.skip(f"no tiny {cls.__name__}: {error!r:.150}")
     left: set[str] = set()
-    found = [
-        f"{group}: {item}"
-        for group, names in groups(list(state)).items()
-        for item in faults(cls, folder, state, names, left)
-    ]
+    overwritten: set[str] = set()
+    for group, names in groups(list(state)).items():
+        FOUND.extend(f"{group}: {item}" for item in faults(cls, folder, state, names, left, overwritten))
+        COUNT.update(groups=1)
     LEFT.update({f"{cls.__name__}.{name}" for name in left})
-    COUNT.update(groups=len(groups(list(state))))
-    return found + misfits(cls, folder, state)
+    OVERWRITTEN.update({f"{cls.__name__}.{name}" for name in overwritten})
+    return FOUND + misfits(cls, folder, state)
 
 
 def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
@@ -76,14 +79,14 @@ def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
         return f"skipped: {reason}"
     except FellBack as reason:
         return f"not native: {reason}"
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         return f"fails: {error!r:.400}"
     return f"differs: {found}"[:2000] if found else "equal"
 
 
 def verdict(classes: dict[str, str]) -> str:
     """The worst of a model type's classes; "skipped" only when no class could be tried."""
-    kinds = {value.split(":")[0] for value in classes.values()}
+    kinds = {re.split("[:,]", value)[0] for value in classes.values()}
     for kind in ("fails", "differs", "not native", "too long", "equal"):
         if kind in kinds:
             return kind
@@ -112,16 +115,24 @@ def main() -> None:
         if model_type in done:
             continue
         start = time.monotonic()
+        FOUND.clear()
+        LEFT.clear()
+        OVERWRITTEN.clear()
+        COUNT.clear()
         classes = survey(model_type, options.seconds, options.missing)
         took = round(time.monotonic() - start, 1)
         done[model_type] = {"model_type": model_type, "seconds": took, "classes": classes}
+        if options.missing:
+            done[model_type].update(groups=COUNT["groups"], uninitialised=sorted(LEFT), overwritten=sorted(OVERWRITTEN))
         with options.out.open("a") as out:
             out.write(json.dumps(done[model_type]) + "\n")
     print(json.dumps(Counter(verdict(item["classes"]) for item in done.values())))
     every = [value.split(":")[0] for item in done.values() for value in item["classes"].values()]
     print("classes", json.dumps(Counter(every)))
     if options.missing:
-        print(f"{COUNT['groups']} groups; left uninitialised by Transformers: {sorted(LEFT)}")
+        print(f"{sum(item['groups'] for item in done.values())} groups")
+        for what in ("uninitialised", "overwritten"):
+            print(f"{what} by Transformers: {sorted(name for item in done.values() for name in item.get(what, ()))}")
 
 
 if __name__ == "__main__":

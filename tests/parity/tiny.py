@@ -82,6 +82,7 @@ _SEGMENTING_BACKBONE = {
 }  # fmt: skip
 _IMAGE_TOKENS = {"<image>": 4, "IMGIMGAZ": 5, "IMGIMGBZ": 6}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPE_BY_ALPHA = {**_ROPE, "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}
 _BY_LAYER_TYPE = {"sliding_attention": _ROPE, "full_attention": _ROPE}
 # A name with a dot is of a sub-configuration.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -97,18 +98,23 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
                         "text_config.moe_intermediate_size": 16},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"text_config.num_key_value_heads": 4, "vision_config.intermediate_size": 48,
+                   "vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32,
+                   "audio_config.adapter_input_size": 32, "audio_config.adapter_out_dim": 32},
     "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config.base_channels": 32},
     "emu3_vqgan": {"base_channels": 32},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
-    "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "alpha": 1000.0}},
-    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "alpha": 1000.0}},
+    "hunyuan_vl": {"text_config.rope_parameters": _ROPE_BY_ALPHA, "text_config.head_dim": 8},
+    "hunyuan_vl_text": {"rope_parameters": _ROPE_BY_ALPHA, "head_dim": 8},
     "inkling_mm_model": {"vision_config.text_hidden_size": 32},
     "inkling_vision": {"text_hidden_size": 32},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "moonshine_streaming": {"num_key_value_heads": 2},
     "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2,
+                       "talker_config.text_config.shared_expert_intermediate_size": 32},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
     "wav2vec2-bert": {"vocab_size": 32},

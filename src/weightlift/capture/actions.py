@@ -1,29 +1,35 @@
-"""What the hooks do at a module of an open capture: take inputs and outputs, follow forwards, gather declared ones."""
+"""What the hooks do at a module of an open capture: take inputs and outputs, and follow the model's forwards."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.declared import Scope, Site
-from weightlift.capture.result import Entry, absent, no_such_layers, places
+from weightlift.capture.result import Entry, absent
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id, running
-from weightlift.capture.taps import Declared, Output
-from weightlift.capture.values import Absent, Recipe, edit, finish, put, recipe_of, take, untouched
+from weightlift.capture.taps import Output
+from weightlift.capture.values import Absent, edit, finish, put, recipe_of, take, untouched
+
+if TYPE_CHECKING:
+    from weightlift.capture.gathering import Gather
 
 
 class Action:
-    """What happens at a module: before it runs, after it ran, or both. Shared by all captures that want the same."""
+    """What happens at a module: before it runs, after it ran, or both. Shared by all captures that want the same.
+
+    The hooks call it, and torch calls the hooks, so two frames up is the call of the module.
+    """
 
     __slots__ = ()
+    wants_kwargs = False
 
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns edited arguments or None."""
@@ -45,9 +51,10 @@ class Root(Action):
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() != -1 and session.recomputing(""):
             return
-        forward = session.begin(self, gathers=False)
+        frame = sys._getframe(2)
+        forward = session.begin(self, frame, gathers=False)
         if self.gather is not None:
-            session.begin(self.gather, gathers=True, within=forward)
+            session.begin(self.gather, frame, gathers=True, within=forward)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         session.end(self)
@@ -57,7 +64,7 @@ class Root(Action):
 class Tapping:
     """What is the same for all modules of one tap."""
 
-    __slots__ = ("calls", "every", "kept_last", "name", "number", "recipe", "untouched", "whole")
+    __slots__ = ("calls", "every", "kept_last", "name", "number", "plain", "recipe", "untouched", "whole")
 
     def __init__(self, number: int, name: str, tap: Output) -> None:
         self.number = number
@@ -68,6 +75,7 @@ class Tapping:
         self.every = tap.calls is None
         self.whole = recipe.index is None and recipe.replace is None
         self.untouched = untouched(recipe)
+        self.plain = self.every and self.whole and self.untouched
 
 
 class TakeOutput(Action):
@@ -129,10 +137,30 @@ class TakeOutput(Action):
                 session.entries.remove(old)
 
 
+class TakeWhole(TakeOutput):
+    """The usual tap: every output as it is. `Session.settle_raw` does the rest later, as a model's own work drives the
+    code that runs between two of its layers out of the caches."""
+
+    __slots__ = ()
+
+    def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if backward_id() != -1 and session.recomputing(self.fqn):
+            return output
+        if session.grad and not torch.is_grad_enabled():
+            session.notice_checkpoint(self.fqn, edits=False)
+        root = running.get()
+        if root is None or root.session is not session or root.gathered is not None:
+            root = session.root()
+        version = output._version if isinstance(output, torch.Tensor) and not output.is_inference() else -1
+        session.raw.append((self, output, root, version))
+        return output
+
+
 class TakeInput(TakeOutput):
     """One tap at one module, before it runs."""
 
     __slots__ = ()
+    wants_kwargs = True
 
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
@@ -189,153 +217,3 @@ def put_argument(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any], valu
 @functools.lru_cache(maxsize=512)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
-
-
-class Gather(Action):
-    """A (sub-)model with declared outputs: what its sites gave becomes entries when its forward ends."""
-
-    def __init__(
-        self, scope: Scope, pairs: tuple[tuple[str, int], ...], taps: dict[int, Declared], sites: Sequence[int] = ()
-    ) -> None:
-        self.scope = scope
-        self.sites = {number: site for (_, number), site in zip(pairs, sites)}
-        self.taps = [(key, number, taps[number], recipe_of(taps[number])) for key, number in pairs]
-        self.keys = frozenset(key for key, _ in pairs)
-        self.attached = any(not tap.detach for _, _, tap, _ in self.taps)
-        # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
-        self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
-
-    def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if backward_id() == -1 or not session.recomputing(self.scope.fqn):
-            session.begin(self, gathers=True)
-
-    def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = session.end(self)
-        if forward is not None and forward.gathered is not None and self.taps:
-            root = forward.root
-            for number, entries, lacking in self.gathered(forward.gathered, output):
-                if lacking is not None:
-                    self._lacks(session, number, *lacking)
-                for entry in entries:
-                    entry.forward = root or forward
-                session.entries.extend(entries)
-                session.fired[self.sites[number]].append(root)
-        return output
-
-    def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
-        key = next(key for key, other, _, _ in self.taps if other == number)
-        problem = no_such_layers(key, self.scope.fqn, missing, count)
-        if problem not in session.problems:
-            session.problems.append(problem)
-
-    def gathered(
-        self, lists: dict[str, list[Entry]], output: Any
-    ) -> list[tuple[int, list[Entry], tuple[list[int], int] | None]]:
-        """For each tap its entries of the forward that ended with ``output``, and which layers it lacks of how many."""
-        result = []
-        for key, number, tap, recipe in self.taps:
-            entries = lists.get(key, [])
-            if key == "hidden_states" and entries and self.scope.last:
-                entries = [*entries[:-1], self._last(entries[-1], output)]
-            lacking = None
-            if tap.layers is not None:
-                count = len(entries)
-                wanted, missing = places(tap.layers, count)
-                if missing and tap.expect != "maybe":
-                    lacking = missing, count
-                entries = [entry for place, entry in enumerate(entries) if place in wanted]
-            result.append((number, [_finished(entry, number, recipe) for entry in entries], lacking))
-        return result
-
-    def _last(self, entry: Entry, output: Any) -> Entry:
-        for attribute in self.scope.last:
-            if hasattr(output, attribute):
-                value = getattr(output, attribute)
-                return Entry(-1, entry.fqn, value, None, _version(value))
-        return entry
-
-
-def _finished(entry: Entry, number: int, recipe: Recipe) -> Entry:
-    value = entry.value
-    if untouched(recipe):
-        return Entry(number, entry.fqn, value, None, entry.version)
-    value = finish(value, recipe)
-    version = entry.version if value is entry.value else _version(value)
-    return Entry(number, entry.fqn, value, None, version)
-
-
-def _limits(taps: list[Declared]) -> tuple[frozenset[int], int] | None:
-    if any(tap.layers is None for tap in taps):
-        return None
-    layers = [layer for tap in taps for layer in tap.layers or ()]
-    return frozenset(layer for layer in layers if layer >= 0), -min([0, *layers])
-
-
-class GiveDeclared(Action):
-    """A module whose output belongs to a key of the sub-model that is running."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-
-    def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = running.get()
-        if forward is None or forward.session is not session or forward.gathered is None:
-            forward = session.gathering()
-        site = self.site
-        if forward is None or (backward_id() != -1 and session.recomputing(site.fqn)):
-            return output
-        gather: Gather = forward.owner  # type: ignore[assignment]
-        lists: dict[str, list[Entry]] = forward.gathered  # type: ignore[assignment]
-        if site.key in gather.keys:
-            try:
-                gave = gather_site(site, lists, gather, args, kwargs, output)
-            except Absent as error:
-                session.problems.append(absent(site.key, site.fqn, site.index, str(error)))
-                return output
-            session.gave.add(site.fqn)
-            if gave and session.grad and gather.attached and not torch.is_grad_enabled():
-                session.notice_checkpoint(site.fqn, edits=False)
-        return output
-
-
-def given(site: Site, output: Any) -> Any:
-    """Of what a module returned, what belongs to the site."""
-    return take(output, site.index) if isinstance(output, tuple) else output
-
-
-def first_of(args: Any, kwargs: Any) -> Any:
-    """The first argument of a call."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def gather_site(site: Site, lists: dict[str, list[Entry]], gather: Gather, args: Any, kwargs: Any, output: Any) -> bool:
-    """Adds what a module gives to the running sub-model's lists, as Transformers' own capture does."""
-    values = lists.setdefault(site.key, [])
-    limits = gather.limits[site.key]
-    if site.initial and not values:
-        first = first_of(args, kwargs)
-        values.append(Entry(-1, f"{site.fqn}:input", first, None, _version(first)))
-        if limits is not None:
-            _let_go(values, limits)
-    value = given(site, output)
-    if value is None and (site.key == "hidden_states" or isinstance(output, tuple)):
-        return False
-    values.append(Entry(-1, site.fqn, value, None, _version(value)))
-    if limits is not None:
-        _let_go(values, limits)
-    return True
-
-
-def _let_go(values: list[Entry], limits: tuple[frozenset[int], int]) -> None:
-    """Of what no tap can want any more, only the entry stays, without its value."""
-    front, from_end = limits
-    late = len(values) - 1 - from_end
-    if late >= 0 and late not in front:
-        values[late].value = None
-
-
-def _version(value: Any) -> int:
-    """Counts in-place writes; -1 where torch does not, and in code that is being traced."""
-    if not is_dynamo_compiling() and isinstance(value, torch.Tensor) and not value.is_inference():
-        return value._version
-    return -1

@@ -42,7 +42,7 @@ class Capture:
         self._session = session
         hooks.install(session)
         hooks.open_sessions.set((*hooks.open_sessions.get(), session))
-        return Records(self._template.names, session.entries)  # type: ignore[union-attr]
+        return Records(self._template.names, session.entries, session=session)  # type: ignore[union-attr]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,6 +19,7 @@ _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(mod
 
 def settle(session: Session, root: nn.Module, template: Template) -> list[Problem]:
     """Keeps of the entries what was asked for, and returns what is wrong."""
+    session.settle_raw()
     problems = list(session.problems)
     if not session.stopped:
         _drop_failed(session)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.capture.actions import gather_site
 from weightlift.capture.declared import Site
+from weightlift.capture.gathering import gather_site
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
 from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin

@@ -56,7 +56,7 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _NOTHING) -> Any:
     """The forward hook: returns an edited output or None.
 
-    A forward that is under way while the hook is removed calls it without ``kwargs``.
+    It is called without ``kwargs`` where no capture wants them, and by a forward that is under way while it is removed.
     """
     if is_dynamo_compiling():
         return None
@@ -88,14 +88,20 @@ def install(session: Session) -> None:
             module = modules[key]
             count = _before[key] = _before.get(key, 0) + 1
             if count == 1 or HOOK_ID not in module._forward_pre_hooks:
-                module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
+                if key in session.with_kwargs:
+                    module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
                 module._forward_pre_hooks[HOOK_ID] = before_forward
+            elif key in session.with_kwargs:
+                module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
         for key in session.after:
             module = modules[key]
             count = _after[key] = _after.get(key, 0) + 1
             if count == 1 or HOOK_ID not in module._forward_hooks:
-                module._forward_hooks_with_kwargs[HOOK_ID] = True
+                if key in session.with_kwargs:
+                    module._forward_hooks_with_kwargs[HOOK_ID] = True
                 module._forward_hooks[HOOK_ID] = after_forward
+            elif key in session.with_kwargs:
+                module._forward_hooks_with_kwargs[HOOK_ID] = True
 
 
 def remove(session: Session) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.actions import Gather
 from weightlift.capture.api import Capture
 from weightlift.capture.checks import settle_recorded
 from weightlift.capture.compiled import Regions
 from weightlift.capture.declared import Wanted
+from weightlift.capture.gathering import Gather
 from weightlift.capture.regions import names_of, region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Selected, compiled_wrapper, original

@@ -30,6 +30,10 @@ class _Settles(Protocol):
     def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]: ...
 
 
+class _Open(Protocol):
+    def settle_raw(self) -> None: ...
+
+
 class Records(Mapping[str, tuple[Any, ...]]):
     """What was captured, by the names of the taps. It alone holds the tensors.
 
@@ -37,7 +41,14 @@ class Records(Mapping[str, tuple[Any, ...]]):
     the ``with`` block it does not change any more and can be shared among threads.
     """
 
-    def __init__(self, names: Sequence[str], entries: list[Any], recorder: _Settles | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        entries: list[Any],
+        recorder: _Settles | None = None,
+        session: _Open | None = None,
+    ) -> None:
+        self._session = session
         self._names = names
         self._raw = entries
         self._recorder = recorder
@@ -107,6 +118,8 @@ class Records(Mapping[str, tuple[Any, ...]]):
     def _entries(self) -> tuple[list[Entry], Sequence[Problem]]:
         """A recorder's values are looked through when they are first read: not in compiled code."""
         if self._recorder is None:
+            if self._session is not None:  # the capture may still be open
+                self._session.settle_raw()
             return self._raw, ()
         if self._settled is None:
             self._settled = self._recorder.settle(self._raw)

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from contextvars import ContextVar
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
+_settling = threading.Lock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 
 
@@ -28,28 +29,36 @@ class Stopped(BaseException):
 class Forward:
     """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs."""
 
-    __slots__ = ("around", "depth", "done", "gathered", "outer", "owner", "root", "session", "thread")
+    __slots__ = ("around", "done", "gathered", "outer", "owner", "raw", "root", "session", "started", "thread")
 
-    def __init__(self, session: Session, owner: object, outer: Forward | None, gathers: bool, depth: int) -> None:
+    def __init__(self, session: Session, owner: object, outer: Forward | None, thread: int, gathers: bool) -> None:
         self.session = session
         self.owner = owner
         self.outer = outer
-        self.thread = threading.get_ident()
-        self.depth = depth
+        self.thread = thread
         self.done = False
         self.around = False  # another forward of the same model runs within it
-        self.gathered: dict[str, list[Entry]] | None = {} if gathers else None
-        self.root: Forward | None = None if not gathers else _running_root(session, outer)
+        self.gathered: dict[str, list[Entry]] | None = None
+        self.root: Forward | None = None
+        if gathers:
+            self.gathered = {}
+            # Keys, names of modules, values and versions that are not yet among what was gathered.
+            self.raw: list[tuple[str, str, Any, int]] = []
+            self.started = False  # whether there is a hidden state yet
+            self.root = _running_root(session, outer)
 
 
 running: ContextVar[Forward | None] = ContextVar("weightlift_forwards", default=None)
 
 
-def _stack_depth() -> int:
-    frame, depth = sys._getframe(), 0
-    while frame.f_back is not None:
-        frame, depth = frame.f_back, depth + 1
-    return depth
+def _running(wanted: FrameType | None) -> bool:
+    """Whether a frame is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame is wanted:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _running_root(session: Session, forward: Forward | None) -> Forward | None:
@@ -71,14 +80,15 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "gave",
-        "grad", "last", "modules", "problems", "recomputed", "stopped", "wanted",
+        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "frames",
+        "gave", "grad", "last", "modules", "problems", "raw", "recomputed", "stopped", "wanted", "with_kwargs",
     )  # fmt: skip
 
     def __init__(
         self,
         before: dict[int, list[Any]],
         after: dict[int, list[Any]],
+        with_kwargs: frozenset[int],
         modules: dict[int, nn.Module],
         sites: int,
         awaited: dict[tuple[int, str], int] | None,
@@ -86,11 +96,16 @@ class Session:
         self.closed = False
         self.before = before
         self.after = after
+        self.with_kwargs = with_kwargs  # ids of modules whose hooks want the keyword arguments
         self.modules = modules
+        self.raw: deque[tuple[Any, Any, Forward | None, int]] = deque()  # what came since, not yet among the entries
         self.entries: list[Entry] = []
         self.fired: list[list[Forward | None]] = [[] for _ in range(sites)]  # an item for each call at each site
         self.last: dict[int, deque[Entry]] = {}
         self.forwards: list[Forward] = []
+        # Which call each running forward is: to tell one that runs from one that failed. Not held by the forward, which
+        # a copied context may hold for long.
+        self.frames: dict[Forward, FrameType] = {}
         self.wanted = None if awaited is None else dict(awaited)  # still to come before the forward is left
         self.recomputed: set[str] = set()
         self.gave: set[str] = set()  # modules that gave something declared
@@ -105,26 +120,30 @@ class Session:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
         for entry in self.entries:
             entry.forward = id(entry.forward)
+        self.raw.clear()
         self.entries = []
         self.forwards = []
+        self.frames = {}
         self.fired = []
         self.last = {}
         self.before, self.after, self.modules = {}, {}, {}
 
-    def begin(self, owner: object, *, gathers: bool, within: Forward | None = None) -> Forward:
+    def begin(self, owner: object, frame: FrameType, *, gathers: bool, within: Forward | None = None) -> Forward:
         """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.
 
-        ``within``: what the same call of the same module has just begun.
+        ``frame``: that of torch which calls the module and its hooks. ``within``: what the same call of the same module
+        has just begun.
         """
+        thread = threading.get_ident()
         outer = running.get()
-        forward = Forward(self, owner, outer, gathers, _stack_depth() if within is None else within.depth)
-        while outer is not None and outer is not within and outer.session is self and outer.thread == forward.thread:
-            if outer.depth < forward.depth:
+        while outer is not None and outer is not within and outer.session is self and outer.thread == thread:
+            if _running(self.frames.get(outer)):
                 outer.around = outer.around or (not gathers and outer.gathered is None)
                 break
             self.drop(outer)
             outer = outer.outer
-        forward.outer = outer
+        forward = Forward(self, owner, outer, thread, gathers)
+        self.frames[forward] = frame
         if not gathers:
             self.forwards.append(forward)
         running.set(forward)
@@ -139,6 +158,7 @@ class Session:
         if forward is None or forward.done:
             return None
         forward.done = True
+        self.frames.pop(forward, None)
         if above is None:
             running.set(forward.outer)
         else:
@@ -146,9 +166,22 @@ class Session:
         return forward
 
     def drop(self, forward: Forward) -> None:
+        self.frames.pop(forward, None)
         if forward.gathered is None:
+            self.settle_raw()
             self.entries[:] = [entry for entry in self.entries if entry.forward is not forward]
             self.forwards[:] = [other for other in self.forwards if other is not forward]
+
+    def settle_raw(self) -> None:
+        """Makes entries of what came since, in its order."""
+        if not self.raw:
+            return
+        with _settling:
+            while self.raw:
+                action, value, root, version = self.raw.popleft()
+                fired = self.fired[action.site]
+                self.entries.append(Entry(action.tap.number, action.fqn, value, root, version, len(fired)))
+                fired.append(root)
 
     def gathering(self) -> Forward | None:
         """The nearest running sub-model that gathers declared outputs."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from weightlift.capture.actions import Action, Gather, GiveDeclared, Root, TakeInput, TakeOutput, Tapping
+from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, TakeWhole, Tapping
 from weightlift.capture.declared import Wanted, resolve
-from weightlift.capture.regions import compiled_in_place, inside_compiled, names_of
+from weightlift.capture.gathering import Gather, GiveDeclared
+from weightlift.capture.regions import inside_compiled, names_of
 from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap
@@ -38,10 +39,16 @@ class Template:
         self.after: dict[int, list[Action]] = {}
         self._modules: dict[int, nn.Module] = {}
         self._fill(model, chosen, wanted)
+        self.with_kwargs = frozenset(
+            key
+            for actions in (self.before, self.after)
+            for key, acts in actions.items()
+            if any(action.wants_kwargs for action in acts)
+        )
         self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
         self.givers = _givers(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
-        # Only what is not the model itself is on the way to compiled code that a capture could miss.
+        # What may be on the way to compiled code that a capture could miss.
         ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
         self._ways = tuple(weakref.ref(module) for module in ways.values())
         self._references = tuple((key, weakref.ref(module)) for key, module in self._modules.items())
@@ -57,12 +64,13 @@ class Template:
         for number, (name, tap) in enumerate(self.taps):
             if isinstance(tap, Output):
                 shared = Tapping(number, name, tap)
+                take = TakeWhole if shared.plain and self.awaited is None else TakeOutput
                 for item in chosen[number]:
                     site = self.sites.setdefault((number, item.fqn), len(self.sites))
                     if isinstance(tap, Input):
                         self._enters(item.module, TakeInput(shared, item.fqn, site))
                     else:
-                        self._leaves(item.module, TakeOutput(shared, item.fqn, site))
+                        self._leaves(item.module, take(shared, item.fqn, site))
         for gather, module in gathers:
             self._leaves(module, gather)
         self._leaves(model, root)
@@ -75,8 +83,13 @@ class Template:
         for scope, pairs in wanted.scopes:
             sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
             gathers.append((Gather(scope, pairs, declared, sites), wanted.modules[scope.fqn]))
+        # Only the first of a (sub-)model's sites may have to give its first argument.
+        first = {gather.scope.fqn: True for gather, _ in gathers}
         for site in wanted.sites:
-            self._leaves(wanted.modules[site.fqn], GiveDeclared(site))
+            around = _scope_of(site.fqn, first)
+            self._leaves(wanted.modules[site.fqn], GiveDeclared(site, site.initial and first[around]))
+            if site.initial:
+                first[around] = False
         return gathers
 
     def _enters(self, module: nn.Module, action: Action) -> None:
@@ -95,7 +108,7 @@ class Template:
         if "torch._dynamo" in sys.modules:
             for reference in self._ways:
                 way = reference()
-                if way is None or compiled_in_place(way):
+                if way is None or way._compiled_call_impl is not None:
                     return None
         modules: dict[int, nn.Module] = {}
         for key, reference in self._references:
@@ -103,23 +116,26 @@ class Template:
             if module is None:
                 return None
             modules[key] = module
-        return Session(self.before, self.after, modules, len(self.sites), self.awaited)
+        return Session(self.before, self.after, self.with_kwargs, modules, len(self.sites), self.awaited)
+
+
+def _scope_of(fqn: str, scopes: Mapping[str, object]) -> str:
+    """The nearest of ``scopes`` around a module."""
+    while fqn and fqn not in scopes:
+        fqn = fqn.rpartition(".")[0]
+    return fqn
 
 
 def _givers(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
     """For each declared tap the modules that belong to it: names and ids."""
     if wanted is None:
         return {}
-    scopes = sorted((scope.fqn for scope, _ in wanted.scopes), key=len, reverse=True)
-
-    def scope_of(fqn: str) -> str:
-        return next((scope for scope in scopes if not scope or (fqn + ".").startswith(scope + ".")), "")
-
+    scopes = {scope.fqn: None for scope, _ in wanted.scopes}
     return {
         number: tuple(
             (site.fqn, id(wanted.modules[site.fqn]))
             for site in wanted.sites
-            if site.key == key and scope_of(site.fqn) == scope.fqn
+            if site.key == key and _scope_of(site.fqn, scopes) == scope.fqn
         )
         for scope, pairs in wanted.scopes
         for key, number in pairs

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from weightlift.capture.actions import Gather, argument_place, first_of, gather_site, given, put_argument, take_argument
+from weightlift.capture.actions import argument_place, put_argument, take_argument
 from weightlift.capture.declared import Site
+from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import HOOK_ID
 from weightlift.capture.select import original
 from weightlift.capture.values import Recipe, edit, finish, put, take

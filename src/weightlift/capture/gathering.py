@@ -1,0 +1,230 @@
+"""What a model's class declares, gathered while its forward runs: by hooks, and by the twins of compiled code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from weightlift.capture.actions import Action
+from weightlift.capture.declared import Scope, Site
+from weightlift.capture.result import Entry, absent, no_such_layers, places
+from weightlift.capture.session import Forward, Session, backward_id, running
+from weightlift.capture.taps import Declared
+from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
+
+
+class Gather(Action):
+    """A (sub-)model with declared outputs: what its sites gave becomes entries when its forward ends."""
+
+    def __init__(
+        self, scope: Scope, pairs: tuple[tuple[str, int], ...], taps: dict[int, Declared], sites: Sequence[int] = ()
+    ) -> None:
+        self.scope = scope
+        self.sites = {number: site for (_, number), site in zip(pairs, sites)}
+        self.taps = [(key, number, taps[number], recipe_of(taps[number])) for key, number in pairs]
+        self.keys = frozenset(key for key, _ in pairs)
+        self.attached = any(not tap.detach for _, _, tap, _ in self.taps)
+        # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
+        self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
+        self.wanted_whole = frozenset(key for key, limits in self.limits.items() if limits is None)
+
+    def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if backward_id() == -1 or not session.recomputing(self.scope.fqn):
+            session.begin(self, sys._getframe(2), gathers=True)
+
+    def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        forward = session.end(self)
+        if forward is not None and forward.gathered is not None and self.taps:
+            root = forward.root
+            lists = forward.gathered
+            for key, fqn, value, version in forward.raw:
+                lists.setdefault(key, []).append(Entry(-1, fqn, value, None, version))
+            session.gave.update([item[1] for item in forward.raw])
+            forward.raw = []
+            for number, entries, lacking in self.gathered(forward.gathered, output):
+                if lacking is not None:
+                    self._lacks(session, number, *lacking)
+                whole = root or forward
+                for entry in entries:
+                    entry.forward = whole
+                session.entries.extend(entries)
+                session.fired[self.sites[number]].append(root)
+        return output
+
+    def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
+        key = next(key for key, other, _, _ in self.taps if other == number)
+        problem = no_such_layers(key, self.scope.fqn, missing, count)
+        if problem not in session.problems:
+            session.problems.append(problem)
+
+    def gathered(
+        self, lists: dict[str, list[Entry]], output: Any
+    ) -> list[tuple[int, list[Entry], tuple[list[int], int] | None]]:
+        """For each tap its entries of the forward that ended with ``output``, and which layers it lacks of how many."""
+        result = []
+        for key, number, tap, recipe in self.taps:
+            entries = lists.get(key, [])
+            if key == "hidden_states" and entries and self.scope.last:
+                entries = [*entries[:-1], self._last(entries[-1], output)]
+            lacking = None
+            if tap.layers is not None:
+                count = len(entries)
+                wanted, missing = places(tap.layers, count)
+                if missing and tap.expect != "maybe":
+                    lacking = missing, count
+                entries = [entry for place, entry in enumerate(entries) if place in wanted]
+            if untouched(recipe):
+                entries = [_taken(entry, number) for entry in entries]
+            else:
+                entries = [_finished(entry, number, recipe) for entry in entries]
+            result.append((number, entries, lacking))
+        return result
+
+    def _last(self, entry: Entry, output: Any) -> Entry:
+        for attribute in self.scope.last:
+            if hasattr(output, attribute):
+                value = getattr(output, attribute)
+                return Entry(-1, entry.fqn, value, None, _version(value))
+        return entry
+
+
+def _taken(entry: Entry, number: int) -> Entry:
+    if entry.tap >= 0:  # another tap has it
+        return Entry(number, entry.fqn, entry.value, None, entry.version)
+    entry.tap = number
+    return entry
+
+
+def _finished(entry: Entry, number: int, recipe: Recipe) -> Entry:
+    value = finish(entry.value, recipe)
+    version = entry.version if value is entry.value else _version(value)
+    return Entry(number, entry.fqn, value, None, version)
+
+
+def _limits(taps: list[Declared]) -> tuple[frozenset[int], int] | None:
+    if any(tap.layers is None for tap in taps):
+        return None
+    layers = [layer for tap in taps for layer in tap.layers or ()]
+    return frozenset(layer for layer in layers if layer >= 0), -min([0, *layers])
+
+
+class GiveDeclared(Action):
+    """A module whose output belongs to a key of the sub-model that is running."""
+
+    __slots__ = ("fqn", "hidden", "index", "initial", "input", "key", "site", "wants_kwargs")
+
+    def __init__(self, site: Site, wants_kwargs: bool) -> None:
+        self.site = site
+        self.fqn = site.fqn
+        self.key = site.key
+        self.index = site.index
+        self.initial = site.initial
+        self.input = f"{site.fqn}:input"
+        self.hidden = site.key == "hidden_states"
+        self.wants_kwargs = wants_kwargs
+
+    def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        # As little as can be: `Gather.leave` does the rest, and does it at one go.
+        forward = running.get()
+        if forward is None or forward.session is not session or forward.gathered is None:
+            forward = session.gathering()
+            if forward is None:
+                return output
+        if backward_id() != -1 and session.recomputing(self.fqn):
+            return output
+        gather: Gather = forward.owner  # type: ignore[assignment]
+        if self.key not in gather.wanted_whole:
+            if self.key in gather.keys:
+                self._select(session, forward, args, kwargs, output)
+            return output
+        value = output
+        try:
+            if self.initial and not forward.started:
+                first = args[0] if args else first_of(args, kwargs)
+                forward.raw.append((self.key, self.input, first, _version(first)))
+                forward.started = True
+            if isinstance(output, tuple):
+                value = output[self.index]
+        except (Absent, IndexError):
+            session.problems.append(absent(self.key, self.fqn, self.index, found_in(args, kwargs, output)))
+            return output
+        if value is None and (self.hidden or output is not None):
+            session.gave.add(self.fqn)
+            return output
+        if self.hidden:
+            forward.started = True
+        if session.grad and gather.attached and not torch.is_grad_enabled():
+            session.notice_checkpoint(self.fqn, edits=False)
+        version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
+        forward.raw.append((self.key, self.fqn, value, version))
+        return output
+
+    def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:
+        """Where no tap wants all that belongs to the key."""
+        gather: Gather = forward.owner  # type: ignore[assignment]
+        lists: dict[str, list[Entry]] = forward.gathered  # type: ignore[assignment]
+        try:
+            gave = gather_site(self.site, lists, gather, args, kwargs, output)
+        except Absent as error:
+            session.problems.append(absent(self.key, self.fqn, self.index, str(error)))
+            return
+        session.gave.add(self.fqn)
+        if gave and session.grad and gather.attached and not torch.is_grad_enabled():
+            session.notice_checkpoint(self.fqn, edits=False)
+
+
+def given(site: Site, output: Any) -> Any:
+    """Of what a module returned, what belongs to the site."""
+    return take(output, site.index) if isinstance(output, tuple) else output
+
+
+def first_of(args: Any, kwargs: Any) -> Any:
+    """The first argument of a call. Raises `Absent`."""
+    for value in (*args, *kwargs.values()):
+        return value
+    raise Absent("no argument")
+
+
+def found_in(args: Any, kwargs: Any, output: Any) -> str:
+    """What a message says of a call that lacks what is declared of it."""
+    if not args and not kwargs:
+        return "no positional argument"
+    return f"{type(output).__name__} of {len(output)} elements" if isinstance(output, tuple) else type(output).__name__
+
+
+def gather_site(site: Site, lists: dict[str, list[Entry]], gather: Gather, args: Any, kwargs: Any, output: Any) -> bool:
+    """Adds what a module gives to the running sub-model's lists, as Transformers' own capture does."""
+    values = lists.setdefault(site.key, [])
+    limits = gather.limits[site.key]
+    if site.initial and not values:
+        first = first_of(args, kwargs)
+        values.append(Entry(-1, f"{site.fqn}:input", first, None, _version(first)))
+        if limits is not None:
+            _let_go(values, limits)
+    value = given(site, output)
+    if value is None and (site.key == "hidden_states" or isinstance(output, tuple)):
+        return False
+    values.append(Entry(-1, site.fqn, value, None, _version(value)))
+    if limits is not None:
+        _let_go(values, limits)
+    return True
+
+
+def _let_go(values: list[Entry], limits: tuple[frozenset[int], int]) -> None:
+    """Of what no tap can want any more, only the entry stays, without its value."""
+    front, from_end = limits
+    late = len(values) - 1 - from_end
+    if late >= 0 and late not in front:
+        values[late].value = None
+
+
+def _version(value: Any) -> int:
+    """Counts in-place writes; -1 where torch does not, and in code that is being traced."""
+    if not is_dynamo_compiling() and isinstance(value, torch.Tensor) and not value.is_inference():
+        return value._version
+    return -1
