@@ -142,8 +142,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _born(self, birth: Birth) -> torch.Tensor:
         size = birth.size
         numel = prod(size)
-        if numel == 0 or birth.dtype.itemsize == 0:
-            return torch.empty(size, dtype=birth.dtype)
+        if numel <= 0 or birth.dtype.itemsize == 0 or min(size, default=0) < 0:
+            return torch.empty(size, dtype=birth.dtype)  # which refuses negative sizes
         stride = birth.stride
         if birth.memory_format not in (None, torch.contiguous_format):
             stride = torch.empty(size, device="meta", memory_format=birth.memory_format).stride()

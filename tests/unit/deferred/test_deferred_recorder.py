@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -276,3 +277,12 @@ def test_empty_gives_what_torch_gives_and_refuses_what_torch_refuses() -> None:
             assert recorder.record_of(made) is not None
         with pytest.raises(TypeError):
             torch.empty()
+
+
+@pytest.mark.parametrize("size", [(-1,), (3, -1), (-1, -2), (-2, 0)])
+@pytest.mark.parametrize("make", [torch.empty, torch.zeros, torch.randn])
+def test_a_negative_size_is_refused_as_torch_does(make: Callable[..., torch.Tensor], size: tuple[int, ...]) -> None:
+    recorder = Recorder(seed=0)
+    with FunctionRecorder(recorder), recorder, pytest.raises(RuntimeError, match="negative dimension"):
+        make(size)
+    assert not recorder.records
