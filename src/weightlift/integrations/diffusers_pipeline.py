@@ -128,8 +128,10 @@ class Loading:
         """Start the threads, unless the caller has modes on (a device, say), which belong to this thread only."""
         if len(self._models) < 2 or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             return
-        of_each = shares([component.nbytes for component in self._models.values()], self._cancel)
-        for (name, component), share in zip(self._models.items(), of_each, strict=True):
+        # The largest first: its bytes are on their way while the others are constructed.
+        models = sorted(self._models.items(), key=lambda item: -item[1].nbytes)
+        of_each = shares([component.nbytes for _, component in models], self._cancel)
+        for (name, component), share in zip(models, of_each, strict=True):
             context = contextvars.copy_context()
             component.thread = threading.Thread(
                 target=context.run,

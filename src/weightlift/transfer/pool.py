@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from weightlift.ambient import outside_modes
 from weightlift.errors import LoadCancelled
 from weightlift.transfer.progress import Reporter
+from weightlift.transfer.share import moving_bytes
 from weightlift.transfer.trace import Trace
 
 _POLL_SECONDS = 0.05
@@ -54,10 +55,11 @@ class Pool(Generic[T]):
     def run(self) -> None:
         """Do all work. Raises the first error of an item, of the progress callable, `LoadCancelled` or
         KeyboardInterrupt; in every case no item is being worked on any more."""
-        if self._workers == 1:
-            self._work(0, self._report)
-        else:
-            self._run_threads()
+        with moving_bytes():
+            if self._workers == 1:
+                self._work(0, self._report)
+            else:
+                self._run_threads()
         error, self._error = self._error, None
         if error is not None:
             try:
