@@ -34,19 +34,27 @@ def main() -> None:
     if arguments.list:
         print("\n".join(f"{case.name:14} {case.title}: {case.target}" for case in wanted))
         return
-    results = [
-        result
-        for case in wanted
-        if (result := _run(case, arguments.rounds, arguments.scale, arguments.folder)) is not None
-    ]
-    where, date = report.machine(arguments.scale), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    results: list[Result] = []
+    for case in wanted:
+        result = _run(case, arguments.rounds, arguments.scale, arguments.folder)
+        if result is None:
+            continue
+        results.append(result)
+        text = _write(results, arguments.scale, arguments.out)  # after each: all of them can take an hour
+    if results:
+        print(text)
+
+
+def _write(results: list[Result], scale: float, folder: Path | None) -> str:
+    """The table of what there is so far; also into files, with figures and chart, where a folder is given."""
+    where, date = report.machine(scale), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     text = report.as_markdown(results, where, date)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "results.md").write_text(text)
-        (arguments.out / "results.json").write_text(report.as_json(results, where, date))
-        (arguments.out / "results.svg").write_text(report.as_svg(results))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.md").write_text(text)
+        (folder / "results.json").write_text(report.as_json(results, where, date))
+        (folder / "results.svg").write_text(report.as_svg(results))
+    return text
 
 
 def _beside(case: Case, names: str | None) -> Case:
