@@ -40,7 +40,6 @@ class Worker:
     may_go: Callable[[], bool] | None = None  # what it waits for; None: nothing
     timed: bool = False  # it would also wake up by itself
     ended: bool = False
-    error: BaseException | None = None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
 
@@ -100,10 +99,6 @@ class Run:
         self._pass_on()
         me.may_go = None
         return may_go()
-
-    def me(self) -> Worker:
-        assert self._me is not None
-        return self._me
 
     # -- who is next --------------------------------------------------------------------------------------------------
 
@@ -171,7 +166,6 @@ class Run:
             pass
         except BaseException as error:
             sys.settrace(None)
-            worker.error = error
             self._end(error)
         finally:
             sys.settrace(None)

@@ -17,18 +17,19 @@ def test_all_or_nothing(monkeypatch):
     wl.install()  # what is imported at the first time
     wl.uninstall()
     stand_in(monkeypatch, drop_in)
-    ours = (PreTrainedModel.__dict__["from_pretrained"], output_capturing._active_collector, list(sys.meta_path))
 
     def state():
         return PreTrainedModel.__dict__["from_pretrained"], output_capturing._active_collector, list(sys.meta_path)
 
+    theirs = state()
+
     def scene():
         def check():
-            same = [now is before for now, before in zip(state()[:2], ours[:2])]
+            same = [now is before for now, before in zip(state()[:2], theirs[:2])]
             assert all(same) or not any(same)
-            assert all(same) == (not drop_in._undo) == (sys.meta_path == ours[2])
+            assert all(same) == (not drop_in._undo) == (sys.meta_path == theirs[2])
             wl.uninstall()
-            assert state() == ours
+            assert state() == theirs
 
         return [wl.install, wl.uninstall, wl.install], check
 

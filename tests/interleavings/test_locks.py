@@ -12,11 +12,11 @@ from tests.interleavings.stand_ins import stand_in
 
 from weightlift.deferred import reserve
 from weightlift.integrations import exclusive
-from weightlift.transfer import budget, memory, pool, sources
+from weightlift.transfer import budget, memory, pool, share, sources
 from weightlift.transfer.progress import Reporter
 
 HERE = sys.modules[__name__]
-MODULES = (exclusive, budget, sources, memory, reserve, pool)
+MODULES = (exclusive, budget, sources, memory, reserve, pool, share)
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,40 @@ def test_the_budget_is_kept(sizes):
         return [lambda nbytes=nbytes: take(nbytes) for nbytes in sizes], check
 
     assert explore(scene, inside=[budget, HERE], preemptions=4 - len(sizes)).complete
+
+
+@pytest.mark.parametrize("failing", [None, 1])
+def test_one_load_prepares_at_a_time_and_all_get_their_turn(failing):
+    def scene():
+        turn = share.Turn()
+        preparing: list[int] = []
+        ended: list[int] = []
+
+        def prepare(number):
+            preparing.append(number)
+            assert preparing == [number]
+            preparing.remove(number)
+
+        def load(number):
+            try:
+                with turn.holding():
+                    prepare(number)
+                    with turn.given_away():
+                        if number == failing:
+                            raise ValueError
+                    prepare(number)
+            except ValueError:
+                pass
+            with turn.given_away():  # not the holder: nothing happens
+                ended.append(number)
+
+        def check():
+            assert sorted(ended) == [0, 1, 2]
+            assert turn._holder is None and not turn._lock.locked()
+
+        return [lambda number=number: load(number) for number in range(3)], check
+
+    assert explore(scene, inside=[share, HERE], preemptions=1).complete
 
 
 class _File:

@@ -15,7 +15,8 @@ from torch import nn
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
-_settling = threading.Lock()
+# Re-entrant: what the collector runs meanwhile may capture, too.
+_settling = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 
 
