@@ -32,6 +32,20 @@ class Gather(Action):
         # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
         self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
         self.wanted_whole = frozenset(key for key, limits in self.limits.items() if limits is None)
+        # See `Forward`: until a key has got its first argument, and from then on.
+        self.simple: dict[int, Action] = {}
+        self.simple_later: dict[int, Action] = {}
+
+    def simplify(self, sole: dict[int, Action]) -> None:
+        """``sole``: by the ids of modules, what is done at those where one thing is done."""
+        whole = {
+            id_: action
+            for id_, action in sole.items()
+            if isinstance(action, GiveDeclared) and action.key in self.wanted_whole
+        }
+        self.simple = {id_: action for id_, action in whole.items() if action.first is None}
+        begun = {action.key for action in whole.values() if action.first is not None}
+        self.simple_later = dict(whole if len(begun) == 1 else self.simple)
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() == -1 or not session.recomputing(self.scope.fqn):
@@ -40,20 +54,18 @@ class Gather(Action):
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = session.end(self)
         if forward is not None and forward.gathered is not None and self.taps:
-            root = forward.root
             lists = forward.gathered
-            for key, fqn, value, version in forward.raw:
-                lists.setdefault(key, []).append(Entry(-1, fqn, value, None, version))
-            session.gave.update([item[1] for item in forward.raw])
+            for action, value, version, number in forward.raw:
+                lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
+            session.gave.update([item[0].fqn for item in forward.raw])
             forward.raw = []
-            for number, entries, lacking in self.gathered(forward.gathered, output):
+            for tap, entries, lacking in self.gathered(lists, output):
                 if lacking is not None:
-                    self._lacks(session, number, *lacking)
-                whole = root or forward
+                    self._lacks(session, tap, *lacking)
                 for entry in entries:
-                    entry.forward = whole
+                    entry.forward = forward.number
                 session.entries.extend(entries)
-                session.fired[self.sites[number]].append(root)
+                session.fired[self.sites[tap]].append(forward.root)
         return output
 
     def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
@@ -113,18 +125,30 @@ def _limits(taps: list[Declared]) -> tuple[frozenset[int], int] | None:
     return frozenset(layer for layer in layers if layer >= 0), -min([0, *layers])
 
 
-class GiveDeclared(Action):
-    """A module whose output belongs to a key of the sub-model that is running."""
+class GiveFirst(Action):
+    """The first argument of a module, which belongs to a key before any output does."""
 
-    __slots__ = ("fqn", "hidden", "index", "initial", "input", "key", "site", "wants_kwargs")
+    __slots__ = ("fqn", "key")
+
+    def __init__(self, site: Site) -> None:
+        self.key = site.key
+        self.fqn = f"{site.fqn}:input"
+
+
+class GiveDeclared(Action):
+    """A module whose output belongs to a key of the sub-model that is running.
+
+    Where a module has no other action, and all is wanted, the hook itself does what `leave` does.
+    """
+
+    __slots__ = ("first", "fqn", "hidden", "index", "key", "site", "wants_kwargs")
 
     def __init__(self, site: Site, wants_kwargs: bool) -> None:
         self.site = site
         self.fqn = site.fqn
         self.key = site.key
         self.index = site.index
-        self.initial = site.initial
-        self.input = f"{site.fqn}:input"
+        self.first = GiveFirst(site) if site.initial else None
         self.hidden = site.key == "hidden_states"
         self.wants_kwargs = wants_kwargs
 
@@ -144,10 +168,11 @@ class GiveDeclared(Action):
             return output
         value = output
         try:
-            if self.initial and not forward.started:
+            if self.first is not None and not any([given[0].key == self.key for given in forward.raw]):
                 first = args[0] if args else first_of(args, kwargs)
-                forward.raw.append((self.key, self.input, first, _version(first)))
-                forward.started = True
+                forward.raw.append((self.first, first, _version(first), forward.number))
+            if self.first is not None and forward.simple is gather.simple:
+                forward.simple = gather.simple_later
             if isinstance(output, tuple):
                 value = output[self.index]
         except (Absent, IndexError):
@@ -156,12 +181,10 @@ class GiveDeclared(Action):
         if value is None and (self.hidden or output is not None):
             session.gave.add(self.fqn)
             return output
-        if self.hidden:
-            forward.started = True
         if session.grad and gather.attached and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
         version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
-        forward.raw.append((self.key, self.fqn, value, version))
+        forward.raw.append((self, value, version, forward.number))
         return output
 
     def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:

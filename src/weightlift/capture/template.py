@@ -74,6 +74,9 @@ class Template:
         for gather, module in gathers:
             self._leaves(module, gather)
         self._leaves(model, root)
+        sole = {key: actions[0] for key, actions in self.after.items() if len(actions) == 1}
+        for owner in (root, *(gather for gather, _ in gathers)):
+            owner.simplify(sole)
 
     def _gathers(self, wanted: Wanted | None) -> list[tuple[Gather, nn.Module]]:
         if wanted is None:
