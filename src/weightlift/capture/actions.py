@@ -142,8 +142,10 @@ class TakeOutput(Action):
 
 
 class TakeWhole(TakeOutput):
-    """The usual tap: every output as it is. `Session.settle_raw` does the rest later. Where a module has no other action,
-    the hook itself does what `leave` does."""
+    """The usual tap: every output as it is. `Session.settle_raw` does the rest later.
+
+    Where a module has no other action, the hook itself does what `leave` does.
+    """
 
     __slots__ = ()
     index = None

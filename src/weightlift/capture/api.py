@@ -79,6 +79,7 @@ class Capture:
 def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
     key: Any = declared, tuple(taps.items())
     try:
+        hash(key)
         known = kept_for(model, key)
     except TypeError:  # a list among the options: not to be looked up
         key = known = None

@@ -26,7 +26,8 @@ class Gather(Action):
     ) -> None:
         self.scope = scope
         self.sites = {number: site for (_, number), site in zip(pairs, sites)}
-        self.taps = [(key, number, taps[number], recipe_of(taps[number])) for key, number in pairs]
+        # With what is done to a value, if anything is.
+        self.taps = [(key, number, taps[number], _work(recipe_of(taps[number]))) for key, number in pairs]
         self.keys = frozenset(key for key, _ in pairs)
         self.attached = any(not tap.detach for _, _, tap, _ in self.taps)
         # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
@@ -57,7 +58,7 @@ class Gather(Action):
             lists = forward.gathered
             for action, value, version, number in forward.raw:
                 lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
-            session.gave.update([item[0].fqn for item in forward.raw])
+                session.gave.add(action.fqn)
             forward.raw = []
             for tap, entries, lacking in self.gathered(lists, output):
                 if lacking is not None:
@@ -81,8 +82,8 @@ class Gather(Action):
         result = []
         for key, number, tap, recipe in self.taps:
             entries = lists.get(key, [])
-            if key == "hidden_states" and entries and self.scope.last:
-                entries = [*entries[:-1], self._last(entries[-1], output)]
+            if self.scope.last and key == "hidden_states" and entries:
+                self._put_last(entries, output)
             lacking = None
             if tap.layers is not None:
                 count = len(entries)
@@ -90,19 +91,23 @@ class Gather(Action):
                 if missing and tap.expect != "maybe":
                     lacking = missing, count
                 entries = [entry for place, entry in enumerate(entries) if place in wanted]
-            if untouched(recipe):
+            if recipe is None:
                 entries = [_taken(entry, number) for entry in entries]
             else:
                 entries = [_finished(entry, number, recipe) for entry in entries]
             result.append((number, entries, lacking))
         return result
 
-    def _last(self, entry: Entry, output: Any) -> Entry:
+    def _put_last(self, entries: list[Entry], output: Any) -> None:
         for attribute in self.scope.last:
             if hasattr(output, attribute):
                 value = getattr(output, attribute)
-                return Entry(-1, entry.fqn, value, None, _version(value))
-        return entry
+                entries[-1] = Entry(-1, entries[-1].fqn, value, None, _version(value))
+                return
+
+
+def _work(recipe: Recipe) -> Recipe | None:
+    return None if untouched(recipe) else recipe
 
 
 def _taken(entry: Entry, number: int) -> Entry:
@@ -161,14 +166,14 @@ class GiveDeclared(Action):
                 return output
         if backward_id() != -1 and session.recomputing(self.fqn):
             return output
-        gather: Gather = forward.owner  # type: ignore[assignment]
+        gather: Gather = forward.owner
         if self.key not in gather.wanted_whole:
             if self.key in gather.keys:
                 self._select(session, forward, args, kwargs, output)
             return output
         value = output
         try:
-            if self.first is not None and not any([given[0].key == self.key for given in forward.raw]):
+            if self.first is not None and self.key not in [given[0].key for given in forward.raw]:
                 first = args[0] if args else first_of(args, kwargs)
                 forward.raw.append((self.first, first, _version(first), forward.number))
             if self.first is not None and forward.simple is gather.simple:
@@ -189,7 +194,7 @@ class GiveDeclared(Action):
 
     def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:
         """Where no tap wants all that belongs to the key."""
-        gather: Gather = forward.owner  # type: ignore[assignment]
+        gather: Gather = forward.owner
         lists: dict[str, list[Entry]] = forward.gathered  # type: ignore[assignment]
         try:
             gave = gather_site(self.site, lists, gather, args, kwargs, output)

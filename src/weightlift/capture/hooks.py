@@ -101,21 +101,17 @@ def install(session: Session) -> None:
         for key in session.before:
             module = modules[key]
             count = _before[key] = _before.get(key, 0) + 1
-            if count == 1 or HOOK_ID not in module._forward_pre_hooks:
-                if key in session.with_kwargs:
-                    module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
-                module._forward_pre_hooks[HOOK_ID] = before_forward
-            elif key in session.with_kwargs:
+            if key in session.with_kwargs:
                 module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
+            if count == 1 or HOOK_ID not in module._forward_pre_hooks:
+                module._forward_pre_hooks[HOOK_ID] = before_forward
         for key in session.after:
             module = modules[key]
             count = _after[key] = _after.get(key, 0) + 1
-            if count == 1 or HOOK_ID not in module._forward_hooks:
-                if key in session.with_kwargs:
-                    module._forward_hooks_with_kwargs[HOOK_ID] = True
-                module._forward_hooks[HOOK_ID] = after_forward
-            elif key in session.with_kwargs:
+            if key in session.with_kwargs:
                 module._forward_hooks_with_kwargs[HOOK_ID] = True
+            if count == 1 or HOOK_ID not in module._forward_hooks:
+                module._forward_hooks[HOOK_ID] = after_forward
 
 
 def remove(session: Session) -> None:

@@ -102,7 +102,8 @@ class Session:
 
     __slots__ = (
         "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "frames",
-        "gave", "grad", "last", "modules", "numbers", "problems", "raw", "recomputed", "stopped", "wanted", "with_kwargs",
+        "gave", "grad", "last", "modules", "numbers", "problems", "raw", "recomputed", "stopped", "wanted",
+        "with_kwargs",
     )  # fmt: skip
 
     def __init__(
