@@ -203,6 +203,8 @@ class Session:
         if not self.raw:
             return
         with _settling:
+            if not self.fired:  # it came in the moment of closing
+                self.raw.clear()
             while self.raw:
                 action, value, version, number = self.raw.popleft()
                 fired = self.fired[action.site]
