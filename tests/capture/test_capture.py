@@ -12,6 +12,7 @@ import pickle
 import threading
 import traceback
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -346,6 +347,80 @@ def test_a_context_that_outlives_the_capture_records_nothing() -> None:
         inside.run(net, x())
         net(x())
     assert len(got["hidden"]) == len(other["hidden"]) == 3
+
+
+class Captures(nn.Module):
+    """Captures its own layer while it runs, in this thread or in another, in a context of its own or a copy."""
+
+    def __init__(self, inside: Callable[[Callable[[], object]], object]) -> None:
+        super().__init__()
+        self.layer = Layer()
+        self.inside = inside
+        self.got: list[torch.Tensor] = []
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        def watched() -> None:
+            with wl.capture(self, mine="layer") as got:
+                self.layer(value * 2)
+            self.got.extend(got["mine"])
+
+        value = self.layer(value)
+        self.inside(watched)
+        return self.layer(value)
+
+
+@pytest.mark.parametrize("how", ["here", "copied", "thread"])
+def test_a_capture_within_a_forward_that_is_captured(how: str) -> None:
+    def in_thread(work: Callable[[], object]) -> None:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+        thread.start()
+        thread.join(60)
+
+    ways = {"here": lambda work: work(), "copied": lambda work: contextvars.copy_context().run(work)}
+    net, value = Captures(ways.get(how, in_thread)), x()
+    with wl.capture(net, outer="layer") as got:
+        net(value)
+    layer = net.layer
+    first = layer(value)
+    assert same(got["outer"], [first, layer(first * 2), layer(first)])
+    assert same(net.got, [layer(first * 2)])
+    assert hooks_on(net) == 0
+
+
+def test_a_context_copied_within_a_forward_holds_nothing_afterwards() -> None:
+    net, contexts, seen = Net(), [], []
+    net.layers[1].register_forward_hook(lambda *_: contexts.append(contextvars.copy_context()))
+    net.layers[2].register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+    with wl.capture(net, hidden="layers.*") as got:
+        net(x())
+    with wl.capture(net, hidden="layers.*") as other:
+        contexts[0].run(net, x())
+        net(x())
+    assert len(got["hidden"]) == len(other["hidden"]) == 3
+    del got, other
+    assert len(seen) == 3 and not any(reference() is not None for reference in seen)
+
+
+def test_what_comes_in_the_moment_of_closing_is_dropped() -> None:
+    arrived, closed = threading.Event(), threading.Event()
+
+    class Waits(torch.Tensor):
+        def is_inference(self) -> bool:
+            arrived.set()
+            return not closed.wait(60)
+
+    net, value = nn.Sequential(nn.Identity()), x().as_subclass(Waits)
+    with wl.capture(net, seen=wl.Output("0", expect="maybe")) as got:
+        worker = threading.Thread(target=contextvars.copy_context().run, args=(net, value))
+        worker.start()
+        assert arrived.wait(60)
+    closed.set()
+    worker.join(60)
+    assert got["seen"] == ()
+    reference = weakref.ref(value)
+    del value, worker
+    gc.collect()
+    assert reference() is None
 
 
 def test_a_generator_may_end_elsewhere() -> None:

@@ -131,6 +131,25 @@ def test_a_recomputation_is_not_recorded() -> None:
             out.sum().backward()
 
 
+class Guided(Checkpointed):
+    """Takes a gradient while it runs, as guidance does, so that its layers run once more before it ends."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad(), set_checkpoint_early_stop(False):
+            value = value.detach().requires_grad_()
+            out = super().forward(value)
+            (slope,) = torch.autograd.grad(out.sum(), value)
+        return out + slope
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_recomputation_within_the_forward_is_not_recorded(grad: bool) -> None:
+    net, value = Guided(), x()
+    with torch.set_grad_enabled(grad), wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert same(got["hidden"], states(net, value))
+
+
 def test_reentrant_checkpointing_detaches() -> None:
     net, value = Checkpointed(), x().requires_grad_()
     net.reentrant = True

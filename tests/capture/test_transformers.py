@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 import threading
 from collections.abc import Iterator
@@ -420,6 +421,24 @@ def test_7_replaced_layers_shared_layers_and_sub_models() -> None:
         with wl.capture(net, "hidden_states") as got:
             net(value)
         assert len(got["hidden_states"]) == 5
+
+
+@torch.no_grad()
+def test_7_a_part_of_a_layer_is_replaced() -> None:
+    model, value = llama(), ids()
+    for _ in range(2):
+        with wl.capture(model, "attentions", "hidden_states") as got:
+            model(value, use_cache=False)
+        assert list(got.named("attentions")) == [f"layers.{n}.self_attn" for n in range(4)]
+        assert len(got["hidden_states"]) == 5
+        model.layers[1].self_attn = copy.deepcopy(model.layers[2].self_attn)
+    with wl.capture(model, "hidden_states") as got:
+        model(value, use_cache=False)
+    model.layers.append(LlamaDecoderLayer(model.config, 4).eval())
+    model.config.num_hidden_layers = 5
+    with wl.capture(model, "hidden_states") as got:
+        model(value, use_cache=False)
+    assert len(got["hidden_states"]) == 6
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import nn
 
 from weightlift.capture.result import Entry, absent
 from weightlift.capture.select import original
-from weightlift.capture.session import Session, backward_id, running
+from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Absent, edit, finish, put, recipe_of, take, untouched
 
@@ -43,10 +43,16 @@ class Action:
 class Root(Action):
     """The captured model itself: marks its forwards, and those of its own declared outputs."""
 
-    __slots__ = ("gather",)
+    __slots__ = ("gather", "simple")
+    attached = True
 
     def __init__(self, gather: Gather | None) -> None:
         self.gather = gather
+        self.simple: dict[int, Action] = {}  # see `Forward`
+
+    def simplify(self, sole: dict[int, Action]) -> None:
+        """``sole``: by the ids of modules, what is done at those where one thing is done."""
+        self.simple = {key: action for key, action in sole.items() if isinstance(action, TakeWhole)}
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() != -1 and session.recomputing(""):
@@ -111,9 +117,7 @@ class TakeOutput(Action):
         tap = self.tap
         if session.grad and not tap.recipe.detach and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
-        root = running.get()
-        if root is None or root.session is not session or root.gathered is not None:
-            root = session.root()
+        root = session.root()
         fired = session.fired[self.site]
         call = len(fired)
         fired.append(root)
@@ -138,21 +142,21 @@ class TakeOutput(Action):
 
 
 class TakeWhole(TakeOutput):
-    """The usual tap: every output as it is. `Session.settle_raw` does the rest later, as a model's own work drives the
-    code that runs between two of its layers out of the caches."""
+    """The usual tap: every output as it is. `Session.settle_raw` does the rest later.
+
+    Where a module has no other action, the hook itself does what `leave` does.
+    """
 
     __slots__ = ()
+    index = None
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if backward_id() != -1 and session.recomputing(self.fqn):
             return output
         if session.grad and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
-        root = running.get()
-        if root is None or root.session is not session or root.gathered is not None:
-            root = session.root()
         version = output._version if isinstance(output, torch.Tensor) and not output.is_inference() else -1
-        session.raw.append((self, output, root, version))
+        session.raw.append((self, output, version, session.root()))
         return output
 
 

@@ -11,7 +11,7 @@ from weightlift.capture import hooks
 from weightlift.capture.checks import settle
 from weightlift.capture.result import Records
 from weightlift.capture.select import keep_for, kept_for
-from weightlift.capture.session import Session, Stopped, running, without
+from weightlift.capture.session import Session, Stopped, open_sessions, running, without
 from weightlift.capture.taps import Declared, Tap, collect_taps
 from weightlift.capture.template import Template, lasting
 from weightlift.errors import CaptureError, Problem
@@ -40,8 +40,12 @@ class Capture:
             if self._key is not None:
                 keep_for(self._model, self._key, self._template)
         self._session = session
+        forward = running.get()
+        while forward is not None:  # a capture within a forward of another: from now on both have to be asked
+            forward.simple = {}
+            forward = forward.outer
         hooks.install(session)
-        hooks.open_sessions.set((*hooks.open_sessions.get(), session))
+        open_sessions.set((*open_sessions.get(), session))
         return Records(self._template.names, session.entries, session=session)  # type: ignore[union-attr]
 
     def __exit__(
@@ -50,8 +54,8 @@ class Capture:
         session, self._session = self._session, None
         assert session is not None and self._template is not None
         session.closed = True
-        sessions = hooks.open_sessions.get()
-        hooks.open_sessions.set(() if sessions == (session,) else tuple(s for s in sessions if s is not session))
+        sessions = open_sessions.get()
+        open_sessions.set(() if sessions == (session,) else tuple(s for s in sessions if s is not session))
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
@@ -75,6 +79,7 @@ class Capture:
 def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
     key: Any = declared, tuple(taps.items())
     try:
+        hash(key)
         known = kept_for(model, key)
     except TypeError:  # a list among the options: not to be looked up
         key = known = None

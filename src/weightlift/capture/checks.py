@@ -45,14 +45,14 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
 
 def _drop_failed(session: Session) -> None:
     """Forwards that did not end, because they failed, leave nothing."""
-    failed = {id(forward) for forward in session.forwards if not forward.done}
+    failed = {forward.number for forward in session.forwards if not forward.done}
     if failed:
-        session.entries[:] = [entry for entry in session.entries if id(entry.forward) not in failed]
+        session.entries[:] = [entry for entry in session.entries if entry.forward not in failed]
         session.forwards[:] = [forward for forward in session.forwards if forward.done]
 
 
 def _calls(
-    session: Session, number: int, name: str, tap: Output, fired: dict[str, list[Forward | None]]
+    session: Session, number: int, name: str, tap: Output, fired: dict[str, list[int | None]]
 ) -> list[Problem]:
     if tap.calls is None:
         return []
@@ -72,7 +72,7 @@ def _fired(
     name: str,
     tap: Output,
     chosen: list[Selected],
-    calls: dict[str, list[Forward | None]],
+    calls: dict[str, list[int | None]],
 ) -> list[Problem]:
     if tap.expect == "maybe":
         return []
@@ -106,12 +106,12 @@ def _fired(
     return problems
 
 
-def _missed(fired: Sequence[Forward | None], done: Sequence[Forward]) -> list[Forward]:
+def _missed(fired: Sequence[int | None], done: Sequence[Forward]) -> list[Forward]:
     """Forwards of the model without a call, if others have one. What is only called directly is in none of them."""
-    within = {id(forward) for forward in fired if forward is not None}
+    within = {number for number in fired if number is not None}
     if not within:
         return []
-    return [forward for forward in done if id(forward) not in within]
+    return [forward for forward in done if forward.number not in within]
 
 
 def _why(session: Session, root: nn.Module, item: Selected) -> str:

@@ -90,7 +90,8 @@ def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: lis
         CaptureError: the model declares nothing, not this, or it is not clear which of its sub-models is meant.
     """
     declared: Declaration | None
-    selected, declared = remembered(model, ("declared",), lambda: _find(model), watches)
+    keys = tuple(sorted({tap.key.rpartition(".")[2] for _, tap in taps}))
+    selected, declared = remembered(model, ("declared", keys), lambda: _find(model, keys), watches)
     if declared is None:
         what = f"{type(model).__name__} declares nothing that it can record"
         hint = 'select modules: hidden="layers.*"'
@@ -113,20 +114,35 @@ def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: lis
         for scope in declared.scopes
         if scope.fqn in chosen or any(scope.fqn.startswith(prefix) for prefix in inside)
     )
-    keys = {key for pairs in chosen.values() for key, _ in pairs}
+    used = {key for pairs in chosen.values() for key, _ in pairs}
     sites = tuple(
-        site for site in declared.sites if site.key in keys and any((site.fqn + ".").startswith(p) for p in inside)
+        site for site in declared.sites if site.key in used and any((site.fqn + ".").startswith(p) for p in inside)
     )
     return Wanted(scopes, sites, {item.fqn: item.module for item in selected})
 
 
-def _find(model: nn.Module) -> Found:
+def _find(model: nn.Module, keys: tuple[str, ...]) -> Found:
+    """What is declared, and the modules that give it.
+
+    Looked at by later captures: all but what is inside a module that gives something for ``keys``, and leads to no
+    other. A layer within a layer is not looked for again, only found when it was there at first.
+    """
     declared = declaration_of(model)
-    visited = [item.module for item in walk(model)]
+    everything = list(walk(model))
     if declared is None:
-        return found([], visited, None)
+        return found([], [item.module for item in everything], None)
+    giving = {site.fqn for site in declared.sites if any(key.endswith(site.key) for key in keys)}
+    ways = {fqn[:end] for fqn in giving for end, letter in enumerate(fqn) if letter == "."}
     used = {scope.fqn for scope in declared.scopes} | {site.fqn for site in declared.sites}
-    return found([item for item in walk(model) if item.fqn in used], visited, declared)
+    visited = [item.module for item in everything if item.fqn in ways or not _beneath(item.fqn, giving)]
+    return found([item for item in everything if item.fqn in used], visited, declared)
+
+
+def _beneath(fqn: str, names: set[str]) -> bool:
+    """Whether a module is one of those that are named, or within one."""
+    while fqn and fqn not in names:
+        fqn = fqn.rpartition(".")[0]
+    return fqn in names
 
 
 def _scope_for(model: nn.Module, declared: Declaration, name: str) -> tuple[str, str]:

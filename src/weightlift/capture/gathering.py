@@ -26,12 +26,27 @@ class Gather(Action):
     ) -> None:
         self.scope = scope
         self.sites = {number: site for (_, number), site in zip(pairs, sites)}
-        self.taps = [(key, number, taps[number], recipe_of(taps[number])) for key, number in pairs]
+        # With what is done to a value, if anything is.
+        self.taps = [(key, number, taps[number], _work(recipe_of(taps[number]))) for key, number in pairs]
         self.keys = frozenset(key for key, _ in pairs)
         self.attached = any(not tap.detach for _, _, tap, _ in self.taps)
         # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
         self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
         self.wanted_whole = frozenset(key for key, limits in self.limits.items() if limits is None)
+        # See `Forward`: until a key has got its first argument, and from then on.
+        self.simple: dict[int, Action] = {}
+        self.simple_later: dict[int, Action] = {}
+
+    def simplify(self, sole: dict[int, Action]) -> None:
+        """``sole``: by the ids of modules, what is done at those where one thing is done."""
+        whole = {
+            id_: action
+            for id_, action in sole.items()
+            if isinstance(action, GiveDeclared) and action.key in self.wanted_whole
+        }
+        self.simple = {id_: action for id_, action in whole.items() if action.first is None}
+        begun = {action.key for action in whole.values() if action.first is not None}
+        self.simple_later = dict(whole if len(begun) == 1 else self.simple)
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() == -1 or not session.recomputing(self.scope.fqn):
@@ -40,20 +55,18 @@ class Gather(Action):
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = session.end(self)
         if forward is not None and forward.gathered is not None and self.taps:
-            root = forward.root
             lists = forward.gathered
-            for key, fqn, value, version in forward.raw:
-                lists.setdefault(key, []).append(Entry(-1, fqn, value, None, version))
-            session.gave.update([item[1] for item in forward.raw])
+            for action, value, version, number in forward.raw:
+                lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
+                session.gave.add(action.fqn)
             forward.raw = []
-            for number, entries, lacking in self.gathered(forward.gathered, output):
+            for tap, entries, lacking in self.gathered(lists, output):
                 if lacking is not None:
-                    self._lacks(session, number, *lacking)
-                whole = root or forward
+                    self._lacks(session, tap, *lacking)
                 for entry in entries:
-                    entry.forward = whole
+                    entry.forward = forward.number
                 session.entries.extend(entries)
-                session.fired[self.sites[number]].append(root)
+                session.fired[self.sites[tap]].append(forward.root)
         return output
 
     def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
@@ -69,8 +82,8 @@ class Gather(Action):
         result = []
         for key, number, tap, recipe in self.taps:
             entries = lists.get(key, [])
-            if key == "hidden_states" and entries and self.scope.last:
-                entries = [*entries[:-1], self._last(entries[-1], output)]
+            if self.scope.last and key == "hidden_states" and entries:
+                self._put_last(entries, output)
             lacking = None
             if tap.layers is not None:
                 count = len(entries)
@@ -78,19 +91,23 @@ class Gather(Action):
                 if missing and tap.expect != "maybe":
                     lacking = missing, count
                 entries = [entry for place, entry in enumerate(entries) if place in wanted]
-            if untouched(recipe):
+            if recipe is None:
                 entries = [_taken(entry, number) for entry in entries]
             else:
                 entries = [_finished(entry, number, recipe) for entry in entries]
             result.append((number, entries, lacking))
         return result
 
-    def _last(self, entry: Entry, output: Any) -> Entry:
+    def _put_last(self, entries: list[Entry], output: Any) -> None:
         for attribute in self.scope.last:
             if hasattr(output, attribute):
                 value = getattr(output, attribute)
-                return Entry(-1, entry.fqn, value, None, _version(value))
-        return entry
+                entries[-1] = Entry(-1, entries[-1].fqn, value, None, _version(value))
+                return
+
+
+def _work(recipe: Recipe) -> Recipe | None:
+    return None if untouched(recipe) else recipe
 
 
 def _taken(entry: Entry, number: int) -> Entry:
@@ -113,18 +130,30 @@ def _limits(taps: list[Declared]) -> tuple[frozenset[int], int] | None:
     return frozenset(layer for layer in layers if layer >= 0), -min([0, *layers])
 
 
-class GiveDeclared(Action):
-    """A module whose output belongs to a key of the sub-model that is running."""
+class GiveFirst(Action):
+    """The first argument of a module, which belongs to a key before any output does."""
 
-    __slots__ = ("fqn", "hidden", "index", "initial", "input", "key", "site", "wants_kwargs")
+    __slots__ = ("fqn", "key")
+
+    def __init__(self, site: Site) -> None:
+        self.key = site.key
+        self.fqn = f"{site.fqn}:input"
+
+
+class GiveDeclared(Action):
+    """A module whose output belongs to a key of the sub-model that is running.
+
+    Where a module has no other action, and all is wanted, the hook itself does what `leave` does.
+    """
+
+    __slots__ = ("first", "fqn", "hidden", "index", "key", "site", "wants_kwargs")
 
     def __init__(self, site: Site, wants_kwargs: bool) -> None:
         self.site = site
         self.fqn = site.fqn
         self.key = site.key
         self.index = site.index
-        self.initial = site.initial
-        self.input = f"{site.fqn}:input"
+        self.first = GiveFirst(site) if site.initial else None
         self.hidden = site.key == "hidden_states"
         self.wants_kwargs = wants_kwargs
 
@@ -137,17 +166,18 @@ class GiveDeclared(Action):
                 return output
         if backward_id() != -1 and session.recomputing(self.fqn):
             return output
-        gather: Gather = forward.owner  # type: ignore[assignment]
+        gather: Gather = forward.owner
         if self.key not in gather.wanted_whole:
             if self.key in gather.keys:
                 self._select(session, forward, args, kwargs, output)
             return output
         value = output
         try:
-            if self.initial and not forward.started:
+            if self.first is not None and self.key not in [given[0].key for given in forward.raw]:
                 first = args[0] if args else first_of(args, kwargs)
-                forward.raw.append((self.key, self.input, first, _version(first)))
-                forward.started = True
+                forward.raw.append((self.first, first, _version(first), forward.number))
+            if self.first is not None and forward.simple is gather.simple:
+                forward.simple = gather.simple_later
             if isinstance(output, tuple):
                 value = output[self.index]
         except (Absent, IndexError):
@@ -156,17 +186,15 @@ class GiveDeclared(Action):
         if value is None and (self.hidden or output is not None):
             session.gave.add(self.fqn)
             return output
-        if self.hidden:
-            forward.started = True
         if session.grad and gather.attached and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
         version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
-        forward.raw.append((self.key, self.fqn, value, version))
+        forward.raw.append((self, value, version, forward.number))
         return output
 
     def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:
         """Where no tap wants all that belongs to the key."""
-        gather: Gather = forward.owner  # type: ignore[assignment]
+        gather: Gather = forward.owner
         lists: dict[str, list[Entry]] = forward.gathered  # type: ignore[assignment]
         try:
             gave = gather_site(self.site, lists, gather, args, kwargs, output)

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-if TYPE_CHECKING:
-    from weightlift.capture.session import Session
+from weightlift.capture.session import Session, backward_id, open_sessions, running
 
 HOOK_ID = -770_310
 _NOTHING = object()
 
-open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
 # By the id of a module, how many captures hold a hook on it. They hold the module, too, so the id is its own.
 _before: dict[int, int] = {}
 _after: dict[int, int] = {}
@@ -60,6 +57,23 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
     """
     if is_dynamo_compiling():
         return None
+    # The usual case first, and in as few steps as can be: a model's own work drives this out of the caches between any
+    # two calls, so each thing that is looked at costs a wait for memory.
+    forward = running.get()
+    if forward is not None:
+        action = forward.simple.get(id(module))
+        if action is not None:
+            value = kwargs if output is _NOTHING else output
+            if isinstance(value, tuple) and action.index is not None:
+                value = value[action.index] if -len(value) <= action.index < len(value) else None
+            if value is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
+                version = value._version if isinstance(value, Tensor) and not value.is_inference() else -1
+                forward.raw.append((action, value, version, forward.number))
+                return None
+    return _after_forward(module, args, kwargs, output)
+
+
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
     sessions = open_sessions.get()
     if not sessions:
         if id(module) in _after:
@@ -87,21 +101,17 @@ def install(session: Session) -> None:
         for key in session.before:
             module = modules[key]
             count = _before[key] = _before.get(key, 0) + 1
-            if count == 1 or HOOK_ID not in module._forward_pre_hooks:
-                if key in session.with_kwargs:
-                    module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
-                module._forward_pre_hooks[HOOK_ID] = before_forward
-            elif key in session.with_kwargs:
+            if key in session.with_kwargs:
                 module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
+            if count == 1 or HOOK_ID not in module._forward_pre_hooks:
+                module._forward_pre_hooks[HOOK_ID] = before_forward
         for key in session.after:
             module = modules[key]
             count = _after[key] = _after.get(key, 0) + 1
-            if count == 1 or HOOK_ID not in module._forward_hooks:
-                if key in session.with_kwargs:
-                    module._forward_hooks_with_kwargs[HOOK_ID] = True
-                module._forward_hooks[HOOK_ID] = after_forward
-            elif key in session.with_kwargs:
+            if key in session.with_kwargs:
                 module._forward_hooks_with_kwargs[HOOK_ID] = True
+            if count == 1 or HOOK_ID not in module._forward_hooks:
+                module._forward_hooks[HOOK_ID] = after_forward
 
 
 def remove(session: Session) -> None:

@@ -112,7 +112,7 @@ class Records(Mapping[str, tuple[Any, ...]]):
             raise CaptureError("the capture is not complete", problems)
         if name not in self._names:
             raise KeyError(f"no tap is called {name!r}; there are {', '.join(map(repr, self._names))}")
-        number = list(self._names).index(name)
+        number = self._names.index(name)
         return [entry for entry in entries if entry.tap == number]
 
     def _entries(self) -> tuple[list[Entry], Sequence[Problem]]:

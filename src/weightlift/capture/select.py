@@ -164,8 +164,8 @@ def _kept(root: nn.Module) -> OrderedDict[Any, Any]:
 
 def kept_for(root: nn.Module, key: Any) -> Any:
     """What `keep_for` kept, or None."""
-    with _lock:
-        return _kept(root).get(key)
+    entry = _cache.get(id(root))
+    return entry[1].get(key) if entry is not None and entry[0]() is root else None
 
 
 def keep_for(root: nn.Module, key: Any, value: Any) -> None:

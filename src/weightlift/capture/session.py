@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ from weightlift.errors import Problem
 # Re-entrant: what the collector runs meanwhile may capture, too.
 _settling = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
+_NOTHING: dict[int, Any] = {}
 
 
 class Stopped(BaseException):
@@ -28,27 +30,45 @@ class Stopped(BaseException):
 
 
 class Forward:
-    """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs."""
+    """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs.
 
-    __slots__ = ("around", "done", "gathered", "outer", "owner", "raw", "root", "session", "started", "thread")
+    ``number`` tells forwards of the model apart. What came is known by it, so that nothing that is kept refers back to
+    a forward. ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is;
+    none as soon as there is another capture to be asked.
+    """
 
-    def __init__(self, session: Session, owner: object, outer: Forward | None, thread: int, gathers: bool) -> None:
+    __slots__ = (
+        "around", "attached", "done", "gathered", "number", "outer", "owner", "raw", "root", "session", "simple",
+        "thread",
+    )  # fmt: skip
+
+    def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, gathers: bool) -> None:
         self.session = session
         self.owner = owner
         self.outer = outer
         self.thread = thread
         self.done = False
         self.around = False  # another forward of the same model runs within it
+        self.attached: bool = session.grad and owner.attached
+        self.simple: dict[int, Any] = owner.simple if len(open_sessions.get()) == 1 else _NOTHING
         self.gathered: dict[str, list[Entry]] | None = None
-        self.root: Forward | None = None
+        self.raw: Any = session.raw
+        self.root: int | None = None
         if gathers:
             self.gathered = {}
-            # Keys, names of modules, values and versions that are not yet among what was gathered.
-            self.raw: list[tuple[str, str, Any, int]] = []
-            self.started = False  # whether there is a hidden state yet
-            self.root = _running_root(session, outer)
+            self.raw = []
+            root = _running_root(session, outer)
+            self.root = None if root is None else root.number
+        self.number: int = next(session.numbers) if self.root is None else self.root
+
+    def leave_all(self) -> None:
+        """From now on it collects nothing."""
+        self.simple = _NOTHING
+        if self.gathered is not None:
+            self.raw = []
 
 
+open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
 running: ContextVar[Forward | None] = ContextVar("weightlift_forwards", default=None)
 
 
@@ -82,7 +102,8 @@ class Session:
 
     __slots__ = (
         "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "frames",
-        "gave", "grad", "last", "modules", "problems", "raw", "recomputed", "stopped", "wanted", "with_kwargs",
+        "gave", "grad", "last", "modules", "numbers", "problems", "raw", "recomputed", "stopped", "wanted",
+        "with_kwargs",
     )  # fmt: skip
 
     def __init__(
@@ -99,9 +120,12 @@ class Session:
         self.after = after
         self.with_kwargs = with_kwargs  # ids of modules whose hooks want the keyword arguments
         self.modules = modules
-        self.raw: deque[tuple[Any, Any, Forward | None, int]] = deque()  # what came since, not yet among the entries
+        self.numbers = itertools.count()
+        # What came since, not yet among the entries: what took it, the value, its version, the number of its forward.
+        self.raw: deque[tuple[Any, Any, int, int | None]] = deque()
         self.entries: list[Entry] = []
-        self.fired: list[list[Forward | None]] = [[] for _ in range(sites)]  # an item for each call at each site
+        # For each site the numbers of the forwards that its calls were in.
+        self.fired: list[list[int | None]] = [[] for _ in range(sites)]
         self.last: dict[int, deque[Entry]] = {}
         self.forwards: list[Forward] = []
         # Which call each running forward is: to tell one that runs from one that failed. Not held by the forward, which
@@ -119,17 +143,18 @@ class Session:
 
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
-        for entry in self.entries:
-            entry.forward = id(entry.forward)
+        for forward in (*self.forwards, *self.frames):
+            forward.leave_all()
         self.raw.clear()
         self.entries = []
         self.forwards = []
         self.frames = {}
         self.fired = []
         self.last = {}
-        self.before, self.after, self.modules = {}, {}, {}
+        self.before = self.after = _NOTHING
+        self.modules = {}
 
-    def begin(self, owner: object, frame: FrameType, *, gathers: bool, within: Forward | None = None) -> Forward:
+    def begin(self, owner: Any, frame: FrameType, *, gathers: bool, within: Forward | None = None) -> Forward:
         """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.
 
         ``frame``: that of torch which calls the module and its hooks. ``within``: what the same call of the same module
@@ -170,7 +195,7 @@ class Session:
         self.frames.pop(forward, None)
         if forward.gathered is None:
             self.settle_raw()
-            self.entries[:] = [entry for entry in self.entries if entry.forward is not forward]
+            self.entries[:] = [entry for entry in self.entries if entry.forward != forward.number]
             self.forwards[:] = [other for other in self.forwards if other is not forward]
 
     def settle_raw(self) -> None:
@@ -178,11 +203,13 @@ class Session:
         if not self.raw:
             return
         with _settling:
+            if not self.fired:  # it came in the moment of closing
+                self.raw.clear()
             while self.raw:
-                action, value, root, version = self.raw.popleft()
+                action, value, version, number = self.raw.popleft()
                 fired = self.fired[action.site]
-                self.entries.append(Entry(action.tap.number, action.fqn, value, root, version, len(fired)))
-                fired.append(root)
+                self.entries.append(Entry(action.tap.number, action.fqn, value, number, version, len(fired)))
+                fired.append(number)
 
     def gathering(self) -> Forward | None:
         """The nearest running sub-model that gathers declared outputs."""
@@ -193,11 +220,12 @@ class Session:
             forward = forward.outer
         return None
 
-    def root(self) -> Forward | None:
+    def root(self) -> int | None:
+        """The number of the forward that runs."""
         forward = running.get()
-        if forward is not None and forward.session is self and forward.gathered is None:
-            return forward
-        return _running_root(self, forward)
+        if forward is None or forward.session is not self or forward.gathered is not None:
+            forward = _running_root(self, forward)
+        return None if forward is None else forward.number
 
     def arrived(self, tap: int, fqn: str) -> None:
         """Counts a call, and leaves the forward when it was the last that anybody waits for."""

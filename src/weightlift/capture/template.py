@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,10 +47,10 @@ class Template:
         self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
         self.givers = _givers(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
-        # What may be on the way to compiled code that a capture could miss.
+        # With those on the way to them, which may have become compiled code that a capture would miss.
         ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
-        self._ways = tuple(weakref.ref(module) for module in ways.values())
-        self._references = tuple((key, weakref.ref(module)) for key, module in self._modules.items())
+        every = {**self._modules, **ways}
+        self._references = tuple((key, weakref.ref(module), key in ways) for key, module in every.items())
         self._modules.clear()
 
     def _fill(self, model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> None:
@@ -74,6 +73,10 @@ class Template:
         for gather, module in gathers:
             self._leaves(module, gather)
         self._leaves(model, root)
+        sole = {key: actions[0] for key, actions in self.after.items() if len(actions) == 1}
+        root.simplify(sole)
+        for gather, _ in gathers:
+            gather.simplify(sole)
 
     def _gathers(self, wanted: Wanted | None) -> list[tuple[Gather, nn.Module]]:
         if wanted is None:
@@ -105,15 +108,10 @@ class Template:
         for watch in self.watches:
             if not watch.stands():
                 return None
-        if "torch._dynamo" in sys.modules:
-            for reference in self._ways:
-                way = reference()
-                if way is None or way._compiled_call_impl is not None:
-                    return None
         modules: dict[int, nn.Module] = {}
-        for key, reference in self._references:
+        for key, reference, on_the_way in self._references:
             module = reference()
-            if module is None:
+            if module is None or (on_the_way and module._compiled_call_impl is not None):
                 return None
             modules[key] = module
         return Session(self.before, self.after, self.with_kwargs, modules, len(self.sites), self.awaited)
