@@ -90,12 +90,13 @@ def _vae_name(name: str, blocks: int) -> str:
             inner, _, last = rest.rpartition(".")
             return f"{side}.mid.attn_1.{_VAE_ATTENTION[inner]}.{last}"
         return f"{side}.mid.block_{int(number) + 1}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
-    found = re.match(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+    pattern = r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.*)"
+    found = re.match(pattern, name)
     assert found is not None, name
     side, block, kind, number, rest = found.groups()
     at = f"encoder.down.{block}" if side == "encoder" else f"decoder.up.{blocks - 1 - int(block)}"
     if kind != "resnets":
-        return f"{at}.{kind.removesuffix('rs')}.{rest}".replace("downsample.", "downsample.").replace("upsample.", "upsample.")
+        return f"{at}.{kind.removesuffix('rs')}.{rest}"
     return f"{at}.block.{number}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
 
 
@@ -110,7 +111,7 @@ def _wrapped(name: str) -> str:
 
 def open_clip(state: Mapping[str, torch.Tensor], prefix: str = "conditioner.embedders.1.model.") -> State:
     """A CLIP text model's state dict as open_clip writes it: joined projections, another orientation of the last."""
-    layers = {new: old for new, old in DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].items()}
+    layers = DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"]
     blocks = DIFFUSERS_TO_LDM_MAPPING["openclip"]["transformer"]
     made: State = {}
     for name, value in ((_wrapped(name), value) for name, value in state.items()):

@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts that models were published in, made of tiny models by turning Diffusers' conversions round.
+"""Checkpoints in the layouts that models were published in, made of tiny ones by turning Diffusers' conversions round.
 
 A conversion is run on pieces instead of tensors, which say of what key, and of what part of it, each name is made. Keys
 that it asks for by name give themselves away so; those that it renames by tables are searched for: the tables' pairs,

@@ -1,4 +1,4 @@
-"""Tiny single-file checkpoints of every class that Diffusers loads from such files, in the layouts of their publishers."""
+"""Tiny single-file checkpoints of every class that Diffusers loads from such files, in their publishers' layouts."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ LAYOUTS: dict[str, Layout] = {
     "Flux2Transformer2DModel": Layout(
         pairs=(
             ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks"),
-            *((f"img_attn.qkv.weight", f"attn.to_{part}.weight") for part in "qkv"),
-            *((f"txt_attn.qkv.weight", f"attn.add_{part}_proj.weight") for part in "qkv"),
+            *(("img_attn.qkv.weight", f"attn.to_{part}.weight") for part in "qkv"),
+            *(("txt_attn.qkv.weight", f"attn.add_{part}_proj.weight") for part in "qkv"),
             *((f"{old}_norm.scale", f"{new}.weight") for old, new in (
                 ("img_attn.norm.query", "attn.norm_q"), ("img_attn.norm.key", "attn.norm_k"),
                 ("txt_attn.norm.query", "attn.norm_added_q"), ("txt_attn.norm.key", "attn.norm_added_k"),

@@ -86,12 +86,13 @@ def headers(checkpoint_file: str | os.PathLike[str], disable_mmap: bool = False)
     return {**{key: (key, checkpoint) for key in checkpoint.extras}, **{key: (key, checkpoint) for key in checkpoint}}
 
 
-def opened(files: Iterable[str | os.PathLike[str]]) -> Checkpoint:
-    """The headers of files that Diffusers has found. Raises `CheckpointError`, which is a ValueError."""
+def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None) -> Checkpoint:
+    """The headers of files that Diffusers has found; ``within`` as `open_files` takes it. Raises `CheckpointError`,
+    which is a ValueError."""
     paths = tuple(Path(file).absolute() for file in files)
     if any(path.suffix == ".gguf" for path in paths):
         raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
-    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent))
+    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), within=within)
 
 
 @dataclass(frozen=True, slots=True)

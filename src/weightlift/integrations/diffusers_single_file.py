@@ -1,8 +1,8 @@
 """`from_single_file` of Diffusers models: its own code, on a state dict of tensors that nobody has read.
 
 That code infers the configuration, chooses the conversion and runs it, whatever the installed version does there. It
-runs in a room (`weightlift.integrations.room`): the state dict holds `Lazy` tensors, a stand-in for the class builds the
-model deferred, and what the conversion made of the tensors becomes a plan, by which each byte goes to its place.
+runs in a room (`weightlift.integrations.room`): the state dict holds `Lazy` tensors, a stand-in for the class builds
+the model deferred, and what the conversion made of the tensors becomes a plan, by which each byte goes to its place.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from huggingface_hub.utils._validators import validate_hf_hub_args
@@ -127,12 +125,7 @@ def lazy_checkpoint(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _lazy(file: str | os.PathLike[str], disable_mmap: bool = False) -> dict[str, Any]:
-    try:
-        return lazy_state_dict(opened([file]))
-    except CheckpointError as error:
-        if Path(file).suffix == ".safetensors" or "nested" not in str(error):
-            raise
-        raise NotNative("a nested pickle", "the state dict is one of several things in it") from error
+    return lazy_state_dict(opened([file], within="state_dict"))
 
 
 def _guarded(classes: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,8 @@ class SingleFileLoading(Loading):
 
     def _class_of(self, options: dict[str, Any]) -> Any:
         library = options["library_name"]
-        module = (
-            getattr(options["pipelines"], library) if options["is_pipeline_module"] else importlib.import_module(library)
-        )
+        ours = options["is_pipeline_module"]
+        module = getattr(options["pipelines"], library) if ours else importlib.import_module(library)
         return getattr(module, options["class_name"])
 
     def _bytes_of(self, options: dict[str, Any]) -> int:

@@ -51,7 +51,7 @@ class Lazy(Traced):
                 return func(*args, **(kwargs or {}))
         return tree_map(lambda item: cls.over(item, checkpoint) if type(item) is Traced else item, made)
 
-    def values(self) -> torch.Tensor:  # type: ignore[override]
+    def values(self) -> torch.Tensor:
         """The tensor, read. Raises as `Checkpoint.read` does."""
         shape, dtype = self.form
         made = torch.empty(shape, dtype=dtype, device="cpu")
@@ -86,7 +86,9 @@ def lazy_state_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def offered(state_dict: Mapping[str, Any], names: Mapping[str, Any]) -> tuple[dict[str, Offer], dict[str, torch.Tensor]]:
+def offered(
+    state_dict: Mapping[str, Any], names: Mapping[str, Any]
+) -> tuple[dict[str, Offer], dict[str, torch.Tensor]]:
     """What a state dict of lazy and ordinary tensors offers under those of its names that are among ``names``, and the
     ordinary tensors by the keys of their offers.
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from weightlift.errors import Problem
 
-
 _HINT = "pass ignore_mismatched_sizes=True to initialise it"
 
 
