@@ -69,6 +69,14 @@ def test_options_mean_the_same(options: dict[str, Any], unet: tuple[Path, Path])
     assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
 
 
+def test_what_keeps_its_dtype_is_mapped_and_the_model_is_left_as_it_is(unet: tuple[Path, Path]) -> None:
+    found = wl.from_single_file(UNet2DConditionModel, str(unet[0]), config=str(unet[1]))
+    assert list(wl.mapped_files(found)) == [unet[0]]
+    assert not found._state_dict_hooks and all(isinstance(value, torch.Tensor) for value in found.state_dict().values())
+    copied = wl.from_single_file(UNet2DConditionModel, str(unet[0]), config=str(unet[1]), disable_mmap=True)
+    assert not wl.mapped_files(copied)
+
+
 def test_a_mapping_is_used_as_it_is(unet: tuple[Path, Path]) -> None:
     file, configuration = unet
     state = load_file(file)
@@ -218,6 +226,10 @@ def test_the_same_pipeline(name: str, dtype: torch.dtype | None, pipelines: dict
         found = [item for item in found if not item.startswith("text_encoder_3: ties")]
         assert ours.text_encoder_3.shared.weight is ours.text_encoder_3.encoder.embed_tokens.weight
     assert found == []
+    if dtype is None:
+        models = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
+        mapped = [list(wl.mapped_files(part)) for part in models]
+        assert mapped.count([pipelines[name][0]]) == len(models) - 2 * (name == "FluxPipeline")
 
 
 def test_passed_components_and_others_left_out(pipelines: dict[str, tuple[Path, Path]]) -> None:

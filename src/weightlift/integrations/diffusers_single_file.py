@@ -70,7 +70,10 @@ class _SingleFile:
         }
         if not self._low_cpu_mem_usage:
             names["dispatch_model"] = lambda *_, **__: None
-        return in_room(ORIGINAL, names)(self._stand_in, given, low_cpu_mem_usage=True, **self._kwargs)
+        try:
+            return in_room(ORIGINAL, names)(self._stand_in, given, low_cpu_mem_usage=True, **self._kwargs)
+        finally:
+            self._stand_in.done()
 
     def _fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: Any, device_map: Any, **options: Any) -> None:
         empty = self._low_cpu_mem_usage
@@ -90,12 +93,32 @@ class _SingleFile:
 class SingleFileStandIn(StandIn):
     """Stands for a model class while one is made of a state dict."""
 
+    def __init__(self, cls: Any) -> None:
+        super().__init__(cls)
+        self._hook: Any = None
+
     def _get_signature_keys(self, _: Any) -> Any:
         return self._cls._get_signature_keys(self._cls)
+
+    def from_config(self, config: Any, **kwargs: Any) -> Any:
+        """The model, deferred. Its state dict has names only until `done`: Diffusers asks for it to know these, and
+        holds it while the values come, which then could not be put in the place of the tensors in it."""
+        model = super().from_config(config, **kwargs)
+        self._hook = model.register_state_dict_post_hook(_names_only)
+        return model
+
+    def done(self) -> None:
+        """Let the model's state dict be an ordinary one."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def fill(self, model: Any, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
         """Give the model that was built last its values, out of a state dict under its own names."""
         fill(self._cls, model, self._recorder, self._load, state_dict, wanted, whole=whole)
+
+
+def _names_only(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state_dict.update(dict.fromkeys(state_dict))
 
 
 def fill(
