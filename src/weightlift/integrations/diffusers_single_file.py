@@ -95,30 +95,28 @@ class SingleFileStandIn(StandIn):
 
     def __init__(self, cls: Any) -> None:
         super().__init__(cls)
-        self._hook: Any = None
+        self._model: Any = None
 
     def _get_signature_keys(self, _: Any) -> Any:
         return self._cls._get_signature_keys(self._cls)
 
     def from_config(self, config: Any, **kwargs: Any) -> Any:
-        """The model, deferred. Its state dict has names only until `done`: Diffusers asks for it to know these, and
-        holds it while the values come, which then could not be put in the place of the tensors in it."""
-        model = super().from_config(config, **kwargs)
-        self._hook = model.register_state_dict_post_hook(_names_only)
-        return model
+        """The model, deferred. Until `done` this one object, which nobody else has yet, gives a state dict of names
+        only: Diffusers asks for it to know these, and holds it while the values come, which then could not be put in
+        the place of the tensors in it."""
+        self._model = super().from_config(config, **kwargs)
+        names = tuple(self._model.state_dict())
+        self._model.__dict__["state_dict"] = lambda: dict.fromkeys(names)
+        return self._model
 
     def done(self) -> None:
         """Let the model's state dict be an ordinary one."""
-        if self._hook is not None:
-            self._hook.remove()
+        if self._model is not None:
+            del self._model.__dict__["state_dict"]
 
     def fill(self, model: Any, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
         """Give the model that was built last its values, out of a state dict under its own names."""
         fill(self._cls, model, self._recorder, self._load, state_dict, wanted, whole=whole)
-
-
-def _names_only(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state_dict.update(dict.fromkeys(state_dict))
 
 
 def fill(
