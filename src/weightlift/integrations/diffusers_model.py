@@ -97,7 +97,9 @@ def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the caller wants of the values, as Diffusers' own loading function gets it."""
+    """What the caller wants of the values, as Diffusers' own loading function gets it.
+
+    ``assigns``: without ``low_cpu_mem_usage``, some files' tensors keep their dtype (`Filling`)."""
 
     name: str
     dtype: torch.dtype | None

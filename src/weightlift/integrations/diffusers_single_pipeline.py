@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from diffusers.loaders import single_file, single_file_utils
 from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
@@ -131,7 +130,7 @@ class TextStandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
 
-    def __call__(self, config: transformers.PreTrainedConfig) -> Any:
+    def __call__(self, config: Any) -> Any:
         """The model, deferred, its tied names tied."""
         from weightlift.integrations.transformers_init import build, tie
 
