@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         WeightliftError,
     )
     from weightlift.handles import Deferred, LoadPlan
-    from weightlift.integrations import from_pretrained, install, uninstall
+    from weightlift.integrations import from_pretrained, from_single_file, install, uninstall
     from weightlift.plan.report import LoadReport
     from weightlift.transfer.mapped import mapped_files
 
@@ -66,6 +66,7 @@ __all__ = [
     "current_load",
     "defer",
     "from_pretrained",
+    "from_single_file",
     "install",
     "load",
     "mapped_files",
@@ -105,6 +106,7 @@ _HOMES = {
     "current_load": "weightlift.deferred.construct",
     "defer": "weightlift.api",
     "from_pretrained": "weightlift.integrations",
+    "from_single_file": "weightlift.integrations",
     "install": "weightlift.integrations",
     "load": "weightlift.api",
     "mapped_files": "weightlift.transfer.mapped",

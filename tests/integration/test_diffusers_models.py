@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoModel, ControlNetModel, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoModel, ControlNetModel, ModelMixin
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from safetensors.torch import load_file, save_file
 from tests.parity import diffusers_pipelines as tiny
@@ -272,16 +272,3 @@ def test_install_and_uninstall(vae: Path) -> None:
     finally:
         wl.uninstall()
     assert [owner.__dict__[name] for owner, name in methods] == before and sys.meta_path == finders
-
-
-def test_single_files_are_left_to_diffusers(tmp_path: Path) -> None:
-    UNet2DConditionModel(
-        block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    wl.install()
-    try:
-        with pytest.raises(FellBack, match="a single file"), native_only():
-            UNet2DConditionModel.from_single_file(str(tmp_path / FILE), config=str(tmp_path))
-    finally:
-        wl.uninstall()

@@ -38,7 +38,7 @@ class Gathered:
         return {name: value for item in reversed(found) for name, value in item.items()} if found else None
 
 
-def gather(paths: tuple[Path, ...], *, is_index: bool) -> Gathered:
+def gather(paths: tuple[Path, ...], *, is_index: bool, within: str | None = None) -> Gathered:
     """Read the headers of the files, or of those that the one index names. Raises nothing that it can note."""
     gathered = Gathered()
     index: Index | None = None
@@ -51,7 +51,7 @@ def gather(paths: tuple[Path, ...], *, is_index: bool) -> Gathered:
         return gathered
     for path in paths:
         try:
-            gathered.contents.append(read_file(path))
+            gathered.contents.append(read_file(path, within))
         except CheckpointError as error:
             _note(gathered, error)
     _merge(gathered, index)
@@ -63,7 +63,7 @@ def _note(gathered: Gathered, error: CheckpointError) -> None:
     gathered.missing = gathered.missing or isinstance(error, CheckpointNotFound)
 
 
-def read_file(path: Path) -> ShardContents:
+def read_file(path: Path, within: str | None = None) -> ShardContents:
     """The header of one file, by its suffix if that is ``.safetensors``, else by its content."""
     member = member_at(path)
     if member is not None:
@@ -77,9 +77,9 @@ def read_file(path: Path) -> ShardContents:
     sniffed, size = sniff_file(path)
     kind = sniffed.kind if sniffed is not None else None
     if kind == "zip":
-        return read_torch_zip(path)
+        return read_torch_zip(path, within)
     if kind == "pickle":
-        return read_torch_legacy(path)
+        return read_torch_legacy(path, within)
     found = sniffed.found if sniffed is not None else f"{size} bytes of something else" if size else "an empty file"
     hint = sniffed.hint if sniffed is not None else "is the download complete?"
     problem = Problem("is not a file of torch.save", file=path, expected="a zip or a pickle", found=found, hint=hint)

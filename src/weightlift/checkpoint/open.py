@@ -53,12 +53,15 @@ def open_checkpoint(
     return opened
 
 
-def open_files(paths: tuple[Path, ...], *, name: str, is_index: bool = False) -> Checkpoint:
-    """Read the headers of these absolute paths, or of the files that the one index names.
+def open_files(
+    paths: tuple[Path, ...], *, name: str, is_index: bool = False, within: str | None = None
+) -> Checkpoint:
+    """Read the headers of these absolute paths, or of the files that the one index names. Where a pickle's mapping has
+    another one under the name ``within``, that one is the checkpoint.
 
     Raises `CheckpointNotFound` when one is missing, `CheckpointError` with every problem otherwise.
     """
-    gathered = gather(paths, is_index=is_index)
+    gathered = gather(paths, is_index=is_index, within=within)
     if gathered.problems:
         kind = CheckpointNotFound if gathered.missing else CheckpointError
         raise kind(f"cannot open the checkpoint {name}", gathered.problems)

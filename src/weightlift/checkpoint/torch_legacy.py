@@ -15,7 +15,7 @@ from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_pickle import PickleReader
-from weightlift.checkpoint.torch_state import SUMMARY, StateDict, unpickle, versions
+from weightlift.checkpoint.torch_state import SUMMARY, StateDict, inner, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -46,8 +46,8 @@ class _Bounded(io.RawIOBase):
         self._stream.detach()
 
 
-def read_torch_legacy(path: Path) -> ShardContents:
-    """The records of a legacy file, in the order of its state dict. Raises as `read_torch_zip` does."""
+def read_torch_legacy(path: Path, within: str | None = None) -> ShardContents:
+    """The records of a legacy file, in the order of its state dict. Takes and raises what `read_torch_zip` does."""
     with opened(path) as (stream, status):
         bounded = _Bounded(stream, status.st_size)
         reader = PickleReader()
@@ -65,6 +65,7 @@ def read_torch_legacy(path: Path) -> ShardContents:
         places = _Places(path, reader.storages)
         places.walk(stream, keys, position, status.st_size)
         state = StateDict(path, places.place)
+        root = inner(root, within)
         state.convert(root)
         attributes = reader.attributes(root)
         return ShardContents(

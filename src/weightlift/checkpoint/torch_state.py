@@ -50,6 +50,15 @@ def unpickle(reader: PickleReader, stream: Any, path: Path) -> Any:
         raise CheckpointError(SUMMARY, [problem]) from None
 
 
+def inner(root: Any, within: str | None) -> Any:
+    """What lies under the name ``within`` in an unpickled mapping, and again in that; the object itself without one."""
+    for _ in range(_MAX_DEPTH):
+        if within is None or not isinstance(root, Mapping) or not isinstance(root.get(within), Mapping):
+            return root
+        root = root[within]
+    return root
+
+
 class StateDict:
     """The conversion of one unpickled object. Collects every problem, then raises once."""
 

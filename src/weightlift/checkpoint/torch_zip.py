@@ -13,7 +13,7 @@ from weightlift.checkpoint.files import opened, shard_file
 from weightlift.checkpoint.stored_zip import StoredZip, damage_told
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_pickle import PickleReader
-from weightlift.checkpoint.torch_state import SUMMARY, StateDict, unpickle, versions
+from weightlift.checkpoint.torch_state import SUMMARY, StateDict, inner, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
 
 _VERSIONS = range(1, 11)
@@ -21,8 +21,9 @@ _TEXTS = ("byteorder", ".data/serialization_id")
 _NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")
 
 
-def read_torch_zip(path: Path) -> ShardContents:
-    """The records of a file that ``torch.save`` wrote, in the order of its state dict.
+def read_torch_zip(path: Path, within: str | None = None) -> ShardContents:
+    """The records of a file that ``torch.save`` wrote, in the order of its state dict; where the file's mapping has one
+    under the name ``within``, of that.
 
     Strided views keep their stride; tied tensors share their byte range. Raises `CheckpointError` (code in the pickle,
     compressed or missing records, big-endian data, a nested mapping, sparse or quantised tensors, damage).
@@ -39,7 +40,7 @@ def read_torch_zip(path: Path) -> ShardContents:
                 hint="load it with torch on any machine and save it again",
             )
         reader = PickleReader()
-        root = unpickle(reader, io.BytesIO(archive.read("data.pkl")), path)
+        root = inner(unpickle(reader, io.BytesIO(archive.read("data.pkl")), path), within)
         state = StateDict(path, archive.place)
         state.convert(root)
         attributes = reader.attributes(root)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from weightlift.ambient import no_dispatch_modes, outside_modes
+from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
@@ -61,12 +62,13 @@ def construct(
     build: Callable[[], nn.Module],
     load: CurrentLoad,
     *,
-    default_dtype: torch.dtype | None = None,
+    default_dtype: WantedDtype = None,
     answers: Mapping[Any, Answer] | None = None,
 ) -> tuple[nn.Module, Recorder | None]:
     """Call ``build``, deferred where ``load.deferred`` says so. Returns the module and the recorder of its tapes.
 
-    ``default_dtype``: what ``build`` shall find to be the default dtype; torch's own is not set. ``answers``: torch
+    ``default_dtype``: what ``build`` shall find to be the default dtype, or a function that says so for the frame of a
+    call; torch's own is not set. ``answers``: torch
     functions to functions that are asked first, with the caller's frame, and return NotImplemented to decline.
     Values that live outside the module's parameters and buffers (tables in lists or caches) are computed before this
     returns. Raises what ``build`` raises, and TypeError when it does not return a module.

@@ -21,6 +21,9 @@ from weightlift.deferred.calls import tensors_in
 
 aten = torch.ops.aten
 
+WantedDtype = torch.dtype | Callable[[FrameType], torch.dtype] | None
+"""A default dtype, or a function that gives it for the frame of a call and those above; None: torch's own."""
+
 # Factories that make integers unless they are told otherwise.
 _INTEGER = {"aten::randint", "aten::randperm", "aten::tril_indices", "aten::triu_indices"}
 # Of integers these give the default floating-point dtype; so does any pointwise call with a Python float.
@@ -43,10 +46,12 @@ class DefaultDtype:
         self.wanted = wanted
         self.own = torch.get_default_dtype()
 
-    @classmethod
-    def of(cls, wanted: torch.dtype | None) -> DefaultDtype | None:
+    @staticmethod
+    def of(wanted: WantedDtype) -> DefaultDtype | None:
         """None where the process's own default is what is wanted."""
-        return None if wanted is None or wanted == torch.get_default_dtype() else cls(wanted)
+        if callable(wanted):
+            return _ByFrame(wanted)
+        return None if wanted is None or wanted == torch.get_default_dtype() else DefaultDtype(wanted)
 
     def rewrite(
         self, func: Any, args: Any, kwargs: dict[str, Any], dispatch: Callable[[Any, Any, Any], Any]
@@ -102,6 +107,18 @@ class DefaultDtype:
         if kwargs.get("dtype") is not None or found not in (self.own, self.own.to_complex()) or not _is_python(data):
             return None
         return self.wanted if found == self.own else self.wanted.to_complex()
+
+
+class _ByFrame(DefaultDtype):
+    """A default that depends on the code that asks."""
+
+    def __init__(self, wanted: Callable[[FrameType], torch.dtype]) -> None:
+        self._wanted = wanted
+        self.own = torch.get_default_dtype()
+
+    @property
+    def wanted(self) -> torch.dtype:  # type: ignore[override]
+        return self._wanted(sys._getframe(1))
 
 
 @functools.cache

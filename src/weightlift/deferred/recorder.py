@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
-from weightlift.deferred.defaults import DefaultDtype
+from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.schema import is_plain, result_of
@@ -42,7 +42,7 @@ _EAGER_ELEMENTS = 4096
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
 
-    def __init__(self, *, seed: int, default_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, seed: int, default_dtype: WantedDtype = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.default = DefaultDtype.of(default_dtype)

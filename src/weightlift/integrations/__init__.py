@@ -7,7 +7,7 @@ from typing import Any
 
 from weightlift.integrations.drop_in import install, uninstall
 
-__all__ = ["from_pretrained", "install", "uninstall"]
+__all__ = ["from_pretrained", "from_single_file", "install", "uninstall"]
 
 
 def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -36,3 +36,23 @@ def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> An
         if diffusers_classes.handles(cls):
             return diffusers_classes.from_pretrained(cls, name, args, kwargs)
     raise TypeError(f"expected a model, pipeline or Auto class of Transformers or Diffusers, found {cls!r}")
+
+
+def from_single_file(cls: Any, file: Any = None, **kwargs: Any) -> Any:
+    """``cls.from_single_file(file, **kwargs)`` of a Diffusers model or pipeline class: the same, from any number of
+    threads at once.
+
+    ``file`` is a path or a link to a checkpoint in its publisher's layout, or for a model a state dict, which stays as
+    it is. The rest is as Diffusers takes it: ``config``, ``original_config``, ``subfolder``, ``torch_dtype``. What the
+    class's conversion makes of the tensors is planned from the file's header; each byte then goes to its place.
+
+    Raises what Diffusers raises; `PlanError` before anything is read when shapes differ or weights are missing, which
+    Diffusers would leave on ``meta``; `CheckpointError` for files that break their format; TypeError for another class.
+    Thread-safe as `from_pretrained` is.
+    """
+    if "diffusers" in sys.modules:
+        from weightlift.integrations import diffusers_classes
+
+        if diffusers_classes.handles(cls):
+            return diffusers_classes.from_single_file(cls, file, kwargs)
+    raise TypeError(f"expected a model or pipeline class of Diffusers, found {cls!r}")

@@ -21,7 +21,12 @@ from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from weightlift.integrations import diffusers_dduf, diffusers_pipeline
+from weightlift.integrations import (
+    diffusers_dduf,
+    diffusers_pipeline,
+    diffusers_single_file,
+    diffusers_single_pipeline,
+)
 from weightlift.integrations.diffusers_model import ORIGINAL, load_pretrained
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
@@ -60,6 +65,28 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     if cls.from_pretrained.__func__ is ORIGINAL.__func__:
         return load_pretrained(cls, name, *args, **kwargs)
     return _overriding(cls, name, args, kwargs)
+
+
+def from_single_file(cls: Any, file: Any, kwargs: dict[str, Any]) -> Any:
+    """``cls.from_single_file(file, **kwargs)``; see `weightlift.from_single_file`."""
+    method = getattr(cls, "from_single_file", None)
+    if method is None:
+        raise TypeError(f"{cls.__name__} has no from_single_file")
+    owner = next(item for item in cls.__mro__ if "from_single_file" in item.__dict__)
+    if not owner.__module__.startswith("diffusers."):
+
+        def native() -> Any:
+            raise NotNative("a from_single_file of its own", "it is code that nobody here knows")
+
+        return native_or_alone(cls, native, lambda: method(file, **kwargs))
+    return load_single_file(cls, file, **kwargs)
+
+
+def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``from_single_file`` of a model or pipeline class that has none of its own."""
+    if issubclass(cls, DiffusionPipeline):
+        return diffusers_single_pipeline.load_pipeline(loader, cls, *args, **kwargs)
+    return diffusers_single_file.load_model(cls, *args, **kwargs)
 
 
 def _handle(cls: Any) -> Handle:

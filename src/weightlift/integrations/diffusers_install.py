@@ -33,7 +33,7 @@ def _auto(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    from weightlift.integrations.diffusers_single_file import load_single_file
+    from weightlift.integrations.diffusers_classes import load_single_file
 
     return load_single_file(cls, *args, **kwargs)
 

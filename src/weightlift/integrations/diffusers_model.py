@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class DoesNotFit(PlanError, ValueError):
     """A `PlanError` that is also the ValueError which Diffusers raises for shapes that differ."""
 
 
+class Lacking(PlanError, NotImplementedError):
+    """A `PlanError` that is also the NotImplementedError with which Diffusers fails on what stays on ``meta``."""
+
+
 @validate_hf_hub_args
 def load_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
     """Load a model of a `ModelMixin` class: natively, or where that is not sound, by Diffusers' own code alone in the
@@ -82,17 +86,20 @@ def headers(checkpoint_file: str | os.PathLike[str], disable_mmap: bool = False)
     return {**{key: (key, checkpoint) for key in checkpoint.extras}, **{key: (key, checkpoint) for key in checkpoint}}
 
 
-def opened(files: Iterable[str | os.PathLike[str]]) -> Checkpoint:
-    """The headers of files that Diffusers has found. Raises `CheckpointError`, which is a ValueError."""
+def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None) -> Checkpoint:
+    """The headers of files that Diffusers has found; ``within`` as `open_files` takes it. Raises `CheckpointError`,
+    which is a ValueError."""
     paths = tuple(Path(file).absolute() for file in files)
     if any(path.suffix == ".gguf" for path in paths):
         raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
-    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent))
+    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), within=within)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the caller wants of the values, as Diffusers' own loading function gets it."""
+    """What the caller wants of the values, as Diffusers' own loading function gets it.
+
+    ``assigns``: without ``low_cpu_mem_usage``, some files' tensors keep their dtype (`Filling`)."""
 
     name: str
     dtype: torch.dtype | None
@@ -101,6 +108,7 @@ class Wanted:
     low_cpu_mem_usage: bool
     ignore_mismatched: bool
     copy: bool
+    assigns: bool = True
 
 
 class StandIn:
@@ -153,8 +161,8 @@ class StandIn:
             bool(options["ignore_mismatched_sizes"]),
             bool(options["disable_mmap"]),
         )
-        checkpoint, keys = _offered(state_dict, files, loaded_keys)
-        filling = Filling(self._cls, model, self._recorder, self._load, checkpoint, keys, wanted)
+        checkpoint, offers = _offered(state_dict, files, loaded_keys)
+        filling = Filling(self._cls, model, self._recorder, self._load, Offered(checkpoint, offers), wanted)
         missing, unexpected, mismatched = filling.run(loaded_keys)
         return model, missing, unexpected, mismatched, None, []
 
@@ -168,17 +176,28 @@ def _answers() -> Any:
     return ANSWERS
 
 
-def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint, and its keys by the names that Diffusers has given them."""
+def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, Offer]]:
+    """The checkpoint, and what it offers by the names that Diffusers has given its keys."""
     if state_dict is not None:
         checkpoint = next(iter(state_dict.values()))[1] if state_dict else opened(files)
-        return checkpoint, {name: key for name, (key, _) in state_dict.items() if key in checkpoint}
+        keys = {name: key for name, (key, _) in state_dict.items() if key in checkpoint}
+        return checkpoint, {name: Offer(name, key, checkpoint[key]) for name, key in keys.items()}
     checkpoint = opened(files)
     absent = [key for key in promised if key not in checkpoint and key not in checkpoint.extras]
     if absent:
         problems = [Problem("no file has the key that the index promises", key=key) for key in absent]
         raise CheckpointError(f"cannot open the checkpoint {checkpoint.source}", problems)
-    return checkpoint, {key: key for key in checkpoint}
+    return checkpoint, {key: Offer(key, key, entry) for key, entry in checkpoint.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What there is to fill a model with: a checkpoint, offers of it by the model's names, and tensors in memory by the
+    keys of the offers that mean them."""
+
+    checkpoint: Checkpoint
+    offers: Mapping[str, Offer]
+    computed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Filling:
@@ -190,12 +209,11 @@ class Filling:
         model: Any,
         recorder: Recorder,
         load: CurrentLoad,
-        checkpoint: Checkpoint,
-        keys: Mapping[str, str],
+        offered: Offered,
         wanted: Wanted,
     ) -> None:
         self._cls = cls
-        self._checkpoint = checkpoint
+        self._offered = offered
         self._wanted = wanted
         progress = None if diffusers_logging.is_progress_bar_enabled() else False
         self._options = LoadOptions.create(
@@ -207,8 +225,8 @@ class Filling:
         )
         self._subject = Subject(Inventory.of(model), recorder)
         self._state = {slot.fqn: slot.tensor for slot in self._subject.inventory.slots if slot.persistent}
-        self._offers = {name: Offer(name, key, checkpoint[key]) for name, key in keys.items() if name in self._state}
-        self._assigned = self._assigned_files()
+        self._offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
+        self._assigned = self._assigned_files() if wanted.assigns else set()
 
     def run(self, loaded_keys: list[str]) -> tuple[list[str], list[str], list[Any]]:
         """Plan, report as Diffusers does, read. Returns missing, unexpected and mismatched keys."""
@@ -222,13 +240,37 @@ class Filling:
         loaded = set(loaded_keys)
         missing = [name for name in self._state if name not in loaded]
         unexpected = self._unexpected(loaded_keys)
+        self._carry_out()
+        self._report(missing, unexpected, mismatched)
+        return missing, unexpected, mismatched
+
+    def fill(self, *, whole: bool) -> None:
+        """Plan and read, and report nothing. Raises, before anything is read, for shapes that differ and, if the
+        parameters are to be ``whole``, for those that nothing provides."""
+        mismatched = [
+            shapes_differ(name, offer.entry.shape, self._state[name].shape, hint=None)
+            for name, offer in self._offers.items()
+            if offer.entry.shape != tuple(self._state[name].shape)
+        ]
+        if mismatched:
+            raise DoesNotFit(self._refusal(), mismatched)
+        provided = {id(self._state[name]) for name in self._offers}
+        lacking = [
+            Problem("the checkpoint lacks it", fqn=name)
+            for name, tensor in self._state.items()
+            if id(tensor) not in provided and isinstance(tensor, torch.nn.Parameter)
+        ]
+        if whole and lacking:
+            raise Lacking(self._refusal(), lacking)
+        self._carry_out()
+
+    def _carry_out(self) -> None:
         decisions = self._decide()
-        source = Bytes(self._checkpoint.files, self._checkpoint.tensors, self._checkpoint.extras)
+        checkpoint = self._offered.checkpoint
+        source = Bytes(checkpoint.files, {**checkpoint.tensors, **self._offered.computed}, checkpoint.extras)
         with outside_modes():
             decisions = settled(decisions, source, self._options)
         apply(decisions, self._subject, source, self._options)
-        self._report(missing, unexpected, mismatched)
-        return missing, unexpected, mismatched
 
     def _unexpected(self, loaded_keys: list[str]) -> list[str]:
         found = [key for key in loaded_keys if key not in self._state]
@@ -238,7 +280,7 @@ class Filling:
 
     def _decide(self) -> Decisions:
         spec = self._subject.inventory.spec(lambda tensor: self._subject.record_of(tensor) is None)
-        supply = Supply(self._checkpoint.source, self._offers, self._checkpoint.files)
+        supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
         devices = self._devices()
@@ -287,8 +329,10 @@ class Filling:
         return found
 
     def _misfit(self, mismatched: list[Any]) -> DoesNotFit:
-        message = f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed"
-        return DoesNotFit(message, [shapes_differ(*each) for each in mismatched])
+        return DoesNotFit(self._refusal(), [shapes_differ(*each) for each in mismatched])
+
+    def _refusal(self) -> str:
+        return f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed"
 
     def _report(self, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
         """The warnings that Diffusers gives."""

@@ -117,12 +117,20 @@ class Loading:
     def _load_sub_model(self, **options: Any) -> Any:
         name = options["name"]
         if self._round == 1:
-            if self._loader(_candidates(options)[0]) is not None:  # its class is imported here, in the calling thread
-                nbytes = _bytes_in(options["cached_folder"], name)
-                self._models[name] = _Component(lambda: _load(options, self._loader), nbytes)
+            if self._loader(self._class_of(options)) is not None:  # it is imported here, in the calling thread
+                self._models[name] = _Component(lambda: self._load_one(options), self._bytes_of(options))
             return None
         component = self._models.get(name)
-        return _load(options, self._loader) if component is None else self._result(component)
+        return self._load_one(options) if component is None else self._result(component)
+
+    def _class_of(self, options: dict[str, Any]) -> Any:
+        return _candidates(options)[0]
+
+    def _bytes_of(self, options: dict[str, Any]) -> int:
+        return _bytes_in(options["cached_folder"], options["name"])
+
+    def _load_one(self, options: dict[str, Any]) -> Any:
+        return _load(options, self._loader)
 
     def _begin(self) -> None:
         """Start the threads, unless the caller has modes on (a device, say), which belong to this thread only."""

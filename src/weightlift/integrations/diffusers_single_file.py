@@ -1,21 +1,170 @@
-"""`from_single_file` of Diffusers models and pipelines: by its own code, alone in the process."""
+"""`from_single_file` of Diffusers models: its own code, on a state dict of tensors that nobody has read.
+
+That code infers the configuration, chooses the conversion and runs it, whatever the installed version does there. It
+runs in a room (`weightlift.integrations.room`): the state dict holds `Lazy` tensors, a stand-in for the class builds
+the model deferred, and what the conversion made of the tensors becomes a plan, by which each byte goes to its place.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers.loaders.single_file import FromSingleFileMixin
+from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from huggingface_hub.utils._validators import validate_hf_hub_args
 
+from weightlift.deferred.construct import CurrentLoad
+from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.recorder import Recorder
+from weightlift.errors import CheckpointError
+from weightlift.integrations.diffusers_model import Filling, Offered, StandIn, Wanted, opened
+from weightlift.integrations.diffusers_options import Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.lazy import lazy_state_dict, offered, source_of
+from weightlift.integrations.room import in_room
+
+ORIGINAL: Any = original(FromOriginalModelMixin, "from_single_file")
+"""Diffusers' own ``from_single_file`` of models, whether or not `weightlift.install` has replaced it."""
 
 
-def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.from_single_file(*args, **kwargs)``."""
-    owner = FromSingleFileMixin if issubclass(cls, FromSingleFileMixin) else FromOriginalModelMixin
+@validate_hf_hub_args
+def load_model(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+    """``cls.from_single_file(…)`` of a model class: natively, or where that is not sound, by Diffusers' own code alone
+    in the process. A state dict that is given stays as it is."""
+    given = pretrained_model_link_or_path_or_dict
 
     def native() -> Any:
-        raise NotNative("a single file", "its names are converted while tensors are read")
+        refuse(kwargs)
+        return _SingleFile(cls, kwargs).load(dict(given) if isinstance(given, dict) else given)
 
-    return native_or_alone(cls, native, lambda: original(owner, "from_single_file").__func__(cls, *args, **kwargs))
+    return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, given, **kwargs))
+
+
+class _SingleFile:
+    """One load of a model from a single file."""
+
+    def __init__(self, cls: Any, kwargs: Mapping[str, Any]) -> None:
+        self._cls = cls
+        self._stand_in = SingleFileStandIn(cls)
+        self._kwargs = dict(kwargs)
+        default = single_file_model._LOW_CPU_MEM_USAGE_DEFAULT
+        self._low_cpu_mem_usage = bool(self._kwargs.pop("low_cpu_mem_usage", default))
+
+    def load(self, given: Any) -> Any:
+        """Run Diffusers' own code; it takes the path that fills an empty model, whichever was asked for."""
+        theirs = single_file_model
+        names: dict[str, Any] = {
+            "_get_single_file_loadable_mapping_class": lambda _: theirs._get_single_file_loadable_mapping_class(
+                self._cls
+            ),
+            "SINGLE_FILE_LOADABLE_CLASSES": _guarded(theirs.SINGLE_FILE_LOADABLE_CLASSES),
+            "load_single_file_checkpoint": lazy_checkpoint,
+            "init_empty_weights": contextlib.nullcontext,
+            "load_model_dict_into_meta": self._fill,
+            "DiffusersAutoQuantizer": Quantisers(),
+        }
+        if not self._low_cpu_mem_usage:
+            names["dispatch_model"] = lambda *_, **__: None
+        try:
+            return in_room(ORIGINAL, names)(self._stand_in, given, low_cpu_mem_usage=True, **self._kwargs)
+        finally:
+            self._stand_in.done()
+
+    def _fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: Any, device_map: Any, **options: Any) -> None:
+        empty = self._low_cpu_mem_usage
+        wanted = Wanted(
+            source_of(state_dict).source,
+            dtype,
+            tuple(options["keep_in_fp32_modules"] or ()),
+            device_map if empty else None,
+            low_cpu_mem_usage=empty,
+            ignore_mismatched=False,
+            copy=bool(self._kwargs.get("disable_mmap")),
+            assigns=False,
+        )
+        self._stand_in.fill(model, state_dict, wanted, whole=empty)
+
+
+class SingleFileStandIn(StandIn):
+    """Stands for a model class while one is made of a state dict."""
+
+    def __init__(self, cls: Any) -> None:
+        super().__init__(cls)
+        self._model: Any = None
+
+    def _get_signature_keys(self, _: Any) -> Any:
+        return self._cls._get_signature_keys(self._cls)
+
+    def from_config(self, config: Any, **kwargs: Any) -> Any:
+        """The model, deferred. Until `done` this one object, which nobody else has yet, gives a state dict of names
+        only: Diffusers asks for it to know these, and holds it while the values come, which then could not be put in
+        the place of the tensors in it."""
+        self._model = super().from_config(config, **kwargs)
+        names = tuple(self._model.state_dict())
+        self._model.__dict__["state_dict"] = lambda: dict.fromkeys(names)
+        return self._model
+
+    def done(self) -> None:
+        """Let the model's state dict be an ordinary one."""
+        if self._model is not None:
+            del self._model.__dict__["state_dict"]
+
+    def fill(self, model: Any, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
+        """Give the model that was built last its values, out of a state dict under its own names."""
+        fill(self._cls, model, self._recorder, self._load, state_dict, wanted, whole=whole)
+
+
+def fill(
+    cls: Any,
+    model: Any,
+    recorder: Recorder | None,
+    load: CurrentLoad,
+    state_dict: Mapping[str, Any],
+    wanted: Wanted,
+    *,
+    whole: bool,
+) -> None:
+    """Give a deferred model its values, out of a state dict under its own names. Raises as `Filling.fill` does."""
+    assert recorder is not None
+    names = {slot.fqn: slot for slot in Inventory.of(model).slots if slot.persistent}
+    offers, computed = offered(state_dict, names)
+    Filling(cls, model, recorder, load, Offered(source_of(state_dict), offers, computed), wanted).fill(whole=whole)
+
+
+# -- what Diffusers calls ---------------------------------------------------------------------------------------------
+
+
+def lazy_checkpoint(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Diffusers' ``load_single_file_checkpoint``: finds the file, or fetches it; of the tensors it reads none."""
+    run = in_room(single_file_utils.load_single_file_checkpoint, {"load_state_dict": _lazy})
+    return run(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _lazy(file: str | os.PathLike[str], disable_mmap: bool = False) -> dict[str, Any]:
+    return lazy_state_dict(opened([file], within="state_dict"))
+
+
+def _guarded(classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The conversions of each class; one that lazy tensors don't carry is not native."""
+    return {
+        name: {**functions, "checkpoint_mapping_fn": _careful(functions["checkpoint_mapping_fn"])}
+        for name, functions in classes.items()
+    }
+
+
+def _careful(convert: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(convert)
+    def careful(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return convert(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise NotNative("a conversion that fails on tensors without values", str(error)) from error
+
+    return careful

@@ -1,7 +1,7 @@
 """From the keys of a checkpoint to the names of a Transformers model, by the version's own conversion mapping.
 
 Keys are named by Transformers' own function. What a converter makes (fused experts, split projections, permutations)
-is traced (`transformers_views`): its operations run on tensors without values, and what comes out are parts, which the
+is traced (`views`): its operations run on tensors without values, and what comes out are parts, which the
 engine puts in place. An operation that computes runs on the values instead, which are read early for it.
 """
 
@@ -24,7 +24,7 @@ from weightlift.integrations.transformers_names import Names, in_natural_order
 from weightlift.plan.records import Offer
 
 if TYPE_CHECKING:
-    from weightlift.integrations.transformers_views import Wholes
+    from weightlift.integrations.views import Wholes
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ def convert(
         elif name not in done.offers:
             groups.setdefault(name, _Group(by_pattern[pattern])).keys[pattern].append(key)
     if groups:
-        from weightlift.integrations.transformers_views import Wholes
+        from weightlift.integrations.views import Wholes
 
         wholes = Wholes()
     for name, group in groups.items():
@@ -100,7 +100,7 @@ def _convert_group(
     done: Conversion,
     wholes: Wholes,
 ) -> None:
-    from weightlift.integrations.transformers_views import NotTraceable
+    from weightlift.integrations.views import NotTraceable
 
     try:
         done.offers.update(_traced(model, checkpoint, name, group, wholes))
@@ -136,7 +136,7 @@ def _traced(
 
 
 def _offers(made: Mapping[str, Any]) -> dict[str, Offer]:
-    from weightlift.integrations.transformers_views import NotTraceable, Traced
+    from weightlift.integrations.views import NotTraceable, Traced
 
     offers: dict[str, Offer] = {}
     for target, value in made.items():

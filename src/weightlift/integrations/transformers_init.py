@@ -4,7 +4,7 @@
   thread builds on the meta device. It asks so through ``torch.tensor([]).device``; the recorder answers that call.
 - Sub-models made from a configuration set the process's default dtype to the configuration's, if that has one. The
   configurations of the load (copies that nobody else has) have none while the constructor runs; the default is the
-  recorder's instead.
+  recorder's instead, which looks for the sub-model that is being made where their dtypes differ.
 - Initialisation comes later, as recorded calls of each class's own ``_init_weights``, so that only what the checkpoint
   lacks is ever computed.
 """
@@ -34,10 +34,10 @@ _MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code_
 
 def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad) -> tuple[Any, Recorder]:
     """Run a constructor deferred. ``config`` is the load's own copy, ``dtype`` the default dtype for it."""
-    dtypes = _Dtypes(config)
-    model, recorder = construct(make, load, default_dtype=dtype, answers={torch.tensor: dtypes.answer})
+    dtypes = _Dtypes(config, dtype)
+    model, recorder = construct(make, load, default_dtype=dtypes.default, answers={torch.tensor: dtypes.answer})
     assert recorder is not None
-    dtypes.restore(model, dtype)
+    dtypes.restore(model)
     return model, recorder
 
 
@@ -56,10 +56,18 @@ class _Dtypes:
     A constructor that fails needs no such care: nobody else has the configuration.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
         known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
-        self._found = {id(item): (item, item.__dict__.pop("dtype")) for item in known}
+        self._dtype = dtype
+        self._known = {id(item): item for item in known}
+        self._dtypes = {id(item): item.__dict__.pop("dtype") for item in known}
         self._made: list[Any] = []  # the configurations that sub-models were made from, in that order
+        self._mixed = any(_as_dtype(value) not in (None, dtype) for value in self._dtypes.values())
+
+    @property
+    def default(self) -> torch.dtype | Callable[[FrameType], torch.dtype]:
+        """The default dtype of the constructor: one for all, or the dtype of the sub-model that is being made."""
+        return self._of_frame if self._mixed else self._dtype
 
     def answer(self, frame: FrameType, args: Any, kwargs: Any) -> Any:
         """``torch.tensor([])`` in the function that finds out whether this thread builds on meta: it does.
@@ -67,40 +75,56 @@ class _Dtypes:
         Every constructor of a model comes to that question, so this is where to see what it was made from.
         """
         answer = _meta_if_asked(frame, args, kwargs)
-        if answer is NotImplemented:
-            return answer
-        makers, at = [], frame.f_back
-        while at is not None:
-            if at.f_code is _MAKES_SUB_MODEL:
-                makers.append(at.f_locals["config"])
-            at = at.f_back
-        for config in reversed(makers):
-            if all(config is not other for other in self._made):
-                self._made.append(config)
+        if answer is not NotImplemented:
+            self._makers(frame)
         return answer
 
-    def restore(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Give every configuration the dtype that Transformers would have left it with: making a sub-model from one
-        passes its dtype on to its parts. Raises NotNative where a sub-model is to be built in another dtype."""
-        for item, value in self._found.values():
-            item.__dict__["dtype"] = value
-        others = set()
-        for config in self._made:
-            if id(config) not in self._found:
-                continue
-            own = config.__dict__["dtype"]
-            others.add(str(own).removeprefix("torch."))
-            for name in config.sub_configs:
-                part = getattr(config, name, None)
-                if id(part) in self._found:
-                    part.__dict__["dtype"] = own
-        if others := others - {"None", str(dtype).removeprefix("torch.")}:
-            why = "Transformers builds it under a default dtype of its own"
-            raise NotNative(f"a sub-model in {', '.join(sorted(others))}", why)
+    def _of_frame(self, frame: FrameType) -> torch.dtype:
+        for config in reversed(self._makers(frame)):
+            dtype = _as_dtype(self._dtypes.get(id(config)))
+            if dtype is not None:
+                return dtype
+        return self._dtype
+
+    def _makers(self, frame: FrameType | None) -> list[Any]:
+        """The configurations of the sub-models that are being made, the outermost first."""
+        makers = []
+        while frame is not None:
+            if frame.f_code is _MAKES_SUB_MODEL:
+                makers.append(frame.f_locals["config"])
+            frame = frame.f_back
+        makers.reverse()
+        for config in makers:
+            if all(config is not other for other in self._made):
+                self._made.append(config)
+                self._pass_on(config)
+        return makers
+
+    def _pass_on(self, config: Any) -> None:
+        """Making a sub-model from a configuration gives the configuration's dtype to its parts."""
+        if id(config) not in self._known:
+            if self._mixed:
+                why = "Transformers may build it under a default dtype of its own"
+                raise NotNative("a sub-model of a configuration that its constructor made", why)
+            return
+        for name in config.sub_configs:
+            part = getattr(config, name, None)
+            if id(part) in self._known:
+                self._dtypes[id(part)] = self._dtypes[id(config)]
+
+    def restore(self, model: nn.Module) -> None:
+        """Give every configuration the dtype that Transformers would have left it with."""
+        for key, item in self._known.items():
+            item.__dict__["dtype"] = self._dtypes[key]
         for module in model.modules():
             for item in _configs(getattr(module, "config", None), set()):
-                if id(item) not in self._found and item.__dict__.get("dtype") is None:
-                    item.__dict__["dtype"] = dtype  # a copy that the constructor made
+                if id(item) not in self._known and item.__dict__.get("dtype") is None:
+                    item.__dict__["dtype"] = self._dtype  # a copy that the constructor made
+
+
+def _as_dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value.removeprefix("torch.")) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _configs(value: Any, seen: set[int]) -> Iterator[Any]:
