@@ -65,14 +65,23 @@ def check_each_group(model_type: str, folder: Path) -> None:
 
 
 def test_what_one_initialiser_touches_is_not_dropped_together(tmp_path: Path) -> None:
-    _, model, checkpoint = a_tiny("bert", tmp_path)
-    turn_of = {group: number for number, turn in enumerate(in_turns(model, checkpoint)) for group in turn}
+    cls, model, checkpoint = a_tiny("bert", tmp_path)
+    turn_of = {group: number for number, turn in enumerate(in_turns(cls, model, checkpoint)) for group in turn}
     layer = "bert.encoder.layer.*.output"
     assert sorted(turn_of) == sorted(checkpoint.groups)
     assert turn_of[f"{layer}.dense.weight"] != turn_of[f"{layer}.dense.bias"]
     assert turn_of[f"{layer}.dense.weight"] == turn_of[f"{layer}.LayerNorm.weight"]
     tied = "bert.embeddings.word_embeddings.weight"
     assert [group for group, turn in turn_of.items() if turn == turn_of[tied]] == [tied]
+
+
+def test_keys_that_are_merged_are_dropped_alone(tmp_path: Path) -> None:
+    cls, model, checkpoint = a_tiny("mixtral", tmp_path)
+    turns = in_turns(cls, model, checkpoint)
+    experts = "model.layers.*.block_sparse_moe.experts.*."
+    assert sorted(group for turn in turns for group in turn) == sorted(checkpoint.groups)
+    assert [f"{experts}w1.weight"] in turns and [f"{experts}w3.weight"] in turns
+    assert [f"{experts}w2.weight"] not in turns
 
 
 def test_what_the_checkpoint_holds_is_not_overwritten(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.parity.compare import both, differences, named
 import weightlift as wl
 
 _LAYER = re.compile(r"\.\d+\.")
-LOADED = 7.0  # every value of the checkpoints
+LOADED = 7.0  # every value of a checkpoint's first group of keys; the next has 8.0, and so on
 _FEW = 8  # so few random values tell nothing of their distribution
 _MANY = 1 << 20  # so many tell it all
 
@@ -35,8 +35,8 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 class Checkpoint:
-    """A model's checkpoint, every value of which is `LOADED`, in one file for each group of keys: a group is dropped by
-    leaving it out of the index, and no tensor is written anew."""
+    """A model's checkpoint, in one file for each group of keys: a group is dropped by leaving it out of the index, and
+    no tensor is written anew. The values of a group are all the same number, and no other group's."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         self.folder = folder
@@ -44,6 +44,7 @@ class Checkpoint:
         tensors = load_file(folder / "model.safetensors")
         self._like = {name: value.to("meta") for name, value in tensors.items()}
         self.groups = groups(tensors)
+        self._value = {name: LOADED + i for i, names in enumerate(self.groups.values()) for name in names}
         self._files: dict[str, str] = {}
         for number, names in enumerate(self.groups.values()):
             self._write(f"group-{number}.safetensors", {name: self.tensor(name) for name in names})
@@ -51,7 +52,23 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """What the checkpoint holds of a name."""
-        return torch.full_like(self._like[name], LOADED, device="cpu")
+        return torch.full_like(self._like[name], self._value[name], device="cpu")
+
+    def targets(self, loaded: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+        """The names of ``loaded`` that each group gave its values, for the groups of which no other had a part in that.
+        A group that is not seen at all (its numbers are not kept as they are) is left out."""
+        group_of = {LOADED + i: group for i, group in enumerate(self.groups)}
+        found = defaultdict(list)
+        partial = set()
+        for name, tensor in loaded.items():
+            values = tensor.detach().flatten().to(torch.float64)
+            whole = values.numel() > 0 and bool(values.min() == values.max())
+            here = {group_of[item] for item in (values[:1] if whole else values.unique()).tolist() if item in group_of}
+            for group in here:
+                found[group].append(name)
+            if not whole:
+                partial |= here
+        return {group: names for group, names in found.items() if group not in partial}
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, self.folder / file, {"format": "pt"})
@@ -82,6 +99,7 @@ def prepared(cls: Any, model_type: str, folder: Path) -> tuple[Any, Checkpoint]:
     torch.manual_seed(0)
     model = cls(tiny.tiny_config(model_type, cls))
     checkpoint = Checkpoint(model, folder)
+    tiny.save_beside(model_type, folder)
     cls.from_pretrained(folder)
     return model, checkpoint
 
@@ -136,7 +154,8 @@ def _fault(name: str, ours: torch.Tensor, first: torch.Tensor, second: torch.Ten
     if torch.equal(first, second):  # not random, and no nan
         if torch.equal(ours, first):
             return None
-        if bool((ours == LOADED).all()) and bool((first == LOADED).any()):
+        value = ours.flatten()[0]
+        if value >= LOADED and bool((ours == value).all()) and bool((first == value).any()):
             seen.overwritten.add(name)
             return None
         return "values"

@@ -35,6 +35,7 @@ def check(model_type: str, cls: Any, folder: Path) -> list[str]:
     torch.manual_seed(0)
     try:
         save_in_two(cls(config), folder)
+        tiny.save_beside(model_type, folder)
         for dtype in DTYPES:
             cls.from_pretrained(folder, dtype=dtype)
     except Exception as error:

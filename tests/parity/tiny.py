@@ -16,6 +16,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +85,17 @@ _IMAGE_TOKENS = {"<image>": 4, "IMGIMGAZ": 5, "IMGIMGBZ": 6}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPE_BY_ALPHA = {**_ROPE, "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}
 _BY_LAYER_TYPE = {"sliding_attention": _ROPE, "full_attention": _ROPE}
+_INKLING_VISION = {"text_hidden_size": 32, "patch_size": 8, "n_layers": 5}
+_OCR_DETECTION = {
+    "neck_out_channels": 32, "kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8],
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0],
+        **{f"{way}_{length}ratio": [kernel, [1, 1], [size // 2 for size in kernel]]
+           for length, long in (("long", 7), ("mid", 5), ("short", 3))
+           for way, kernel in (("vertical_long_to_small_conv", [long, 1]), ("symmetric_conv_long", [long, long]),
+                               ("horizontal_small_to_long_conv", [1, long]))},
+    },
+}  # fmt: skip
 # A name with a dot is of a sub-configuration.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
@@ -104,18 +116,28 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config.base_channels": 32},
     "emu3_vqgan": {"base_channels": 32},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gradium_phonon_tts": {"num_key_value_heads": 4},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
     "hunyuan_vl": {"text_config.rope_parameters": _ROPE_BY_ALPHA, "text_config.head_dim": 8},
     "hunyuan_vl_text": {"rope_parameters": _ROPE_BY_ALPHA, "head_dim": 8},
-    "inkling_mm_model": {"vision_config.text_hidden_size": 32},
-    "inkling_vision": {"text_hidden_size": 32},
+    "inkling_mm_model": {f"vision_config.{name}": value for name, value in _INKLING_VISION.items()},
+    "inkling_vision": _INKLING_VISION,
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "moonshine_streaming": {"num_key_value_heads": 2},
+    "nemo_speechlm": {"audio_config.asr_config.num_key_value_heads": 4, "word_timestamp_config.num_key_value_heads": 4,
+                      "audio_config.diarization_config.audio_config.num_key_value_heads": 4},
     "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pp_ocrv5_server_det": _OCR_DETECTION,
+    "pp_ocrv6_medium_det": _OCR_DETECTION,
+    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 64},
+    "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 64},
+    "qwen2_5_omni_token2wav": {"bigvgan_config.upsample_initial_channel": 64},
     "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2,
                        "talker_config.text_config.shared_expert_intermediate_size": 32},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -332,6 +354,12 @@ def _numel(cls: type, config: Any) -> int:
     load = CurrentLoad(source=None, deferred=True, seed=0)
     model, _ = build(lambda: cls(config), config, torch.float32, load)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_beside(model_type: str, folder: Path) -> None:
+    """What a class wants in its folder beside its weights, and does not save."""
+    if model_type == "qwen2_5_omni":
+        torch.save({}, folder / "spk_dict.pt")  # the voices
 
 
 def copied(config: Any) -> Any:

@@ -7,9 +7,10 @@ missing only within a call that touches both. Which tensors a call touches is no
 while all of them are initialised: that is what every call does at the most. Groups that no call touches both of are
 dropped together: each call then finds what it would find if the one group that it touches were missing alone.
 
-Loading depends on more than one key where keys are converted, and where names are tied. So what the checkpoint does not
-call by the model's own name of one tensor is dropped alone, and so is what an initialiser gives other memory, which the
-dispatcher does not see. Where a load of several groups differs, each of them is dropped alone.
+Loading depends on more than one key where several are merged into one tensor, and where names are tied. Which keys a
+tensor comes from is seen by its values, as each group has its own. What has a part in a merged or tied tensor is
+dropped alone, and so is what an initialiser gives other memory, which the dispatcher does not see. Where a load of
+several groups differs, each of them is dropped alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tests.parity.missing import Checkpoint, Seen, faults
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+
+from weightlift.integrations.transformers_model import ORIGINAL
 
 
 class _Touches(TorchDispatchMode):
@@ -64,8 +67,12 @@ def touched(model: Any) -> list[set[int]]:
     return touches.calls
 
 
-def in_turns(model: Any, checkpoint: Checkpoint) -> list[list[str]]:
+def in_turns(cls: Any, model: Any, checkpoint: Checkpoint) -> list[list[str]]:
     """The groups of the checkpoint's keys, those in one list that may be dropped in one load. Spends the model."""
+    checkpoint.drop([])
+    loaded, info = ORIGINAL.__func__(cls, checkpoint.folder, output_loading_info=True)
+    state = {name: value for name, value in loaded.state_dict().items() if name not in info["missing_keys"]}
+    targets = checkpoint.targets(state)
     storages = {name: _storage(tensor) for name, tensor in named(model).items()}
     calls = touched(model)
     afterwards = {name: _storage(tensor) for name, tensor in named(model).items()}
@@ -76,8 +83,8 @@ def in_turns(model: Any, checkpoint: Checkpoint) -> list[list[str]]:
         own = storages.get(name)
         return names_of[own] == 1 and name not in tied and afterwards.get(name) == own
 
-    plain = [group for group, names in checkpoint.groups.items() if all(map(is_plain, names))]
-    group_of = {storages[name]: group for group in plain for name in checkpoint.groups[group]}
+    plain = [group for group in checkpoint.groups if group in targets and all(map(is_plain, targets[group]))]
+    group_of = {storages[name]: group for group in plain for name in targets[group]}
     near: dict[str, set[str]] = defaultdict(set)
     for call in calls:
         found = {group_of[storage] for storage in call if storage in group_of}
@@ -101,7 +108,7 @@ def each_in_turn(
     cls: Any, model: Any, checkpoint: Checkpoint, seen: Seen | None = None
 ) -> Iterator[tuple[int, list[str]]]:
     """Drop every group of keys: how many groups a load lacked, and what differed. Spends the model."""
-    for turn in in_turns(model, checkpoint):
+    for turn in in_turns(cls, model, checkpoint):
         found = faults(cls, checkpoint, turn, seen)
         if len(turn) > 1 and found != []:
             alone = [f"{group}: {item}" for group in turn for item in faults(cls, checkpoint, [group], seen) or ()]
