@@ -96,6 +96,13 @@ _OCR_DETECTION = {
                                ("horizontal_small_to_long_conv", [1, long]))},
     },
 }  # fmt: skip
+_TIMM_VIT = {"architecture": "test_vit", "model_args": {"embed_dim": 64}}
+
+
+def _of(part: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{name}": value for name, value in fields.items()}
+
+
 # A name with a dot is of a sub-configuration.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
@@ -115,19 +122,26 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
                    "audio_config.adapter_input_size": 32, "audio_config.adapter_out_dim": 32},
     "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config.base_channels": 32},
     "emu3_vqgan": {"base_channels": 32},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "fast_vlm": {"vision_config.architecture": "fastvit_t8"},
+    "gemma3n": {"vision_config.architecture": "test_resnet"},
     "gradium_phonon_tts": {"num_key_value_heads": 4},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
     "hunyuan_vl": {"text_config.rope_parameters": _ROPE_BY_ALPHA, "text_config.head_dim": 8},
     "hunyuan_vl_text": {"rope_parameters": _ROPE_BY_ALPHA, "head_dim": 8},
-    "inkling_mm_model": {f"vision_config.{name}": value for name, value in _INKLING_VISION.items()},
+    "inkling_mm_model": _of("vision_config", _INKLING_VISION),
     "inkling_vision": _INKLING_VISION,
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "moonshine_streaming": {"num_key_value_heads": 2},
     "nemo_speechlm": {"audio_config.asr_config.num_key_value_heads": 4, "word_timestamp_config.num_key_value_heads": 4,
                       "audio_config.diarization_config.audio_config.num_key_value_heads": 4},
     "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
+    "omdet-turbo": {**_PLAIN_BACKBONE, "backbone_config": _BACKBONE},
+    "pe_audio_video": _of("audio_video_config.video_config.vision_config", _TIMM_VIT),
+    "pe_audio_video_encoder": _of("video_config.vision_config", _TIMM_VIT),
+    "pe_video": _of("video_config.vision_config", _TIMM_VIT),
+    "pe_video_encoder": _of("vision_config", _TIMM_VIT),
+    "perception_lm": _of("vision_config", _TIMM_VIT),
     "pix2struct_text_model": {"initializer_range": 0.02},
     "pp_ocrv5_server_det": _OCR_DETECTION,
     "pp_ocrv6_medium_det": _OCR_DETECTION,
@@ -138,6 +152,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
                        "talker_config.text_config.shared_expert_intermediate_size": 32},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "timm_backbone": {"backbone": "test_resnet"},
+    "timm_wrapper": {"architecture": "test_resnet"},
     "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
