@@ -59,6 +59,7 @@ class _Dtypes:
     def __init__(self, config: Any) -> None:
         known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
         self._found = {id(item): (item, item.__dict__.pop("dtype")) for item in known}
+        self._kinds = tuple({type(item) for item, _ in self._found.values()})
         self._made: list[Any] = []  # the configurations that sub-models were made from, in that order
 
     def answer(self, frame: FrameType, args: Any, kwargs: Any) -> Any:
@@ -86,9 +87,9 @@ class _Dtypes:
             item.__dict__["dtype"] = value
         others = set()
         for config in self._made:
-            if id(config) not in self._found:
-                continue
-            own = config.__dict__["dtype"]
+            if not (id(config) in self._found or self._is_new(config)):
+                continue  # a copy of one of the load's, as are those within it
+            own = config.__dict__.get("dtype")
             others.add(str(own).removeprefix("torch."))
             for name in config.sub_configs:
                 part = getattr(config, name, None)
@@ -99,8 +100,13 @@ class _Dtypes:
             raise NotNative(f"a sub-model in {', '.join(sorted(others))}", why)
         for module in model.modules():
             for item in _configs(getattr(module, "config", None), set()):
-                if id(item) not in self._found and item.__dict__.get("dtype") is None:
+                if id(item) not in self._found and not self._is_new(item) and item.__dict__.get("dtype") is None:
                     item.__dict__["dtype"] = dtype  # a copy that the constructor made
+
+    def _is_new(self, config: Any) -> bool:
+        """Whether the constructor made a configuration of nothing, rather than copied one of the load's (as its class,
+        or as one derived from that). It has the dtype it shall have, most often None, and passes it on to its parts."""
+        return id(config) not in self._found and not isinstance(config, self._kinds)
 
 
 def _configs(value: Any, seen: set[int]) -> Iterator[Any]:
