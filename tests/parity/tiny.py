@@ -269,7 +269,9 @@ def _borrowed(model_type: str) -> tuple[type, ...]:
         if (names := mapping.get(model_type)) is not None
     )
     found = [name for item in names for name in ([item] if isinstance(item, str) else item)]
-    return tuple(getattr(transformers, name) for name in dict.fromkeys(found) if "Timm" not in name)
+    # The library does not give all of them away: the others are parts of models.
+    known = (name for name in dict.fromkeys(found) if "Timm" not in name and hasattr(transformers, name))
+    return tuple(getattr(transformers, name) for name in known)
 
 
 def heads_first(model_type: str) -> tuple[type, ...]:
