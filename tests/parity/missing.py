@@ -61,8 +61,8 @@ class Checkpoint:
         found = defaultdict(list)
         partial = set()
         for name, tensor in loaded.items():
-            values = tensor.detach().flatten().to(torch.float64)
-            whole = values.numel() > 0 and bool(values.min() == values.max())
+            values = tensor.detach().flatten()
+            whole = values.numel() > 0 and bool((values == values[0]).all())
             here = {group_of[item] for item in (values[:1] if whole else values.unique()).tolist() if item in group_of}
             for group in here:
                 found[group].append(name)
