@@ -50,7 +50,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cosmos3_edge": {"projector_hidden_size": 32, "text_config.rope_parameters": _ROPE_IN_THREE},
     "cosmos3_edge_text": {"rope_parameters": _ROPE_IN_THREE},
     "csm": {"depth_decoder_config.backbone_hidden_size": 32, "codec_config.upsample_groups": 32},
-    "cvt": {"depth": [1, 1, 1], "embed_dim": [16, 16, 32], "num_heads": [1, 2, 2]},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.model_type": "", "attn_config.kv_n_heads": 2},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
