@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL, AutoModel, ControlNetModel, ModelMixin
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from safetensors.torch import load_file, save_file
 from tests.parity import diffusers_pipelines as tiny
-from tests.parity.compare import FellBack, native_only
-from tests.parity.diffusers_compare import ORIGINAL, both, differences, same_info
+from tests.parity.compare import FellBack, differences, native_only
+from tests.parity.diffusers_compare import ORIGINAL, both, same_info
 
 import weightlift as wl
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,34 +70,68 @@ def named(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def in_each_dtype(
+    load: Callable[..., Any], cls: Any, folder: Path, same_info: Callable[[Any, Any], bool] = operator.eq
+) -> list[str]:
+    """What differs between the models, and the loading infos, that ``load`` makes of a folder for each of `DTYPES`."""
+    found = []
+    for dtype in DTYPES:
+        (ours, info), (theirs, expected) = load(cls, folder, dtype=dtype)
+        found += [f"{dtype}: {item}" for item in differences(ours, theirs)]
+        if not same_info(info, expected):
+            found.append(f"{dtype}: loading info {info} for {expected}")
+    return found
+
+
 def differences(ours: Any, theirs: Any, *, values: bool = True) -> list[str]:
-    """What differs between two models: names, values, dtypes, devices, ties, flags, configuration."""
+    """What differs between two models: classes, names, values, dtypes, devices, strides, ties, flags, configuration."""
     mine, other = named(ours), named(theirs)
     found = [f"only one has {name}" for name in sorted(set(mine) ^ set(other))]
+    if list(mine) != list(other):
+        found.append("order of names")
+    if type(ours) is not type(theirs):
+        found.append(f"a {type(ours).__name__} for a {type(theirs).__name__}")
     for name in mine.keys() & other.keys():
-        a, b = mine[name], other[name]
-        found += [
-            f"{name}: {what} {getattr(a, what)} for {getattr(b, what)}"
-            for what in ("dtype", "shape", "requires_grad", "device", "is_leaf")
-            if getattr(a, what) != getattr(b, what)
-        ]
-        if type(a) is not type(b):
-            found.append(f"{name}: a {type(a).__name__} for a {type(b).__name__}")
-        if values and a.dtype == b.dtype and a.shape == b.shape and not _equal(a, b):
-            found.append(f"{name}: values")
+        found += [f"{name}: {item}" for item in _tensor_differences(mine[name], other[name], values)]
     if _ties(mine) != _ties(other):
         found.append(f"ties: {_ties(mine)} for {_ties(other)}")
     flags = [(name, module.training) for name, module in ours.named_modules()]
     if flags != [(name, module.training) for name, module in theirs.named_modules()]:
         found.append("training flags")
-    if ours.config.to_dict() != theirs.config.to_dict():
-        a, b = ours.config.to_dict(), theirs.config.to_dict()
-        found.append(f"configuration: {[(k, a.get(k), b.get(k)) for k in a.keys() | b.keys() if a.get(k) != b.get(k)]}")
-    return found + [
+    return [*found, *settings(ours, theirs)] + [
         f"{name}: {getattr(ours, name, None)} for {getattr(theirs, name, None)}"
         for name in ("all_tied_weights_keys", "_keep_in_fp32_modules", "_no_split_modules")
         if getattr(ours, name, None) != getattr(theirs, name, None)
     ]
+
+
+def _tensor_differences(a: torch.Tensor, b: torch.Tensor, values: bool) -> list[str]:
+    found = [
+        f"{what} {getattr(a, what)} for {getattr(b, what)}"
+        for what in ("dtype", "shape", "requires_grad", "device", "is_leaf")
+        if getattr(a, what) != getattr(b, what)
+    ]
+    if type(a) is not type(b):
+        found.append(f"a {type(a).__name__} for a {type(b).__name__}")
+    if values and a.dtype == b.dtype and a.shape == b.shape and not b.is_meta and not _equal(a, b):
+        found.append("values")
+    if _strides(a) != _strides(b):
+        found.append(f"strides {a.stride()} for {b.stride()}")
+    return found
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Those that say where a value is."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1] if tensor.numel() else []
+
+
+def settings(ours: Any, theirs: Any) -> list[str]:
+    """What differs between the configurations of two models, schedulers or tokenizers."""
+    if not hasattr(theirs, "config"):
+        return []
+    a, b = (item.config.to_dict() if hasattr(item.config, "to_dict") else dict(item.config) for item in (ours, theirs))
+    names = sorted(a.keys() | b.keys())
+    return [f"configuration: {name}: {a.get(name)} for {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ without each group of its keys in turn, and with a misfit.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import signal
@@ -16,19 +17,32 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.parity import tiny
 from tests.parity.compare import FellBack
-from tests.parity.missing import faults, groups, misfits, saved
+from tests.parity.missing import Seen, misfits, prepared
 from tests.parity.test_every_model import check
+from tests.parity.together import each_in_turn
 
-LEFT: set[str] = set()  # what Transformers leaves uninitialised, of the model type at hand
-OVERWRITTEN: set[str] = set()  # what it loads and then initialises in part
-FOUND: list[str] = []  # what differs; kept also where the time is up
-COUNT: Counter[str] = Counter()  # and the groups of keys that were dropped
+
+@dataclass
+class Found:
+    """What came of dropping a model type's keys, so far: kept also where the time is up."""
+
+    differences: list[str] = field(default_factory=list)
+    count: Counter[str] = field(default_factory=Counter)  # the groups of keys that were dropped, the loads that did so
+    seen: Seen = field(default_factory=Seen)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.count,
+            "uninitialised": sorted(self.seen.uninitialised),
+            "overwritten": sorted(self.seen.overwritten),
+        }
 
 
 class TooLong(BaseException):
@@ -38,38 +52,36 @@ class TooLong(BaseException):
 Check = Callable[[str, type, Path], list[str]]
 
 
-def survey(model_type: str, seconds: int, missing: bool) -> dict[str, Any]:
+def survey(model_type: str, seconds: int, missing: Found | None) -> dict[str, Any]:
     """What became of every class of a model type: "equal", "skipped: why", "not native: why", "differs: what"."""
     classes: dict[str, str] = {}
+    run = check if missing is None else functools.partial(_without, missing)
     signal.alarm(seconds)
     try:
         for cls in tiny.heads_first(model_type):
             classes[cls.__name__] = "too long"
             with tempfile.TemporaryDirectory() as folder:
-                classes[cls.__name__] = _outcome(_without if missing else check, model_type, cls, Path(folder))
-            if missing and not classes[cls.__name__].startswith("skipped"):
+                classes[cls.__name__] = _outcome(run, model_type, cls, Path(folder))
+            if missing is not None and not classes[cls.__name__].startswith("skipped"):
                 break
     except TooLong:
-        if FOUND:
-            classes[cls.__name__] = f"differs, and too long: {FOUND}"[:2000]
+        if missing is not None and missing.differences:
+            classes[cls.__name__] = f"differs, and too long: {missing.differences}"[:2000]
     finally:
         signal.alarm(0)
     return classes
 
 
-def _without(model_type: str, cls: type, folder: Path) -> list[str]:
+def _without(into: Found, model_type: str, cls: type, folder: Path) -> list[str]:
     try:
-        state = saved(cls, model_type, folder)
+        model, checkpoint = prepared(cls, model_type, folder)
     except Exception as error:
         pytest.skip(f"no tiny {cls.__name__}: {error!r:.150}")
-    left: set[str] = set()
-    overwritten: set[str] = set()
-    for group, names in groups(list(state)).items():
-        FOUND.extend(f"{group}: {item}" for item in faults(cls, folder, state, names, left, overwritten))
-        COUNT.update(groups=1)
-    LEFT.update({f"{cls.__name__}.{name}" for name in left})
-    OVERWRITTEN.update({f"{cls.__name__}.{name}" for name in overwritten})
-    return FOUND + misfits(cls, folder, state)
+    for groups, found in each_in_turn(cls, model, checkpoint, into.seen):
+        into.differences.extend(found)
+        into.count.update(groups=groups, loads=1)
+    del model
+    return into.differences + misfits(cls, checkpoint)
 
 
 def _outcome(run: Check, model_type: str, cls: type, folder: Path) -> str:
@@ -115,24 +127,22 @@ def main() -> None:
         if model_type in done:
             continue
         start = time.monotonic()
-        FOUND.clear()
-        LEFT.clear()
-        OVERWRITTEN.clear()
-        COUNT.clear()
-        classes = survey(model_type, options.seconds, options.missing)
+        missing = Found() if options.missing else None
+        classes = survey(model_type, options.seconds, missing)
         took = round(time.monotonic() - start, 1)
         done[model_type] = {"model_type": model_type, "seconds": took, "classes": classes}
-        if options.missing:
-            done[model_type].update(groups=COUNT["groups"], uninitialised=sorted(LEFT), overwritten=sorted(OVERWRITTEN))
+        if missing is not None:
+            done[model_type].update(missing.as_json())
         with options.out.open("a") as out:
             out.write(json.dumps(done[model_type]) + "\n")
     print(json.dumps(Counter(verdict(item["classes"]) for item in done.values())))
     every = [value.split(":")[0] for item in done.values() for value in item["classes"].values()]
     print("classes", json.dumps(Counter(every)))
     if options.missing:
-        print(f"{sum(item['groups'] for item in done.values())} groups")
+        print(f"{sum(item.get('groups', 0) for item in done.values())} groups")
         for what in ("uninitialised", "overwritten"):
-            print(f"{what} by Transformers: {sorted(name for item in done.values() for name in item.get(what, ()))}")
+            names = {model_type: item[what] for model_type, item in done.items() if item.get(what)}
+            print(f"{what} by Transformers: {json.dumps(names)}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ By default a selection runs; ``-m full`` runs every class.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import diffusers
 import pytest
 import torch
 from tests.parity import diffusers_tiny as tiny
-from tests.parity.compare import DTYPES, save_in_two
-from tests.parity.diffusers_compare import both, differences, same_info
+from tests.parity.compare import DTYPES, in_each_dtype, save_in_two
+from tests.parity.diffusers_compare import both, same_info
 
 from weightlift.integrations.diffusers_model import ORIGINAL
 
@@ -29,17 +27,7 @@ SELECTED = (
 TIED = ("UniDiffuserTextDecoder",)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    import logging
-
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def save(model: Any, folder: Path) -> None:
@@ -65,13 +53,8 @@ def check(name: str, folder: Path) -> list[str]:
             ORIGINAL.__func__(cls, folder, dtype=dtype)
     except Exception as error:
         pytest.skip(f"Diffusers itself can't: {error!r:.150}")
-    found = []
-    for dtype in DTYPES:
-        (ours, info), (theirs, their_info) = both(cls, folder, dtype=dtype)
-        found += [f"{dtype}: {item}" for item in differences(ours, theirs) if not (name in TIED and "ties" in item)]
-        if not same_info(info, their_info):
-            found.append(f"{dtype}: loading info {info} for {their_info}")
-    return found
+    found = in_each_dtype(both, cls, folder, same_info)
+    return [item for item in found if not (name in TIED and "ties" in item)]
 
 
 @pytest.mark.parametrize("name", SELECTED)

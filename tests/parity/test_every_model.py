@@ -5,14 +5,13 @@ By default a selection runs; ``-m full`` runs every model type and every class o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.parity import tiny
-from tests.parity.compare import DTYPES, both, differences, save_in_two
+from tests.parity.compare import DTYPES, both, in_each_dtype, save_in_two
 
 # Ties, sub-models, merged experts, split projections, buffers, encoder-decoders, audio, vision, frozen and fp32 parts.
 SELECTED = (
@@ -22,18 +21,7 @@ SELECTED = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    import logging
-    import warnings
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def check(model_type: str, cls: Any, folder: Path) -> list[str]:
@@ -47,18 +35,12 @@ def check(model_type: str, cls: Any, folder: Path) -> list[str]:
     torch.manual_seed(0)
     try:
         save_in_two(cls(config), folder)
-        tiny.save_the_rest(model_type, folder)
+        tiny.save_beside(model_type, folder)
         for dtype in DTYPES:
             cls.from_pretrained(folder, dtype=dtype)
     except Exception as error:
         pytest.skip(f"Transformers itself can't: {error!r:.150}")
-    found = []
-    for dtype in DTYPES:
-        (ours, info), (theirs, their_info) = both(cls, folder, dtype=dtype)
-        found += [f"{dtype}: {item}" for item in differences(ours, theirs)]
-        if info != their_info:
-            found.append(f"{dtype}: loading info {info} for {their_info}")
-    return found
+    return in_each_dtype(both, cls, folder)
 
 
 @pytest.mark.parametrize("model_type", SELECTED)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from tests.parity.unusual import EXCEPTIONS
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -73,81 +74,6 @@ _ATTEMPTS: tuple[tuple[str, ...], ...] = (
     ("hidden", "heads", "groups", "projection"),
     tuple(group for group in _GROUPS if group not in ("vocabulary", "experts")),
 )
-_BACKBONE = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 16], "embedding_size": 8,
-             "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
-_PLAIN_BACKBONE = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False,
-                   "backbone_config": {**_BACKBONE, "out_features": ["stage4"]}}  # fmt: skip
-_SEGMENTING_BACKBONE = {
-    **_PLAIN_BACKBONE, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
-    "backbone_config": {**_BACKBONE, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-}  # fmt: skip
-_IMAGE_TOKENS = {"<image>": 4, "IMGIMGAZ": 5, "IMGIMGBZ": 6}
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_ROPE_BY_ALPHA = {**_ROPE, "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}
-# Convolutions of PP-OCR: kernel size, stride, padding.
-_INTRACLASS = {
-    "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0],
-    **{
-        f"{kind}_{ratio}ratio": [3, 1, 1]
-        for kind in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
-        for ratio in ("long", "mid", "short")
-    },
-}  # fmt: skip
-_OCR = {"intraclass_block_config": _INTRACLASS, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]}
-_FOLDING = {"text_hidden_size": 32, "patch_size": 8, "temporal_patch_size": 2, "num_hidden_layers": 2}
-_BY_LAYER_TYPE = {"sliding_attention": _ROPE, "full_attention": _ROPE}
-# A name with a dot is of a sub-configuration.
-_EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
-    "bridgetower": {"contrastive_hidden_size": 16, "hidden_size": 64, "logit_scale_init_value": 2.6},
-    "chameleon": {"vocabulary_map": _IMAGE_TOKENS},
-    "cohere_compass": {"text_config.rope_parameters": _BY_LAYER_TYPE},
-    "cohere_compass_text": {"rope_parameters": _BY_LAYER_TYPE},
-    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.model_type": "", "attn_config.kv_n_heads": 2},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2,
-                        "text_config.moe_intermediate_size": 16},
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config.num_key_value_heads": 4, "vision_config.intermediate_size": 48,
-                   "vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32,
-                   "audio_config.adapter_input_size": 32, "audio_config.adapter_out_dim": 32},
-    "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config.base_channels": 32},
-    "emu3_vqgan": {"base_channels": 32},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
-    "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
-    "hunyuan_vl": {"text_config.rope_parameters": _ROPE_BY_ALPHA, "text_config.head_dim": 8},
-    "hunyuan_vl_text": {"rope_parameters": _ROPE_BY_ALPHA, "head_dim": 8},
-    "inkling_mm_model": {f"vision_config.{name}": value for name, value in _FOLDING.items()},
-    "inkling_vision": _FOLDING,
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "moonshine_streaming": {"num_key_value_heads": 2},
-    "pix2struct_text_model": {"initializer_range": 0.02},
-    "pp_ocrv5_server_det": _OCR,
-    "pp_ocrv6_medium_det": _OCR,
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
-    "perceiver": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},
-    "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2,
-                       "talker_config.text_config.shared_expert_intermediate_size": 32},
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
-    "vilt": {"num_images": 2, "modality_type_vocab_size": 3},
-    "wav2vec2-bert": {"vocab_size": 32},
-    "wav2vec2-conformer": {"vocab_size": 32},
-    "autoformer": {"prediction_length": 4},
-    "informer": {"prediction_length": 4},
-    "time_series_transformer": {"prediction_length": 4},
-    "esm": {"vocab_size": 64, "pad_token_id": 1},
-    "detr": _SEGMENTING_BACKBONE,
-    "conditional_detr": _SEGMENTING_BACKBONE,
-    "deformable_detr": {**_PLAIN_BACKBONE, "backbone_config": _BACKBONE},
-    "dab-detr": _PLAIN_BACKBONE,
-    "table-transformer": _PLAIN_BACKBONE,
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "ministral": {"head_dim": 8},
-    "nemotron": {"num_key_value_heads": 2},
-}
 
 
 def _shrunk(config: Any, left: tuple[str, ...]) -> dict[str, Any]:
@@ -246,7 +172,9 @@ def _borrowed(model_type: str) -> tuple[type, ...]:
         if (names := mapping.get(model_type)) is not None
     )
     found = [name for item in names for name in ([item] if isinstance(item, str) else item)]
-    return tuple(getattr(transformers, name) for name in dict.fromkeys(found) if "Timm" not in name)
+    # The library does not give all of them away: the others are parts of models.
+    known = (name for name in dict.fromkeys(found) if "Timm" not in name and hasattr(transformers, name))
+    return tuple(getattr(transformers, name) for name in known)
 
 
 def heads_first(model_type: str) -> tuple[type, ...]:
@@ -293,7 +221,7 @@ def tiny_config(model_type: str, cls: type) -> Any:
 
 def _with(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The fields with the exceptions of a model type."""
-    for name, value in _EXCEPTIONS.get(model_type, {}).items():
+    for name, value in EXCEPTIONS.get(model_type, {}).items():
         *path, last = name.split(".")
         place = fields
         for part in path:
@@ -306,7 +234,7 @@ def _one_by_one(default: Any, cls: type, model_type: str) -> Any:
     """The default configuration with every change that leaves it buildable, tried by halves. Raises the error of the
     default one when that can't be built, and ValueError when the result is too large."""
     whole = _with(default.to_dict(), model_type)
-    fixed = {tuple(name.split(".")) for name in _EXCEPTIONS.get(model_type, {})}
+    fixed = {tuple(name.split(".")) for name in EXCEPTIONS.get(model_type, {})}
     kept: list[tuple[tuple[str, ...], Any]] = []
 
     def made(changes: list[tuple[tuple[str, ...], Any]]) -> tuple[Any, int]:
@@ -352,10 +280,10 @@ def _numel(cls: type, config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_the_rest(model_type: str, folder: Path) -> None:
-    """What loading wants beside the model, and saving does not write."""
+def save_beside(model_type: str, folder: Path) -> None:
+    """What a class wants in its folder beside its weights, and does not save."""
     if model_type == "qwen2_5_omni":
-        torch.save({"nobody": {"cond": torch.zeros(1, 4)}}, folder / "spk_dict.pt")
+        torch.save({}, folder / "spk_dict.pt")  # the voices
 
 
 def copied(config: Any) -> Any:

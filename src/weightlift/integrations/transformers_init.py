@@ -60,6 +60,7 @@ class _Dtypes:
         known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
         self._dtype = dtype
         self._known = {id(item): item for item in known}
+        self._kinds = tuple({type(item) for item in known})
         self._dtypes = {id(item): item.__dict__.pop("dtype") for item in known}
         self._made: list[Any] = []  # the configurations that sub-models were made from, in that order
         self._mixed = any(_as_dtype(value) not in (None, dtype) for value in self._dtypes.values())
@@ -102,15 +103,17 @@ class _Dtypes:
 
     def _pass_on(self, config: Any) -> None:
         """Making a sub-model from a configuration gives the configuration's dtype to its parts."""
+        own = self._dtypes.get(id(config), config.__dict__.get("dtype"))
         if id(config) not in self._known:
-            if self._mixed:
+            if self._mixed or _as_dtype(own) not in (None, self._dtype):
                 why = "Transformers may build it under a default dtype of its own"
                 raise NotNative("a sub-model of a configuration that its constructor made", why)
-            return
+            if not self._is_new(config):
+                return
         for name in config.sub_configs:
             part = getattr(config, name, None)
             if id(part) in self._known:
-                self._dtypes[id(part)] = self._dtypes[id(config)]
+                self._dtypes[id(part)] = own
 
     def restore(self, model: nn.Module) -> None:
         """Give every configuration the dtype that Transformers would have left it with."""
@@ -118,8 +121,13 @@ class _Dtypes:
             item.__dict__["dtype"] = self._dtypes[key]
         for module in model.modules():
             for item in _configs(getattr(module, "config", None), set()):
-                if id(item) not in self._known and item.__dict__.get("dtype") is None:
+                if id(item) not in self._known and not self._is_new(item) and item.__dict__.get("dtype") is None:
                     item.__dict__["dtype"] = self._dtype  # a copy that the constructor made
+
+    def _is_new(self, config: Any) -> bool:
+        """Whether the constructor made a configuration of nothing, rather than copied one of the load's (as its class,
+        or as one derived from that). It has the dtype it shall have, most often None, and passes it on to its parts."""
+        return id(config) not in self._known and not isinstance(config, self._kinds)
 
 
 def _as_dtype(value: Any) -> torch.dtype | None:
