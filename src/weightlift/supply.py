@@ -89,9 +89,7 @@ class _Matching:
         done = rewrite(subject.inventory, self._state, subject.recorder, options.seed)
         with outside_modes():
             # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
-            plain = (subject.inventory if done is None else done.inventory).spec(
-                lambda tensor: subject.record_of(tensor) is None
-            )
+            plain = (subject.inventory if done is None else done.inventory).spec(subject.record_of)
             self._spec = plain if done is None else _refitted(plain, done.refits)
         self._supply = self._as_it_is() if done is None else self._after_hooks(done)
 

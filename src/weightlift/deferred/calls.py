@@ -115,6 +115,17 @@ class Birth(NamedTuple):
     random: bool = False
 
 
+def is_plain_birth(args: Any, kwargs: dict[str, Any]) -> bool:
+    """True for a factory call that makes an ordinary, strided CPU tensor."""
+    device = kwargs.get("device")
+    return (
+        (device is None or device.type == "cpu")
+        and kwargs.get("layout", torch.strided) in (None, torch.strided)
+        and not kwargs.get("pin_memory")
+        and not (args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu")
+    )
+
+
 def _factory_dtype(kwargs: dict[str, Any]) -> torch.dtype:
     return kwargs.get("dtype") or torch.get_default_dtype()
 

@@ -18,6 +18,7 @@ from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.tape import Record
 
 _GARBAGE_BYTES = 16 << 20
 
@@ -104,17 +105,20 @@ def _checked(module: Any) -> nn.Module:
 
 def _finish(module: nn.Module, recorder: Recorder) -> None:
     """Label what belongs to the module; give everything else that is still alive its values."""
-    owned = set()
+    owned: set[Record] = set()
     for name, tensor in tensors_of(module):
         record = recorder.record_of(tensor)
         if record is not None and record not in owned:
             owned.add(record)
             record.label = name
-    orphans = [record for record in list(recorder.records.values()) if record.pending and record not in owned]
-    if sum(record.nbytes for record in orphans) >= _GARBAGE_BYTES:
+    if len(owned) == len(recorder.records):
+        return
+    others = [record for record in list(recorder.records.values()) if record not in owned]
+    if sum(record.nbytes for record in others if record.pending) >= _GARBAGE_BYTES:
         gc.collect()  # modules that the constructor threw away may hang in reference cycles
-        orphans = [record for record in orphans if record() is not None]
+        others = [record for record in others if record() is not None]
+    orphans = [record for record in others if record.pending]
     recorder.force(orphans, "tensors outside the module's parameters and buffers")
-    for record in list(recorder.records.values()):
-        if record not in owned and not record.opened:
+    for record in others:
+        if record() is not None and not record.opened:
             record.memory()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from math import prod
 from types import CodeType, FrameType
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.shortcuts import Shortcuts
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -47,20 +47,9 @@ _WHOLE = {
     torch._sobol_engine_initialize_state_, torch._sobol_engine_scramble_, torch._sobol_engine_ff_,
     torch._sobol_engine_draw,
 }  # fmt: skip
-# In place, of nothing but numbers: the operator, and the values that are left out.
-_FILLS: dict[Any, tuple[Any, tuple[float, ...]]] = {
-    _Tensor.zero_: (torch.ops.aten.zero_.default, ()),
-    _Tensor.fill_: (torch.ops.aten.fill_.Scalar, ()),
-    _Tensor.normal_: (torch.ops.aten.normal_.default, (0.0, 1.0)),
-    _Tensor.uniform_: (torch.ops.aten.uniform_.default, (0.0, 1.0)),
-}
 # What another default dtype concerns.
 _DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 _CASTS = {_Tensor.to, _Tensor.type}
-_PLAIN = {_Tensor, torch.nn.Parameter}
-_NUMBERS = {int, float, bool}
-_shaped = torch.ops.aten._unsafe_view.default
-_SIZES = {tuple, list, torch.Size}
 
 
 class FunctionRecorder(TorchFunctionMode):
@@ -72,14 +61,14 @@ class FunctionRecorder(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
         self._answers = answers or {}
-        handlers: dict[Any, Callable[..., Any]] = dict.fromkeys(_ESCAPES, self._escape)
+        shortcuts = Shortcuts(recorder)
+        self._fill = shortcuts.fill
+        handlers: dict[Any, Callable[..., Any]] = {**shortcuts.handlers, **dict.fromkeys(_ESCAPES, self._escape)}
         handlers.update(dict.fromkeys(_READS, self._read))
         handlers.update(dict.fromkeys(_WHOLE, self._whole))
         handlers[_Tensor.new_tensor] = self._new_tensor
         handlers[_Tensor.__deepcopy__] = self._deepcopy
         self._trunc_normal = trunc_normal_is_recognisable() if recognise is None else recognise
-        handlers[torch.empty] = self._empty
-        handlers.update(dict.fromkeys(_FILLS, self._fill))
         if self._trunc_normal:
             handlers[_Tensor.normal_] = self._sample
             handlers[_Tensor.uniform_] = self._sample
@@ -166,43 +155,6 @@ class FunctionRecorder(TorchFunctionMode):
         memo[id(tensor)] = copied
         return copied
 
-    def _empty(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """``torch.empty(sizes, dtype=…)``, of which nearly all parameters are made: reserved here, without the way
-        down to ATen. Not where another mode below this one, a device's for instance, has a say in it."""
-        size = args[0] if len(args) == 1 and type(args[0]) in _SIZES else args
-        if (
-            args
-            and torch._C._len_torch_dispatch_stack() == 1
-            and torch._C._get_dispatch_stack_at(0) is self._recorder  # within a nested scope it is another's
-            and torch._C._len_torch_function_stack() == 0
-            and all(type(extent) is int and extent > 0 for extent in size)
-            and all(value is None or name == "dtype" for name, value in kwargs.items())
-        ):
-            recorder = self._recorder
-            dtype = kwargs.get("dtype")
-            if dtype is None:
-                dtype = torch.get_default_dtype() if recorder.default is None else recorder.default.wanted
-            with no_dispatch_modes():
-                flat, _ = recorder.reserve(prod(size) * dtype.itemsize, dtype)
-                # What ATen would give is no view of anything; `view`, above autograd as here, would make it one.
-                return flat if len(size) == 1 else _shaped(flat, size)
-        return func(*args, **kwargs)
-
-    def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Record a plain initialiser here, without the way down to ATen: constructors call little else."""
-        tensor = args[0]
-        if (
-            type(tensor) in _PLAIN
-            and torch._C._len_torch_dispatch_stack() == 1
-            and (not kwargs or (len(kwargs) == 1 and kwargs.get("generator", self) is None))
-            and not (tensor.requires_grad and torch.is_grad_enabled())
-        ):
-            op, defaults = _FILLS[func]
-            values = args[1:] + defaults[len(args) - 1 :]
-            if all(type(value) in _NUMBERS for value in values) and self._recorder.record_fill(op, tensor, values):
-                return tensor
-        return func(*args, **kwargs)
-
     # -- trunc_normal_ ------------------------------------------------------------------------------------------------
 
     def _sample(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -213,7 +165,7 @@ class FunctionRecorder(TorchFunctionMode):
         tensor = values["tensor"]
         if args[0] is tensor:
             arguments = (values["mean"], values["std"], values["a"], values["b"])
-            self._recorder.record_call(_TRUNC_NORMAL, tensor, arguments, overwrites=True)
+            self._recorder.record_fill(_TRUNC_NORMAL, tensor, arguments, random=True)
         return _ACCEPTED
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -6,12 +6,14 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from weightlift.deferred.tape import Record
 
 Kind = Literal["parameter", "buffer"]
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
@@ -103,55 +105,68 @@ class Inventory:
         """The keys of the modules' extra state."""
         return tuple([f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)])
 
-    def spec(self, stays: Callable[[torch.Tensor], bool]) -> ModuleSpec:
-        """The module as data. ``stays`` tells memory that is somebody else's too and has to be filled in place."""
+    def spec(self, record_of: Callable[[torch.Tensor], Record | None]) -> ModuleSpec:
+        """The module as data. ``record_of`` knows memory that was born in the construction; all other is somebody
+        else's too, and has to be filled in place."""
         numbers: dict[int, int] = {}
         storages: dict[int, int] = {}
-        holders: dict[int, set[int]] = {}
+        holders: dict[int, int] = {}
         places: dict[tuple[int, str], int] = {}
-        rows = []
-        for slot in self.slots:
-            address, offset, stride, storage_bytes = storage_of(slot.tensor)
-            number = numbers.setdefault(id(slot.tensor), len(numbers))
-            holders.setdefault(address, set()).add(number)
-            place = places.setdefault((id(slot.owner), slot.attribute), len(places))
-            rows.append((slot, number, place, address, offset, stride, storage_bytes))
-        return ModuleSpec(
-            name=type(self.module).__qualname__,
-            tensors=tuple(
-                _spec(row, storages.setdefault(row[3], len(storages)), stays, len(holders[row[3]])) for row in rows
-            ),
-            extra_state=self.extra_state,
-        )
+        devices: dict[torch.device, str] = {}
+        addresses = [storage_address(slot.tensor) for slot in self.slots]
+        for slot, address in zip(self.slots, addresses, strict=True):
+            if id(slot.tensor) not in numbers:
+                numbers[id(slot.tensor)] = len(numbers)
+                holders[address] = holders.get(address, 0) + 1
+        tensors = []
+        for slot, address in zip(self.slots, addresses, strict=True):
+            tensor, count = slot.tensor, holders[address]
+            device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
+            lazy = is_lazy(tensor)
+            record = None if lazy else record_of(tensor)
+            shape, offset, stride, storage_bytes = _geometry(tensor, address, record)
+            tensors.append(
+                TensorSpec(
+                    fqn=slot.fqn,
+                    kind=slot.kind,
+                    shape=shape,
+                    dtype=tensor.dtype,
+                    device=device,
+                    tensor=numbers[id(tensor)],
+                    storage=storages.setdefault(address, len(storages)),
+                    offset=offset,
+                    stride=stride,
+                    storage_bytes=storage_bytes,
+                    persistent=slot.persistent,
+                    lazy=lazy,
+                    in_place=not tensor.is_meta
+                    and (
+                        record is None
+                        or count > 1
+                        or not _is_row_major(shape, stride)
+                        or has_other_users(tensor, address, count)
+                    ),
+                    slot=places.setdefault((id(slot.owner), slot.attribute), len(places)),
+                )
+            )
+        return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
 
 
-def _spec(
-    row: tuple[Slot, int, int, int, int, tuple[int, ...], int],
-    storage: int,
-    stays: Callable[[torch.Tensor], bool],
-    holders: int,
-) -> TensorSpec:
-    slot, number, place, _, offset, stride, storage_bytes = row
-    tensor = slot.tensor
-    lazy = is_lazy(tensor)
-    shape = () if lazy else tuple(tensor.shape)
-    return TensorSpec(
-        fqn=slot.fqn,
-        kind=slot.kind,
-        shape=shape,
-        dtype=tensor.dtype,
-        device=str(tensor.device),
-        tensor=number,
-        storage=storage,
-        offset=offset,
-        stride=stride,
-        storage_bytes=storage_bytes,
-        persistent=slot.persistent,
-        lazy=lazy,
-        in_place=not tensor.is_meta
-        and (stays(tensor) or holders > 1 or not _is_row_major(shape, stride) or users_of(tensor) > holders),
-        slot=place,
-    )
+def _geometry(
+    tensor: torch.Tensor, address: int, record: Record | None
+) -> tuple[tuple[int, ...], int, tuple[int, ...], int]:
+    """Shape, offset and strides in elements, and the bytes of the storage.
+
+    Tensors without a storage of their own (uninitialised or sparse ones, wrapper subclasses) count as alone in one.
+    """
+    if is_lazy(tensor):
+        return (), 0, (), 0
+    shape = tuple(tensor.shape)
+    if address < 0:
+        return shape, 0, (), tensor.numel() * tensor.dtype.itemsize
+    # Asking the storage makes a Python object of it, which stays.
+    nbytes = tensor.untyped_storage().nbytes() if record is None else record.nbytes
+    return shape, int(tensor.storage_offset()), tuple(tensor.stride()), nbytes
 
 
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -163,14 +178,12 @@ def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def users_of(tensor: torch.Tensor) -> int:
-    """How many tensors hold the storage of ``tensor``, ours and anybody's."""
-    try:
-        storage = tensor.untyped_storage()
-        # One use is the storage object that was just made to ask.
-        return int(torch._C._storage_Use_Count(storage._cdata)) - 1
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return 1
+def has_other_users(tensor: torch.Tensor, address: int, holders: int) -> bool:
+    """Whether anybody's tensors lie on a storage besides ``holders`` of ours. ``address``: by `storage_address`."""
+    if address < 0 or torch._C._storage_Use_Count(address) <= holders:
+        return False
+    # A storage object of Python's counts too, whether or not somebody holds it; asking makes sure that there is one.
+    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > holders)
 
 
 def _walk(module: nn.Module, prefix: str, modules: list[tuple[str, nn.Module]], slots: list[Slot]) -> None:
@@ -205,6 +218,17 @@ def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
+def held_by(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter and buffer, without a name and in no order, as often as modules hold it."""
+    waiting = [module]
+    for owner in waiting:
+        for tensors in (owner._parameters, owner._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield tensor
+        waiting += [child for child in owner._modules.values() if child is not None]
+
+
 def is_lazy(tensor: torch.Tensor) -> bool:
     """True for ``UninitializedParameter`` and ``UninitializedBuffer``, whose shape the checkpoint decides."""
     if type(tensor) in _PLAIN:
@@ -218,24 +242,10 @@ def has_extra_state(module: nn.Module) -> bool:
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """The address that `storage_of` gives, without the rest."""
+    """The address of a tensor's storage object; a negative number of its own for a tensor without one."""
     if is_lazy(tensor):
         return -id(tensor)
     try:
         return _storage_address(tensor)
     except (RuntimeError, NotImplementedError):
         return -id(tensor)
-
-
-def storage_of(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], int]:
-    """Address of the storage object, offset and strides in elements, size in bytes.
-
-    Tensors without a storage of their own (uninitialised or sparse ones, wrapper subclasses) count as alone in one.
-    """
-    if is_lazy(tensor):
-        return -id(tensor), 0, (), 0
-    try:
-        storage = tensor.untyped_storage()
-        return storage._cdata, int(tensor.storage_offset()), tuple(tensor.stride()), storage.nbytes()
-    except (RuntimeError, NotImplementedError):
-        return -id(tensor), 0, (), tensor.numel() * tensor.dtype.itemsize

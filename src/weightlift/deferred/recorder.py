@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -19,20 +19,43 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
-from weightlift.deferred.calls import BIRTHS, KINDS, Birth, Call, Kind, call_of, seeded_variant, tensors_in
+from weightlift.deferred.calls import (
+    BIRTHS,
+    KINDS,
+    Birth,
+    Call,
+    Kind,
+    call_of,
+    is_plain_birth,
+    seeded_variant,
+    tensors_in,
+)
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.reserve import Reservations
+from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.shapes import Result, infer, is_short_range
-from weightlift.deferred.tape import Node, Record, TensorRef, generator_for, live_readers, needed
+from weightlift.deferred.tape import (
+    Fill,
+    Node,
+    Operation,
+    Record,
+    TensorRef,
+    frozen,
+    generator_for,
+    live_readers,
+    needed,
+    new_record,
+)
 
 _log = logging.getLogger("weightlift.deferred")
 _push_mode = torch._C._push_on_torch_dispatch_stack
 _pop_mode = torch._C._pop_torch_dispatch_stack
 _stack_size = torch._C._len_torch_dispatch_stack
 _storage_address = torch._C._storage_address  # type: ignore[attr-defined]
+_NoDispatch = torch._C._DisableTorchDispatch  # of this thread, for as long as the object lives
 
 # Results up to this size, of calls on values that exist already, are computed at once: it is cheaper than recording.
 _EAGER_BYTES = 64 << 10
@@ -108,7 +131,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind is Kind.PURE:
             return self._pure(func, call, args, kwargs)
         if kind is Kind.RESIZE:
-            return self._resize(func, args, kwargs)
+            grown = resized(self, func, args, kwargs)
+            return self._now(func, call, args, kwargs) if grown is None else grown
         return self._now(func, call, args, kwargs)
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
@@ -126,13 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- births -----------------------------------------------------------------------------------------------------
 
     def _birth_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        device = kwargs.get("device")
-        if (
-            (device is not None and device.type != "cpu")
-            or kwargs.get("layout", torch.strided) not in (None, torch.strided)
-            or kwargs.get("pin_memory")
-            or (args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu")
-        ):
+        if not is_plain_birth(args, kwargs):
             return self._now(func, call_of(func), args, kwargs)
         birth = BIRTHS[func](*args, **kwargs)
         if birth.random and self._seeding.seeded():
@@ -153,8 +171,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor, record = self.reserve(span * birth.dtype.itemsize, birth.dtype)
         tensor = tensor.view(size) if stride is None else tensor.as_strided(size, stride)
         if birth.fill is not None:
-            ref = TensorRef(record, tensor)
-            self._append(birth.fill, (ref, *birth.fill_args), {}, (record,), (), None, birth.random)
+            self._append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
         return tensor
 
     def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
@@ -162,9 +179,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         buffer, block, offset = self._reservations.reserve(nbytes)
         tensor = torch.frombuffer(buffer, dtype=dtype)
         key = _storage_address(tensor)
-        record = Record(buffer, self._on_death, key, nbytes, block, offset)
-        self.records[key] = record
+        self.records[key] = record = new_record(buffer, self._on_death, key, nbytes, block, offset)
         return tensor, record
+
+    def bear(
+        self, size: Sequence[int], numel: int, dtype: torch.dtype, fill: Any = None, values: tuple[Any, ...] = ()
+    ) -> torch.Tensor:
+        """A row-major tensor of at least one element, and ``fill(tensor, *values)`` recorded if there is one."""
+        tensor, record = self.reserve(numel * dtype.itemsize, dtype)
+        if len(size) != 1:
+            # In place: what ATen would give is no view of anything. The guard keeps this mode out of it.
+            guard = _NoDispatch()
+            tensor.resize_(size)
+            del guard
+        if fill is not None:
+            self._seq += 1
+            record.last = Fill(self._seq, fill, record, tensor, values, False)
+        return tensor
 
     # -- recording --------------------------------------------------------------------------------------------------
 
@@ -179,7 +210,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         random: bool,
     ) -> None:
         self._seq += 1
-        node = Node(self._seq, func, args, kwargs, writes, deps, outputs, random)
+        node = Operation(self._seq, func, args, kwargs, writes, deps, outputs, random)
         for record in writes:
             record.last = node
         for record, _ in deps:
@@ -188,30 +219,35 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     record.readers = []
                 record.readers.append(weakref.ref(node))
 
+    def _append_alone(
+        self, func: Any, record: Record, tensor: torch.Tensor, values: tuple[Any, ...], overwrites: bool, random: bool
+    ) -> None:
+        """`_append` of ``func(tensor, *values)``, short: initialisers are little else."""
+        self._seq += 1
+        if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous():
+            record.last = Fill(self._seq, func, record, tensor, values, random)
+            return
+        ref = TensorRef(record, tensor)
+        deps = () if overwrites and ref.covers() else ((record, record.last),)
+        record.last = Operation(self._seq, func, (ref, *values), {}, (record,), deps, None, random)
+
     def _record_alone(self, func: Any, call: Call, args: Any) -> bool:
-        """The common case of `_write`, short: ``tensor.normal_(0, 0.02)``. False when it is not that simple."""
+        """The common case of `_write`: ``tensor.normal_(0, 0.02)``. False when it is not that simple."""
         target = args[0]
         record = self.record_of(target)
         if record is None or record.pinned or (call.random and self._seeding.seeded()):
             return False
-        ref = TensorRef(record, target)
-        deps = () if call.overwrites and ref.covers() else ((record, record.last),)
-        self._seq += 1
-        record.last = Node(self._seq, func, (ref, *args[1:]), {}, (record,), deps, None, call.random)
+        self._append_alone(func, record, target, args[1:], call.overwrites, call.random)
         return True
 
-    def record_fill(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...]) -> bool:
-        """Record an operator of one tensor and numbers. False when it has to go the way of every call."""
-        return self._record_alone(func, call_of(func), (tensor, *values))
-
-    def record_call(self, func: Any, tensor: torch.Tensor, args: tuple[Any, ...], *, overwrites: bool) -> None:
-        """Record ``func(tensor, *args, generator=…)``, a sampler that stands for many ATen calls."""
+    def record_fill(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> bool:
+        """Record ``func(tensor, *values)``, which gives the tensor its values out of these alone; if it is ``random``,
+        out of the samples of a ``generator`` too. False when it has to go the way of every call."""
         record = self.record_of(tensor)
-        assert record is not None
-        ref = TensorRef(record, tensor)
-        whole = overwrites and ref.covers()
-        deps = () if whole else ((record, record.last),)
-        self._append(func, (ref, *args), {}, (record,), deps, None, True)
+        if record is None or record.pinned or (random and self._seeding.seeded()):
+            return False
+        self._append_alone(func, record, tensor, values, True, random)
+        return True
 
     def record_source(self, tensor: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> None:
         """Record that ``fill(tensor)`` gives a whole storage its values."""
@@ -238,7 +274,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
-        frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
+        frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
         if call.overwrites and len(writes) == 1 and self._is_dead_before(call, targets[0], writes[0], args, kwargs):
             del reads[writes[0]]
@@ -279,7 +315,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _defer_results(self, func: Any, call: Call, args: Any, kwargs: Any, outputs: list[Result]) -> Any:
         reads: dict[Record, Node | None] = {}
-        frozen_args, frozen_kwargs = self._freeze(args, reads), self._freeze(kwargs, reads)
+        frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         born = [self._born(Birth(out.shape, out.dtype, stride=out.stride)) for out in outputs]
         records = tuple(self.records[_storage_address(tensor)] for tensor in born)
         refs = tuple(TensorRef(record, tensor) for record, tensor in zip(records, born))
@@ -291,22 +327,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(returns) == 1:
             return born[0] if str(returns[0].type) == "Tensor" else born
         return tuple(born)
-
-    def _freeze(self, value: Any, reads: dict[Record, Node | None]) -> Any:
-        """Replace tensors by references; note which versions are read. Memory from elsewhere is copied now."""
-        if isinstance(value, torch.Tensor):
-            record = self.record_of(value)
-            if record is None:
-                return value.detach().clone() if value.numel() else value.detach()
-            if record.pinned:
-                return value.detach().clone()
-            reads[record] = record.last
-            return TensorRef(record, value)
-        if isinstance(value, dict):
-            return {name: self._freeze(item, reads) for name, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._freeze(item, reads) for item in value)
-        return value
 
     # -- doing it now -----------------------------------------------------------------------------------------------
 
@@ -377,24 +397,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def sampling_now(self) -> bool:
         """True when the constructor has seeded the process's generator: from there on it samples as it goes."""
         return self._seeding.seeded()
-
-    def _resize(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """``resize_``: reserved storages can't grow, so the tensor moves to a new one and takes its values along."""
-        tensor, size = args[0], tuple(args[1])
-        numel = prod(size)
-        nbytes = numel * tensor.dtype.itemsize
-        record = self.record_of(tensor)
-        if tensor.device.type != "cpu" or (record is None and tensor.untyped_storage().nbytes() > 0):
-            return self._now(func, call_of(func), args, kwargs)
-        old_bytes = 0 if record is None else record.nbytes
-        if nbytes <= old_bytes or numel == 0:
-            return func(*args, **kwargs)
-        grown, new = self.reserve(nbytes, tensor.dtype)
-        if record is not None:
-            self.force([record] if record.pending else [], func)
-            kept = torch.frombuffer(record.memory(), dtype=torch.uint8)
-            torch.frombuffer(new.memory(), dtype=torch.uint8)[:old_bytes].copy_(kept)
-        memory_format = kwargs.get("memory_format")
-        shaped = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
-        tensor.set_(grown.untyped_storage(), 0, size, shaped.stride())
-        return tensor

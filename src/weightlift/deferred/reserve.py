@@ -111,16 +111,17 @@ class Reservations:
         """A zero-filled buffer of ``nbytes`` (> 0), the block it lies in and its offset there."""
         with self._lock:
             self._reserved_bytes += nbytes
-            if nbytes >= _OWN_MAPPING_BYTES and self._own_mappings < _MAX_OWN_MAPPINGS:
-                self._own_mappings += 1
-                block = Block(_round_up(nbytes, _PAGE))
-                return block.view[:nbytes], block, 0
             arena = self._arena
-            offset = _round_up(self._offset, _PAGE if arena is not None and arena.sealed else _ALIGN)
-            if arena is None or offset + nbytes > arena.size_bytes:
-                arena, offset = self._new_arena(nbytes), 0
-            self._offset = offset + nbytes
-            return arena.view[offset : offset + nbytes], arena, offset
+            if nbytes < _OWN_MAPPING_BYTES or self._own_mappings >= _MAX_OWN_MAPPINGS:
+                offset = self._offset
+                if arena is None or offset + nbytes > arena.size_bytes:
+                    arena, offset = self._new_arena(nbytes), 0
+                end = offset + nbytes
+                self._offset = end + -end % (_PAGE if arena.sealed else _ALIGN)
+                return arena.view[offset:end], arena, offset
+            self._own_mappings += 1
+        block = Block(_round_up(nbytes, _PAGE))
+        return block.view[:nbytes], block, 0
 
     def _new_arena(self, nbytes: int) -> Block:
         # Growing with what was reserved so far keeps the number of mappings logarithmic.

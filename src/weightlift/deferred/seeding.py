@@ -18,6 +18,7 @@ import os
 
 import torch
 
+_initial_seed = torch.default_generator.initial_seed
 _HERE = tuple(os.path.join("weightlift", "deferred", name) for name in ("construct.py", "rewrite.py"))
 
 
@@ -27,7 +28,7 @@ class SeedWatch:
     def __init__(self) -> None:
         self._tracker = getattr(torch.cuda, "_lazy_seed_tracker", None)
         self._token = getattr(self._tracker, "manual_seed_all_cb", None)
-        self._initial_seed = torch.initial_seed()
+        self._initial_seed = _initial_seed()
         self._foreign = False
         self._seeded = False
         self._returns = True
@@ -35,23 +36,29 @@ class SeedWatch:
     def seeded(self) -> bool:
         """True while the process's generator is in a state that the constructor of this scope asked for."""
         tracker = self._tracker
+        if (
+            not self._seeded
+            and (tracker is None or tracker.manual_seed_all_cb is self._token)
+            and _initial_seed() == self._initial_seed
+        ):
+            return False  # every sampling call of a constructor asks
         if tracker is not None and tracker.manual_seed_all_cb is not self._token:
             self._token = tracker.manual_seed_all_cb
             if any(here in line for line in self._token[1] for here in _HERE):
                 self._begin()
             else:
                 self._foreign = True  # another thread's; the seed that it leaves behind is the new normal
-        elif not self._seeded and torch.initial_seed() != self._initial_seed:
+        elif not self._seeded and _initial_seed() != self._initial_seed:
             if self._foreign:
-                self._initial_seed = torch.initial_seed()
+                self._initial_seed = _initial_seed()
                 self._foreign = False
             else:
                 self._begin()
-        if self._seeded and self._returns and torch.initial_seed() == self._initial_seed:
+        if self._seeded and self._returns and _initial_seed() == self._initial_seed:
             self._seeded = False
         return self._seeded
 
     def _begin(self) -> None:
         self._seeded = True
         # Seeded with the seed of the beginning: there is no telling this from putting that state back.
-        self._returns = torch.initial_seed() != self._initial_seed
+        self._returns = _initial_seed() != self._initial_seed

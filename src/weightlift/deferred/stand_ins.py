@@ -18,7 +18,7 @@ from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.schema import is_plain
-from weightlift.deferred.tape import Node, Record, TensorRef
+from weightlift.deferred.tape import Node, Operation, Record, TensorRef
 
 _aten = torch.ops.aten
 
@@ -162,7 +162,7 @@ class StandIns:
         if record in self._first and record.last is self._first[record]:
             return self._first_value(here)
         node = record.last
-        if node is None or node.func is not _aten.copy_.default or len(node.args) < 2:
+        if not isinstance(node, Operation) or node.func is not _aten.copy_.default or len(node.args) < 2:
             return None
         into, source = node.args[0], node.args[1]
         if not isinstance(source, TensorRef) or not _same_place(into, here) or source.size != here.size:

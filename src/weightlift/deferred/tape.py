@@ -39,29 +39,11 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     block: Block
     offset: int
     last: Node | None
-    readers: list[weakref.ref[Node]] | None
+    readers: list[weakref.ref[Operation]] | None
     pinned: bool
     opened: bool
     label: str | None
     scratch: memoryview | None
-
-    def __new__(cls, buffer: memoryview, on_death: Callable[[Any], object], *_: Any) -> Record:
-        return super().__new__(cls, buffer, on_death)
-
-    def __init__(
-        self, buffer: memoryview, on_death: Callable[[Any], object], key: int, nbytes: int, block: Block, offset: int
-    ) -> None:
-        super().__init__(buffer, on_death)  # type: ignore[call-arg]
-        self.key = key
-        self.nbytes = nbytes
-        self.block = block
-        self.offset = offset
-        self.last = None
-        self.readers = None
-        self.pinned = False
-        self.opened = not block.sealed
-        self.label = None
-        self.scratch = None
 
     __hash__ = object.__hash__
 
@@ -71,7 +53,8 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     @property
     def pending(self) -> bool:
         """True while recorded calls have not been run."""
-        return self.last is not None and not self.last.done
+        last = self.last
+        return last is not None and not last.done
 
     def memory(self) -> memoryview:
         """The buffer, accessible; a scratch buffer once the user has dropped the storage."""
@@ -100,13 +83,32 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         if self.opened and not live_readers(self):
             give_back(self.block, self.offset, self.nbytes)
 
+    def flat(self, dtype: torch.dtype) -> torch.Tensor:
+        """A plain tensor over the memory; no autograd, no user's storage object."""
+        return torch.frombuffer(self.memory(), dtype=dtype, count=self.nbytes // dtype.itemsize)
+
     def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """A plain tensor over the memory, with the geometry of ``ref``; no autograd, no user's storage object."""
-        flat = torch.frombuffer(self.memory(), dtype=ref.dtype, count=self.nbytes // ref.dtype.itemsize)
-        return flat.as_strided(ref.size, ref.stride, ref.offset)
+        """As `flat`, with the geometry of ``ref``."""
+        return self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
 
 
-def live_readers(record: Record) -> list[Node]:
+def new_record(
+    buffer: memoryview, on_death: Callable[[Any], object], key: int, nbytes: int, block: Block, offset: int
+) -> Record:
+    """The record of a storage that was just made over ``buffer``, a part of ``block``, at the address ``key``."""
+    # Every parameter of a model comes by here: a Python constructor would take as long as the rest of a birth.
+    record = Record(buffer, on_death)
+    record.key = key
+    record.nbytes = nbytes
+    record.block = block
+    record.offset = offset
+    record.opened = not block.sealed
+    record.pinned = False
+    record.last = record.readers = record.label = record.scratch = None
+    return record
+
+
+def live_readers(record: Record) -> list[Operation]:
     """The unexecuted calls, of results that somebody still holds, that have to read ``record``."""
     if not record.readers:
         return []
@@ -158,11 +160,88 @@ class TensorRef:
 
 
 class Node:
-    """One recorded call. ``outputs`` are where the results of an out-of-place call belong."""
+    """One recorded call. ``writes`` are the records that it gives values to, ``deps`` the versions that it reads."""
 
-    __slots__ = (
-        "__weakref__", "args", "deps", "done", "func", "kwargs", "outputs", "random", "seed_label", "seq", "writes",
-    )  # fmt: skip
+    __slots__ = ("done", "func", "random", "seed_label", "seq")
+
+    seq: int
+    func: Callable[..., Any]
+    random: bool
+    seed_label: str | None
+    done: bool
+
+    @property
+    def writes(self) -> tuple[Record, ...]:
+        """The records that it gives values to."""
+        raise NotImplementedError
+
+    @property
+    def deps(self) -> tuple[tuple[Record, Node | None], ...]:
+        """The versions that it reads: a record, and the node that wrote it last."""
+        raise NotImplementedError
+
+    @property
+    def touched(self) -> tuple[Record, ...]:
+        """Every record that the call reads or writes."""
+        return (*self.writes, *(record for record, _ in self.deps))
+
+    def execute(self, seed: int) -> None:
+        """Run the call on the memory itself. Must be called outside every torch mode and without autograd."""
+        generator = None
+        if self.random:
+            assert self.seed_label is not None
+            generator = generator_for(seed, self.seed_label)
+        self._call({} if generator is None else {"generator": generator})
+        self.done = True
+
+    def _call(self, generator: dict[str, torch.Generator]) -> None:
+        raise NotImplementedError
+
+
+class Fill(Node):
+    """A call that gives the whole of a storage, in rows, its values out of nothing but ``values``: what nearly all
+    initialisers are. An `Operation` could say the same with more objects, which the collector would have to look at.
+    """
+
+    __slots__ = ("dtype", "record", "size", "values")
+
+    def __init__(
+        self,
+        seq: int,
+        func: Callable[..., Any],
+        record: Record,
+        tensor: torch.Tensor,
+        values: tuple[Any, ...],
+        random: bool,
+    ) -> None:
+        self.seq = seq
+        self.func = func
+        self.random = random
+        self.seed_label = None
+        self.done = False
+        self.record = record
+        self.dtype = tensor.dtype
+        self.size = tuple(tensor.shape)  # one thing less for the collector than a torch.Size
+        self.values = values
+
+    @property
+    def writes(self) -> tuple[Record, ...]:
+        """The one record."""
+        return (self.record,)
+
+    @property
+    def deps(self) -> tuple[tuple[Record, Node | None], ...]:
+        """None."""
+        return ()
+
+    def _call(self, generator: dict[str, torch.Generator]) -> None:
+        self.func(self.record.flat(self.dtype).view(self.size), *self.values, **generator)
+
+
+class Operation(Node):
+    """Any call. ``outputs`` are where the results of an out-of-place call belong."""
+
+    __slots__ = ("__weakref__", "_deps", "_writes", "args", "kwargs", "outputs")
 
     def __init__(
         self,
@@ -179,31 +258,50 @@ class Node:
         self.func = func
         self.args = args
         self.kwargs = kwargs
-        self.writes = writes
-        self.deps = deps
+        self._writes = writes
+        self._deps = deps
         self.outputs = outputs
         self.random = random
-        self.seed_label: str | None = None
+        self.seed_label = None
         self.done = False
 
     @property
-    def touched(self) -> tuple[Record, ...]:
-        """Every record that the call reads or writes."""
-        return (*self.writes, *(record for record, _ in self.deps))
+    def writes(self) -> tuple[Record, ...]:
+        """See `Node.writes`."""
+        return self._writes
 
-    def execute(self, seed: int) -> None:
-        """Run the call on the memory itself. Must be called outside every torch mode and without autograd."""
+    @property
+    def deps(self) -> tuple[tuple[Record, Node | None], ...]:
+        """See `Node.deps`."""
+        return self._deps
+
+    def _call(self, generator: dict[str, torch.Generator]) -> None:
         kwargs = {name: _thaw(value) for name, value in self.kwargs.items()}
-        if self.random:
-            assert self.seed_label is not None
-            kwargs["generator"] = generator_for(seed, self.seed_label)
-        results = self.func(*_thaw(self.args), **kwargs)
+        results = self.func(*_thaw(self.args), **kwargs, **generator)
         if self.outputs is not None:
             for ref, result in zip(self.outputs, results if isinstance(results, (tuple, list)) else (results,)):
                 ref.record.tensor(ref).copy_(result)
-        self.done = True
         # What the call needed is not needed any more: intermediate memory goes back at once.
-        self.args, self.kwargs, self.outputs, self.deps = (), {}, None, ()
+        self.args, self.kwargs, self.outputs, self._deps = (), {}, None, ()
+
+
+def frozen(
+    value: Any, reads: dict[Record, Node | None], record_of: Callable[[torch.Tensor], Record | None]
+) -> Any:
+    """Replace tensors by references; note which versions are read. Memory from elsewhere is copied now."""
+    if isinstance(value, torch.Tensor):
+        record = record_of(value)
+        if record is None:
+            return value.detach().clone() if value.numel() else value.detach()
+        if record.pinned:
+            return value.detach().clone()
+        reads[record] = record.last
+        return TensorRef(record, value)
+    if isinstance(value, dict):
+        return {name: frozen(item, reads, record_of) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(frozen(item, reads, record_of) for item in value)
+    return value
 
 
 def _thaw(value: Any) -> Any:

@@ -279,7 +279,7 @@ class Filling:
         return found
 
     def _decide(self) -> Decisions:
-        spec = self._subject.inventory.spec(lambda tensor: self._subject.record_of(tensor) is None)
+        spec = self._subject.inventory.spec(self._subject.record_of)
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}

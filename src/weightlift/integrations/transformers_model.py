@@ -252,7 +252,7 @@ class Filling:
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
         subject = Subject(inventory, self._recorder)
-        spec = inventory.spec(lambda tensor: subject.record_of(tensor) is None)
+        spec = inventory.spec(subject.record_of)
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
         )

@@ -52,6 +52,10 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     problems = list(supply.problems)
     target = 0
     for group in _storage_groups(spec.tensors):
+        if len(group) == 1 and (row := _simple(group[0], target, supply, options)) is not None:
+            rows[row.fqn] = row
+            target += 1
+            continue
         ties = _tie_groups(group)
         covering = _covering(group, supply.offers)
         dtype, device = _shared_setting(ties, covering, supply.offers, options)
@@ -91,6 +95,27 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         hook_missing=supply.hook_missing,
         announced_missing=(*_missing(ordered), *missing_extra, *supply.hook_missing),
         announced_unexpected=tuple(item.name for item in unexpected),
+    )
+
+
+def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions) -> Row | None:
+    """The row of a tensor that is alone in its storage and offered in its shape, as nearly all are. None for others."""
+    offer = supply.offers.get(item.fqn)
+    if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape:
+        return None
+    return Row(
+        fqn=item.fqn,
+        action=Action.LOADED,
+        kind=item.kind,
+        shape=item.shape,
+        own_dtype=item.dtype,
+        dtype=dtype_of((item.fqn,), item.dtype, offer.entry.dtype, options.dtype),
+        device=device_of(item.fqn, item.device, options),
+        target=target,
+        in_place=item.in_place,
+        offer=offer,
+        excused=item.fqn in supply.excused,
+        parts=offer.parts,
     )
 
 
@@ -285,6 +310,8 @@ def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Pr
 
 def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:
     """What was built on ``meta`` and gets no value. A name that strict finds missing is not told twice."""
+    if all(item.device != "meta" for item in spec.tensors):
+        return []
     mismatched = {row.fqn for row in rows if row.action is Action.MISMATCHED}
     provided = {
         row.target for row in rows if row.entries or (row.tied_to is not None and row.tied_to not in mismatched)

@@ -16,7 +16,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_address, tensors_of, users_of
+from weightlift.deferred.inventory import Inventory, Slot, has_other_users, held_by, is_lazy, storage_address
 from weightlift.deferred.tape import Record, needed, replays
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -40,10 +40,12 @@ def apply(
         extras = {name: source.extras[name] for name in decisions.extra_state}
         application = _Application(decisions, subject, source, options, trace)
         application.run()
-    module = subject.inventory.module
-    finish(module, decisions, extras)
+    inventory = subject.inventory
+    # A walk that finds nothing to do is left out; what a state-dict hook changed may have hooks of its own.
+    if extras or source.changes or any(module._load_state_dict_post_hooks for _, module in inventory.modules):
+        finish(inventory.module, decisions, extras)
     application.audit()
-    return module
+    return inventory.module
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class _Application:
             self._groups.setdefault(row.target, []).append((row, slot))
         self._watched = _watched(slots.values())
         self._homes = homes(members)
+        self._devices = {name: torch.device(name) for name in {row.device for row in decisions.rows}}
 
     def run(self) -> None:
         """Read, initialise, assign."""
@@ -140,7 +143,7 @@ class _Application:
     def _order(self, row: Row, slot: Slot) -> _Order:
         """The jobs that give a row its value: one, or one for each of its parts."""
         entry = _one_entry(row)
-        device = torch.device(row.device)
+        device = self._devices[row.device]
         into = self._place(row, slot)
         if into is not None and entry is None and not into.is_contiguous():
             into = None
@@ -248,6 +251,9 @@ class _Application:
     def _assign(self, row: Row, value: torch.Tensor | None) -> None:
         """Give every name of a target its value; None: it was filled in place."""
         members = self._groups[row.target]
+        if len(members) == 1 and value is not None:
+            self._put(row, members[0][1], value)
+            return
         done: dict[int, torch.Tensor] = {}
         for _, slot in members:
             tensor = slot.tensor
@@ -285,12 +291,7 @@ class _Application:
     def audit(self) -> None:
         """Law 4: no tensor leaves on ``meta`` or without its values."""
         module = self._subject.inventory.module
-        incomplete = set()
-        for fqn, tensor in tensors_of(module):
-            record = None if is_lazy(tensor) else self._subject.record_of(tensor)
-            if tensor.is_meta or (record is not None and record.pending):
-                incomplete.add(fqn)
-        if not incomplete:
+        if not any(map(self._is_unready, held_by(module))):
             return
         problems = [
             Problem(
@@ -299,9 +300,15 @@ class _Application:
                 hint="build it outside torch.device('meta'), or add it to the checkpoint",
             )
             for slot in Inventory.of(module).slots
-            if slot.fqn in incomplete
+            if self._is_unready(slot.tensor)
         ]
         raise TransferError("the module is not complete", problems)
+
+    def _is_unready(self, tensor: torch.Tensor) -> bool:
+        if tensor.is_meta:
+            return True
+        record = None if is_lazy(tensor) else self._subject.record_of(tensor)
+        return record is not None and record.pending
 
 
 def _in_files(row: Row) -> TensorEntry | None:
@@ -329,13 +336,16 @@ def _one_entry(row: Row) -> TensorEntry | None:
 
 def _watched(slots: Iterable[Slot]) -> set[int]:
     """Storages of the module that somebody else's tensors lie on as well."""
-    holders: dict[int, dict[int, torch.Tensor]] = {}
+    seen: set[int] = set()
+    holders: dict[int, int] = {}
+    first: dict[int, torch.Tensor] = {}
     for slot in slots:
-        if not is_lazy(slot.tensor):
-            holders.setdefault(storage_address(slot.tensor), {})[id(slot.tensor)] = slot.tensor
-    return {
-        address for address, tensors in holders.items() if users_of(next(iter(tensors.values()))) > len(tensors)
-    }
+        if id(slot.tensor) not in seen:
+            seen.add(id(slot.tensor))
+            address = storage_address(slot.tensor)
+            holders[address] = holders.get(address, 0) + 1
+            first.setdefault(address, slot.tensor)
+    return {address for address, count in holders.items() if has_other_users(first[address], address, count)}
 
 
 def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:

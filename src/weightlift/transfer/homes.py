@@ -60,14 +60,16 @@ def homes(members: Iterable[Member]) -> dict[int, Home]:
 
     Tensors that the plan gives different dtypes or devices part, as they must.
     """
+    first: dict[int, Member] = {}
     storages: dict[int, list[Member]] = {}
-    for row, slot in members:
+    for member in members:
+        row, slot = member
         if not row.untied and not is_lazy(slot.tensor):
-            storages.setdefault(storage_address(slot.tensor), []).append((row, slot))
+            address = storage_address(slot.tensor)
+            if (before := first.setdefault(address, member)) is not member:
+                storages.setdefault(address, [before]).append(member)
     found = {}
     for address, group in storages.items():
-        if len(group) == 1:
-            continue
         row, slot = group[0]
         setting = {(row.dtype, row.device, slot.tensor.dtype) for row, slot in group}
         if len({id(slot.tensor) for _, slot in group}) < 2 or len(setting) > 1 or fits(row, slot.tensor):
