@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -439,6 +442,40 @@ def test_7_a_part_of_a_layer_is_replaced() -> None:
     with wl.capture(model, "hidden_states") as got:
         model(value, use_cache=False)
     assert len(got["hidden_states"]) == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_context_copied_within_a_forward_holds_no_declared_output(fails: bool) -> None:
+    model, value = llama(), ids()
+    contexts: list[contextvars.Context] = []
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def note(module: nn.Module, args: object, out: torch.Tensor) -> None:
+        seen.append(weakref.ref(out))
+        if not contexts:
+            contexts.append(contextvars.copy_context())
+            if fails:
+                raise ValueError("as asked for")
+
+    model.layers[1].register_forward_hook(note)
+    with wl.capture(model, wl.Declared("hidden_states", expect="maybe")) as got:
+        with contextlib.suppress(ValueError):
+            model(value)
+        model(value)
+        contexts[0].run(model.layers[1], *_layer_input(model, value))
+    with wl.capture(model, "hidden_states") as other:
+        contexts[0].run(model.layers[1], *_layer_input(model, value))
+        model(value)
+    assert len(got["hidden_states"]) == (5 if fails else 10) and len(other["hidden_states"]) == 5
+    del got, other
+    gc.collect()
+    assert len(seen) == 5 and not any(reference() is not None for reference in seen)
+
+
+def _layer_input(model: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    hidden = model.embed_tokens(value)
+    return hidden, None, None, None, False, model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
 
 
 @torch.no_grad()

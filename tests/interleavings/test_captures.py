@@ -5,7 +5,10 @@ A thread can lose its turn in torch's own ``Module.__call__`` too, in the midst 
 
 from __future__ import annotations
 
+import contextvars
+import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +68,23 @@ def _scene(*kinds):
 @pytest.mark.parametrize("kinds", [("output", "plain"), ("output", "output"), ("input", "output")], ids="-".join)
 def test_hooks_come_and_go(kinds):
     assert explore(_scene(*kinds), inside=[hooks, select, session, torch_module], preemptions=1).complete
+
+
+def test_a_capture_opened_while_a_forward_begins_is_asked():
+    def scene():
+        open_one = SimpleNamespace(grad=False, raw=[], numbers=itertools.count())
+        owner = SimpleNamespace(attached=False, simple={1: None}, simple_later={1: None, 2: None})
+        context = contextvars.Context()
+        context.run(session.open_sessions.set, (open_one,))
+        forward = context.run(session.Forward, open_one, owner, None, 0, True)
+        assert forward.simple is owner.simple
+
+        def check():
+            assert not forward.simple
+
+        return [forward.has_begun, forward.ask_all], check
+
+    assert explore(scene, inside=[session], preemptions=2).complete
 
 
 def test_a_recorder_that_two_threads_find_out_of_date():

@@ -42,7 +42,7 @@ class Capture:
         self._session = session
         forward = running.get()
         while forward is not None:  # a capture within a forward of another: from now on both have to be asked
-            forward.simple = {}
+            forward.ask_all()
             forward = forward.outer
         hooks.install(session)
         open_sessions.set((*open_sessions.get(), session))

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from weightlift.capture.actions import Action
 from weightlift.capture.declared import Scope, Site
 from weightlift.capture.result import Entry, absent, no_such_layers, places
-from weightlift.capture.session import Forward, Session, backward_id, running
+from weightlift.capture.session import Forward, Session, backward_id
 from weightlift.capture.taps import Declared
 from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
 
@@ -56,10 +56,11 @@ class Gather(Action):
         forward = session.end(self)
         if forward is not None and forward.gathered is not None and self.taps:
             lists = forward.gathered
-            for action, value, version, number in forward.raw:
+            given = forward.raw
+            forward.forget()
+            for action, value, version, number in given:
                 lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
                 session.gave.add(action.fqn)
-            forward.raw = []
             for tap, entries, lacking in self.gathered(lists, output):
                 if lacking is not None:
                     self._lacks(session, tap, *lacking)
@@ -159,11 +160,9 @@ class GiveDeclared(Action):
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         # As little as can be: `Gather.leave` does the rest, and does it at one go.
-        forward = running.get()
-        if forward is None or forward.session is not session or forward.gathered is None:
-            forward = session.gathering()
-            if forward is None:
-                return output
+        forward = session.gathering()
+        if forward is None:
+            return output
         if backward_id() != -1 and session.recomputing(self.fqn):
             return output
         gather: Gather = forward.owner
@@ -176,8 +175,8 @@ class GiveDeclared(Action):
             if self.first is not None and self.key not in [given[0].key for given in forward.raw]:
                 first = args[0] if args else first_of(args, kwargs)
                 forward.raw.append((self.first, first, _version(first), forward.number))
-            if self.first is not None and forward.simple is gather.simple:
-                forward.simple = gather.simple_later
+            if self.first is not None:
+                forward.has_begun()
             if isinstance(output, tuple):
                 value = output[self.index]
         except (Absent, IndexError):

@@ -17,9 +17,10 @@ from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
 # Re-entrant: what the collector runs meanwhile may capture, too.
-_settling = threading.RLock()
+_lock = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 _NOTHING: dict[int, Any] = {}
+_NOWHERE: deque[Any] = deque(maxlen=0)  # keeps nothing of what is appended
 
 
 class Stopped(BaseException):
@@ -61,11 +62,23 @@ class Forward:
             self.root = None if root is None else root.number
         self.number: int = next(session.numbers) if self.root is None else self.root
 
-    def leave_all(self) -> None:
-        """From now on it collects nothing."""
-        self.simple = _NOTHING
+    def ask_all(self) -> None:
+        """From now on every hook asks all open captures, and nothing is noted before."""
+        with _lock:
+            self.simple = _NOTHING
+
+    def has_begun(self) -> None:
+        """The first of its values has come: with the others there is less to be done, if nobody else is to be asked."""
+        with _lock:
+            if self.simple is self.owner.simple:
+                self.simple = self.owner.simple_later
+
+    def forget(self) -> None:
+        """It keeps nothing from now on, whatever a context that was copied while it ran still brings."""
+        self.ask_all()
+        self.raw = _NOWHERE
         if self.gathered is not None:
-            self.raw = []
+            self.gathered = {}
 
 
 open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
@@ -144,7 +157,7 @@ class Session:
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
         for forward in (*self.forwards, *self.frames):
-            forward.leave_all()
+            forward.forget()
         self.raw.clear()
         self.entries = []
         self.forwards = []
@@ -184,6 +197,7 @@ class Session:
         if forward is None or forward.done:
             return None
         forward.done = True
+        forward.ask_all()
         self.frames.pop(forward, None)
         if above is None:
             running.set(forward.outer)
@@ -192,6 +206,7 @@ class Session:
         return forward
 
     def drop(self, forward: Forward) -> None:
+        forward.forget()
         self.frames.pop(forward, None)
         if forward.gathered is None:
             self.settle_raw()
@@ -202,7 +217,7 @@ class Session:
         """Makes entries of what came since, in its order."""
         if not self.raw:
             return
-        with _settling:
+        with _lock:
             if not self.fired:  # it came in the moment of closing
                 self.raw.clear()
             while self.raw:
@@ -215,7 +230,7 @@ class Session:
         """The nearest running sub-model that gathers declared outputs."""
         forward = running.get()
         while forward is not None:
-            if forward.session is self and forward.gathered is not None:
+            if forward.session is self and forward.gathered is not None and not forward.done:
                 return forward
             forward = forward.outer
         return None
