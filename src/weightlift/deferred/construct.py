@@ -19,6 +19,7 @@ from weightlift.deferred.functions import Answer, FunctionRecorder
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
+from weightlift.forked import settle
 
 _GARBAGE_BYTES = 16 << 20
 
@@ -74,6 +75,7 @@ def construct(
     Values that live outside the module's parameters and buffers (tables in lists or caches) are computed before this
     returns. Raises what ``build`` raises, and TypeError when it does not return a module.
     """
+    settle()
     # A module that is built under inference mode could not be used outside of it; a load's result can.
     with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:

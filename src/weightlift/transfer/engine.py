@@ -14,6 +14,7 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.checkpoint.integrity import Digest
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
+from weightlift.forked import settle
 from weightlift.transfer import chunks, headroom
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.execute import Executor, Target, Work
@@ -61,6 +62,7 @@ def run(
         KeyboardInterrupt: at once, after the pieces under way.
     """
     assert workers >= 1, workers
+    settle()
     source = source or FileSource()
     load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
