@@ -2,8 +2,8 @@
 
 In a process whose number of threads was set (`torch.set_num_threads`), every new thread asks torch for its pool when it
 first runs something parallel. The first to ask in a forked child replaces the parent's pool, and whoever asks meanwhile
-finds none: ``Invalid thread pool!`` (torch 2.13: 99 of 100 children with four threads, 64 set). torch's own repair, a call of
-``get_num_threads`` in every child, does nothing where the forking thread itself has asked before.
+finds none: ``Invalid thread pool!`` (torch 2.13: 99 of 100 children with four threads, 64 set). torch's own repair, a
+call of ``get_num_threads`` in every child, does nothing where the forking thread itself has asked before.
 """
 
 from __future__ import annotations
