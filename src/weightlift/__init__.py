@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from weightlift.integrations import from_pretrained, from_single_file, install, uninstall
     from weightlift.plan.report import LoadReport
     from weightlift.transfer.mapped import mapped_files
+    from weightlift.transfer.reuse import empty_cache
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "capture",
     "current_load",
     "defer",
+    "empty_cache",
     "from_pretrained",
     "from_single_file",
     "install",
@@ -105,6 +107,7 @@ _HOMES = {
     "capture": "weightlift.capture",
     "current_load": "weightlift.deferred.construct",
     "defer": "weightlift.api",
+    "empty_cache": "weightlift.transfer.reuse",
     "from_pretrained": "weightlift.integrations",
     "from_single_file": "weightlift.integrations",
     "install": "weightlift.integrations",

@@ -20,9 +20,9 @@ import torch
 from weightlift import dtypes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.strides import row_major
+from weightlift.transfer.reuse import take
 
 _LINUX = sys.platform == "linux"
-_HUGE_PAGE_BYTES = 2 << 20
 _HUGE_FROM_BYTES = 4 << 20
 _MAP_NORESERVE = 0x4000
 _LARGEST_ELEMENT_BYTES = 16
@@ -109,27 +109,13 @@ def _map(fd: int, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous, uninitialised CPU tensor; big ones on huge pages where the system has them."""
+    """A contiguous, uninitialised CPU tensor; big ones on huge pages where the system has them (`reuse`)."""
     nbytes = prod(shape) * dtype.itemsize
-    if _LINUX and nbytes >= _HUGE_FROM_BYTES:
-        flat = _on_huge_pages(nbytes)
-        if flat is not None:
-            return flat.view(dtype).view(tuple(shape))
+    if nbytes >= _HUGE_FROM_BYTES:
+        memory = take(nbytes)
+        if memory is not None:
+            return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-
-
-def _on_huge_pages(nbytes: int) -> torch.Tensor | None:
-    """``nbytes`` that begin on a huge page. Only whole huge pages are asked for, so that none is committed in vain."""
-    advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
-        return None
-    try:
-        block = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        offset = -_address(block) % _HUGE_PAGE_BYTES
-        block.madvise(advice, offset, nbytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
-    except (OSError, ValueError):  # no more mappings, or a kernel without huge pages: plain memory does
-        return None
-    return torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
 def _address(block: mmap.mmap | ctypes.Array[ctypes.c_char]) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transfer_helpers import CPU, FaultySource, Saved, load, same
 
+import weightlift as wl
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged
 from weightlift.transfer import mapped
@@ -138,7 +139,7 @@ def test_many_files(tmp_path):
 
 
 @linux
-def test_big_destinations_lie_on_huge_pages_and_are_given_back(saved):
+def test_big_destinations_lie_on_huge_pages_and_can_be_given_back(saved):
     value = saved.load(copy=True)["large.a"]
     address = value.data_ptr()
     assert address % (2 << 20) == 0
@@ -152,6 +153,7 @@ def test_big_destinations_lie_on_huge_pages_and_are_given_back(saved):
     value.add_(1)
     del value
     gc.collect()
+    assert wl.empty_cache() >= 4 << 20
     assert not mapped()
 
 
