@@ -65,7 +65,10 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
 
 
 class _Matching:
-    """One matching of a subject's names with a checkpoint's."""
+    """One matching of a subject's names with a checkpoint's.
+
+    What it makes for later must not refer to it: a cycle would keep the module until the next collection.
+    """
 
     def __init__(self, subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self._subject, self._checkpoint, self._options = subject, checkpoint, options
@@ -76,9 +79,10 @@ class _Matching:
         metadata = checkpoint.state_dict_metadata
         if mapping is not None and metadata is not None:
             metadata = metadata_of(metadata, renamed(checkpoint, mapping))
+        offers = self._offers
         self._state = State(
-            tensors={name: (offer.entry.shape, offer.entry.dtype) for name, offer in self._offers.items()},
-            read=lambda name: checkpoint.read(self._offers[name].key),
+            tensors={name: (offer.entry.shape, offer.entry.dtype) for name, offer in offers.items()},
+            read=lambda name: checkpoint.read(offers[name].key),
             extras=Extras({name: self._other(key) for name, key in self._others.items()}),
             metadata=metadata,
         )
@@ -143,11 +147,12 @@ class _Matching:
         )
 
     def _other(self, key: str) -> Callable[[], Any]:
-        return lambda: self._checkpoint.extras[key]
+        extras = self._checkpoint.extras
+        return lambda: extras[key]
 
     def _tensor(self, key: str) -> Callable[[], Any]:
-        given = self._checkpoint.tensors
-        return lambda: given[key] if key in given else self._checkpoint.read(key)
+        given, read = self._checkpoint.tensors, self._checkpoint.read
+        return lambda: given[key] if key in given else read(key)
 
     # -- with hooks ---------------------------------------------------------------------------------------------------
 
@@ -183,16 +188,8 @@ class _Matching:
 
     def _extra(self, value: Any) -> Callable[[], Any]:
         """A maker of extra state in which nothing is left to be read."""
-        return lambda: self._filled(value)
-
-    def _filled(self, value: Any) -> Any:
-        if isinstance(value, Offered):
-            return self._tensor(self._offers[value.name].key)().reshape(value.shape)
-        if type(value) is dict:
-            return {name: self._filled(item) for name, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._filled(item) for item in value)
-        return value
+        makers = {name: self._tensor(self._offers[name].key) for name in _offered_in(value)}
+        return lambda: _filled(value, makers)
 
     def _unexpected(self, names: Iterable[tuple[str, str | None]]) -> Iterator[Unexpected]:
         for name, before in names:
@@ -201,6 +198,24 @@ class _Matching:
                 yield Unexpected(offer.key, name, offer.entry)
             else:
                 yield Unexpected(self._others.get(before or name, name), name)
+
+
+def _offered_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Offered):
+        yield value.name
+    elif type(value) in (dict, list, tuple):
+        for item in value.values() if type(value) is dict else value:
+            yield from _offered_in(item)
+
+
+def _filled(value: Any, makers: Mapping[str, Callable[[], Any]]) -> Any:
+    if isinstance(value, Offered):
+        return makers[value.name]().reshape(value.shape)
+    if type(value) is dict:
+        return {name: _filled(item, makers) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, makers) for item in value)
+    return value
 
 
 def _no_tensor(fqn: str, key: str) -> Problem:

@@ -129,6 +129,7 @@ class _Rehearsal:
         self._stand_ins.dissolve()
         self._loads.clear()
         self._give_values_to_what_is_left()
+        self.__dict__.clear()  # its parts know it: a cycle, which would keep the module until the next collection
 
     def _label(self) -> None:
         """What a hook looks at has the value that it would have had anyway."""

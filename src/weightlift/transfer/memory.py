@@ -23,7 +23,7 @@ from weightlift.strides import row_major
 from weightlift.transfer.reuse import take
 
 _LINUX = sys.platform == "linux"
-_HUGE_FROM_BYTES = 4 << 20
+_HUGE_FROM_BYTES = 2 << 20
 _MAP_NORESERVE = 0x4000
 _LARGEST_ELEMENT_BYTES = 16
 

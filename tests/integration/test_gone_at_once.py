@@ -1,0 +1,179 @@
+"""A model is gone, and its memory free, with the last reference to it: no load leaves a cycle for the collector.
+
+A cycle would hold two models where ``model = None; model = load(…)`` asks for one at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import weightlift as wl
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 30,
+}  # fmt: skip
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16)
+        self.head = nn.Linear(8, 20, bias=False)
+        nn.init.orthogonal_(self.head.weight)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("table", torch.arange(8.0) / 3, persistent=False)
+
+
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+class Extra(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.extra: object = 1
+
+    def get_extra_state(self) -> object:
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state["extra"]
+
+
+class HookedExtra(Extra):
+    """Whose extra state goes through a hook."""
+
+    def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    state = {name: value.clone() for name, value in Tied().state_dict().items() if name != "head.weight"}
+    save_file(state, folder / "tied.safetensors")
+    torch.save(state, folder / "tied.pt")
+    torch.save(Hooked().state_dict(), folder / "hooked.pt")
+    torch.save(Extra().state_dict(), folder / "extra.pt")
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "llama")
+    MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(folder / "mixtral")
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "pipeline")
+    return folder
+
+
+def existing(folder: Path) -> nn.Module:
+    model = Tied()
+    wl.load(model, folder / "tied.safetensors")
+    return model
+
+
+def refused(folder: Path) -> nn.Module:
+    model = Tied()
+    with pytest.raises(wl.PlanError):
+        wl.load(model, {"unknown": torch.zeros(1)})
+    return model
+
+
+def captured(folder: Path) -> nn.Module:
+    model = wl.load(Tied, folder / "tied.safetensors")
+    with wl.capture(model, hidden="layer"):
+        model.layer(torch.zeros(3, 8))
+    return model
+
+
+def installed(folder: Path) -> nn.Module:
+    wl.install()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder / "llama")
+    finally:
+        wl.uninstall()
+
+
+WAYS: dict[str, Callable[[Path], Any]] = {
+    "mapped": lambda folder: wl.load(Tied, folder / "tied.safetensors"),
+    "copied": lambda folder: wl.load(Tied, folder / "tied.safetensors", copy=True),
+    "cast": lambda folder: wl.load(Tied, folder / "tied.safetensors", dtype=torch.float64),
+    "pickled": lambda folder: wl.load(Tied, folder / "tied.pt"),
+    "a mapping": lambda folder: wl.load(Tied, Tied().state_dict()),
+    "missing": lambda folder: wl.load(Tied, {}, strict=False, seed=1),
+    "unexpected": lambda folder: wl.load(Tied, {**Tied().state_dict(), "more": torch.zeros(1)}, strict=False),
+    "renamed": lambda folder: wl.load(Tied, folder / "tied.safetensors", key_mapping={r"^head\.": "head."}),
+    "traced": lambda folder: wl.load(Tied, folder / "tied.safetensors", trace=folder / "trace.html"),
+    "planned": lambda folder: wl.plan(Tied, folder / "tied.safetensors").execute(),
+    "deferred": lambda folder: wl.defer(Tied).load(folder / "tied.safetensors"),
+    "materialized": lambda folder: wl.defer(Tied).materialize(),
+    "hooked": lambda folder: wl.load(Hooked, folder / "hooked.pt"),
+    "extra state": lambda folder: wl.load(Extra, folder / "extra.pt"),
+    "hooked extra state": lambda folder: wl.load(HookedExtra, folder / "extra.pt"),
+    "existing": existing,
+    "refused": refused,
+    "captured": captured,
+    "transformers": lambda folder: wl.from_pretrained(AutoModelForCausalLM, folder / "llama"),
+    "transformers, cast": lambda folder: wl.from_pretrained(LlamaForCausalLM, folder / "llama", dtype=torch.bfloat16),
+    "transformers, a new head": lambda folder: wl.from_pretrained(AutoModelForSequenceClassification, folder / "llama"),
+    "transformers, experts": lambda folder: wl.from_pretrained(AutoModelForCausalLM, folder / "mixtral"),
+    "transformers, installed": installed,
+    "diffusers": lambda folder: wl.from_pretrained(UNet2DModel, folder / "pipeline", subfolder="unet"),
+    "a pipeline": lambda folder: wl.from_pretrained(DiffusionPipeline, folder / "pipeline").unet,
+}
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gone_with_the_last_reference(way: str, files: Path, no_collector: None) -> None:
+    WAYS[way](files)  # what is done once in a process
+    gc.collect()
+    model = WAYS[way](files)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
+
+
+def test_nothing_is_left_of_a_load_that_failed(files: Path, no_collector: None) -> None:
+    built: list[weakref.ref[nn.Module]] = []
+
+    def build() -> nn.Module:
+        model = Tied()
+        built.append(weakref.ref(model))
+        return model
+
+    for source in ({}, {"unknown": torch.zeros(1)}, files / "hooked.pt"):
+        with pytest.raises(wl.PlanError):
+            wl.load(build, source)
+    assert [gone() for gone in built] == [None, None, None]
