@@ -13,6 +13,8 @@ from tests.parity.compare import FellBack, both, differences
 from torch import nn
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+import weightlift as wl
+
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -114,3 +116,24 @@ def test_of_a_copied_configuration_the_dtype_is_not_known(tmp_path: Path) -> Non
     folder = _saved(Pair(PairConfig()), tmp_path, copies=True)
     with pytest.raises(FellBack, match="a configuration that its constructor made"):
         both(Pair, folder)
+
+
+class Named(PreTrainedModel):
+    """As Transformers has it, its part is in this dtype and the process's default is while it is made."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.part = AutoModel.from_config(BertConfig(**SMALL), dtype=torch.bfloat16)
+        self.after = nn.Linear(4, 4)
+        self.post_init()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_constructor_that_names_a_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    Named(BertConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(FellBack, match=r"makes in torch\.bfloat16"):
+        both(Named, tmp_path, dtype=dtype)
+    ours = wl.from_pretrained(Named, tmp_path, dtype=dtype)
+    assert ours.part.dtype == torch.bfloat16 and ours.after.weight.dtype == dtype

@@ -59,6 +59,7 @@ class _Dtypes:
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         known = [item for item in _configs(config, set()) if "dtype" in item.__dict__]
         self._dtype = dtype
+        self._process = torch.get_default_dtype()
         self._known = {id(item): item for item in known}
         self._kinds = tuple({type(item) for item in known})
         self._dtypes = {id(item): item.__dict__.pop("dtype") for item in known}
@@ -92,6 +93,7 @@ class _Dtypes:
         makers = []
         while frame is not None:
             if frame.f_code is _MAKES_SUB_MODEL:
+                self._refuse_set(frame.f_locals.get("dtype"))
                 makers.append(frame.f_locals["config"])
             frame = frame.f_back
         makers.reverse()
@@ -100,6 +102,12 @@ class _Dtypes:
                 self._made.append(config)
                 self._pass_on(config)
         return makers
+
+    def _refuse_set(self, dtype: torch.dtype | None) -> None:
+        """Raise NotNative for a sub-model that sets the process's default dtype, though its configuration has none: the
+        constructor names one. What changes nothing may pass."""
+        if dtype is not None and (self._mixed or not dtype == self._dtype == self._process):
+            raise NotNative(f"a sub-model that its constructor makes in {dtype}", "Transformers sets it as the default")
 
     def _pass_on(self, config: Any) -> None:
         """Making a sub-model from a configuration gives the configuration's dtype to its parts."""
