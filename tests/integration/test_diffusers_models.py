@@ -272,3 +272,8 @@ def test_install_and_uninstall(vae: Path) -> None:
     finally:
         wl.uninstall()
     assert [owner.__dict__[name] for owner, name in methods] == before and sys.meta_path == finders
+
+
+def test_the_folder_by_its_name_in_diffusers(vae: Path) -> None:
+    assert wl.mapped_files(wl.from_pretrained(AutoencoderKL, pretrained_model_name_or_path=vae))
+    assert wl.mapped_files(wl.from_pretrained(AutoModel, pretrained_model_or_path=str(vae)))

@@ -85,3 +85,9 @@ def test_adapters_by_name_and_from_threads(adapter: Path) -> None:
     after["rng"] = before["rng"]  # peft draws what it then overwrites
     assert audit.differences(before, after) == []
     assert audit.differences(attributes, audit.attributes()) == []
+
+
+def test_the_folder_by_its_name_in_transformers(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    for cls in (LlamaForCausalLM, AutoModelForCausalLM):
+        assert wl.mapped_files(wl.from_pretrained(cls, pretrained_model_name_or_path=base))

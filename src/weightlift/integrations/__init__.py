@@ -9,13 +9,21 @@ from weightlift.integrations.drop_in import install, uninstall
 
 __all__ = ["from_pretrained", "from_single_file", "install", "uninstall"]
 
+_FIRST = (
+    "pretrained_model_name_or_path",
+    "pretrained_model_or_path",
+    "pretrained_model_link_or_path_or_dict",
+    "pretrained_model_link_or_path",
+)
+
 
 def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
     """``cls.from_pretrained(name, *args, **kwargs)``: the same model, from any number of threads at once.
 
     ``cls`` is a model class of Transformers (``LlamaForCausalLM``) or of Diffusers (``UNet2DConditionModel``), a
     pipeline class (``DiffusionPipeline``), or an Auto class of either; everything else is as it takes it: ``dtype``,
-    ``device_map``, ``config``, ``output_loading_info``, ``variant`` and the rest. A pipeline also takes ``dduf_file``.
+    ``device_map``, ``config``, ``output_loading_info``, ``variant`` and the rest; so is the name of ``name`` itself. A
+    pipeline also takes ``dduf_file``.
     What is not loaded natively is loaded by the library's own code, alone in the process (docs/transformers.md and
     docs/diffusers.md have the lists).
 
@@ -25,6 +33,7 @@ def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> An
     Thread-safe: no state of the process is written, unless the load is one of those that are not native; then it waits
     for the loads that run, and others wait for it.
     """
+    name = _first(name, kwargs)
     if "transformers" in sys.modules:
         from weightlift.integrations import transformers_classes
 
@@ -43,16 +52,24 @@ def from_single_file(cls: Any, file: Any = None, **kwargs: Any) -> Any:
     threads at once.
 
     ``file`` is a path or a link to a checkpoint in its publisher's layout, or for a model a state dict, which stays as
-    it is. The rest is as Diffusers takes it: ``config``, ``original_config``, ``subfolder``, ``torch_dtype``. What the
-    class's conversion makes of the tensors is planned from the file's header; each byte then goes to its place.
+    it is; it may be given by the name that it has there. The rest is as Diffusers takes it: ``config``,
+    ``original_config``, ``subfolder``, ``torch_dtype``. What the class's conversion makes of the tensors is planned
+    from the file's header; each byte then goes to its place.
 
     Raises what Diffusers raises; `PlanError` before anything is read when shapes differ or weights are missing, which
     Diffusers would leave on ``meta``; `CheckpointError` for files that break their format; TypeError for another class.
     Thread-safe as `from_pretrained` is.
     """
+    file = _first(file, kwargs)
     if "diffusers" in sys.modules:
         from weightlift.integrations import diffusers_classes
 
         if diffusers_classes.handles(cls):
             return diffusers_classes.from_single_file(cls, file, kwargs)
     raise TypeError(f"expected a model or pipeline class of Diffusers, found {cls!r}")
+
+
+def _first(given: Any, kwargs: dict[str, Any]) -> Any:
+    """The first argument of theirs, taken out of ``kwargs`` where it is given by the name that it has there."""
+    names = [name for name in _FIRST if name in kwargs]
+    return kwargs.pop(names[0]) if given is None and names else given
