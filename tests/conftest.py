@@ -21,3 +21,13 @@ def quiet() -> Iterator[None]:
         yield
     for logger, level in zip(loggers, levels):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def no_bars() -> Iterator[None]:
+    """Diffusers shows no progress bars."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    yield
+    diffusers.utils.logging.enable_progress_bar()

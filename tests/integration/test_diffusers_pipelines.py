@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,13 @@ from weightlift.integrations import diffusers_pipeline
 from weightlift.integrations.exclusive import LOADING
 from weightlift.transfer import share
 
+pytestmark = pytest.mark.usefixtures("no_bars")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pipelines")
     return {name: tiny.save(name, folder) for name in tiny.PIPELINES}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.enable_progress_bar()
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -1,11 +1,9 @@
-"""Single files of Diffusers: options, errors and pipelines mean what they mean there, and every load is native."""
+"""Single files of Diffusers' models: options and errors mean what they mean there, and every load is native."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,21 @@ import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, FluxPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_model import SingleFileComponentError
 from safetensors.torch import load_file, save_file
-from tests.parity import diffusers_pipelines, single_file_pipelines, single_files
+from tests.parity import diffusers_pipelines, single_files
 from tests.parity.compare import FellBack, native_only
-from tests.parity.diffusers_compare import differences, pipeline_differences
+from tests.parity.diffusers_compare import differences
 from tests.parity.test_every_single_file import both
 
 import weightlift as wl
-from weightlift.integrations import diffusers_single_pipeline
 from weightlift.integrations.diffusers_single_file import ORIGINAL
 from weightlift.integrations.lazy import Lazy, lazy_state_dict, offered
 
 NAME = "UNet2DConditionModel"
-PIPELINE_ORIGINAL = diffusers_single_pipeline.ORIGINAL
+
+pytestmark = pytest.mark.usefixtures("no_bars")
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +33,6 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("unet")
     layout = single_files.LAYOUTS[NAME]
     return single_files.save(single_files.model(NAME, layout), NAME, folder, layout), folder / "configuration"
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    folder = tmp_path_factory.mktemp("pipelines")
-    return {name: single_file_pipelines.save(name, folder) for name in single_file_pipelines.PIPELINES}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.enable_progress_bar()
-
-
-# -- models -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [
@@ -114,6 +96,47 @@ def test_an_original_configuration(tmp_path: Path) -> None:
     assert differences(ours, theirs) == []
 
 
+def test_statistics_that_an_original_configuration_takes_out_of_the_file_are_read(tmp_path: Path) -> None:
+    layout = single_files.LAYOUTS["AutoencoderKL"]
+    state = load_file(single_files.save(single_files.model("AutoencoderKL", layout), "AutoencoderKL", tmp_path, layout))
+    state |= {"edm_mean": torch.randn(4), "edm_std": torch.rand(4)}
+    save_file(state, tmp_path / "playground.safetensors")
+    sizes = {"ch": 32, "ch_mult": [1, 2], "in_channels": 3, "out_ch": 3, "z_channels": 4, "num_res_blocks": 1}
+    written = {"model": {"params": {"first_stage_config": {"params": {"ddconfig": sizes}}}}}
+    ours, theirs = both(AutoencoderKL, str(tmp_path / "playground.safetensors"), original_config=written)
+    for name, key in (("latents_mean", "edm_mean"), ("latents_std", "edm_std")):
+        assert type(ours.config[name]) is type(theirs.config[name]) is torch.Tensor
+        assert ours.config[name].tolist() == state[key].tolist()
+
+
+def test_a_given_state_dict_stays_as_it_is_when_its_conversion_fails(tmp_path: Path) -> None:
+    name = "SD3Transformer2DModel"
+    made = single_files.model(name, single_files.LAYOUTS[name])
+    made.save_config(tmp_path)
+    state = single_files.original(made, name, single_files.LAYOUTS[name])
+    state["final_layer.adaLN_modulation.1.weight"] = torch.tensor(1.0)
+    before = list(state)
+    with pytest.raises(RuntimeError, match="at least a 1-dimensional tensor"):
+        wl.from_single_file(SD3Transformer2DModel, state, config=str(tmp_path))
+    assert list(state) == before
+
+
+def test_a_state_dict_of_tensors_that_are_not_row_major(unet: tuple[Path, Path]) -> None:
+    given = load_file(unet[0])
+    state = {key: value.t().contiguous().t() if value.dim() == 2 else value for key, value in given.items()}
+    ours, theirs = both(UNet2DConditionModel, state, config=str(unet[1]))
+    assert differences(ours, theirs) == []
+
+
+@pytest.mark.parametrize("name", ["pretrained_model_link_or_path_or_dict", "pretrained_model_link_or_path"])
+def test_the_file_by_its_name_in_diffusers(name: str, unet: tuple[Path, Path]) -> None:
+    with native_only():
+        found = wl.from_single_file(UNet2DConditionModel, config=str(unet[1]), **{name: str(unet[0])})
+    assert list(wl.mapped_files(found)) == [unet[0]]
+    with pytest.raises(TypeError, match="multiple values"):
+        wl.from_single_file(UNet2DConditionModel, "a", pretrained_model_link_or_path_or_dict="b")
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_read(unet: tuple[Path, Path], tmp_path: Path) -> None:
     state = load_file(unet[0])
     first = next(key for key in state if key.endswith("0.in_layers.2.weight"))
@@ -125,6 +148,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(unet: tuple[Path, 
     with pytest.raises(ValueError, match="the shapes differ") as misfit:
         wl.from_single_file(UNet2DConditionModel, str(tmp_path / "shape.safetensors"), config=str(unet[1]))
     assert isinstance(misfit.value, wl.PlanError) and "ignore_mismatched" not in str(misfit.value)
+    save_file({**state, first.replace("weight", "bias"): torch.zeros(3)}, tmp_path / "several.safetensors")
+    with pytest.raises(ValueError, match="the shapes differ") as several:
+        wl.from_single_file(UNet2DConditionModel, str(tmp_path / "several.safetensors"), config=str(unet[1]))
+    assert isinstance(several.value, wl.PlanError) and len(several.value.problems) == 2
     with pytest.raises(NotImplementedError):
         ORIGINAL.__func__(UNet2DConditionModel, str(tmp_path / "lacks.safetensors"), config=str(unet[1]))
     with pytest.raises(NotImplementedError, match="lacks it") as lacking:
@@ -192,64 +219,15 @@ def test_a_class_with_a_method_of_its_own(unet: tuple[Path, Path]) -> None:
         wl.from_single_file(Mine, str(unet[0]), config=str(unet[1]))
 
 
-def test_the_drop_in_loads_them_too(unet: tuple[Path, Path], pipelines: dict[str, tuple[Path, Path]]) -> None:
+def test_the_drop_in_loads_them_too(unet: tuple[Path, Path]) -> None:
     theirs = ORIGINAL.__func__(UNet2DConditionModel, str(unet[0]), config=str(unet[1]))
-    file, configuration = pipelines["StableDiffusionXLPipeline"]
     wl.install()
     try:
         with native_only():
             ours = UNet2DConditionModel.from_single_file(str(unet[0]), config=str(unet[1]))
-            diffusers.StableDiffusionXLPipeline.from_single_file(str(file), config=str(configuration))
     finally:
         wl.uninstall()
     assert differences(ours, theirs) == []
-
-
-# -- pipelines --------------------------------------------------------------------------------------------------------
-
-
-def _both_pipelines(name: str, file: Path, configuration: Path, **options: Any) -> tuple[Any, Any]:
-    cls = getattr(diffusers, name)
-    if cls is FluxPipeline:  # its text encoders are not in the file
-        given = diffusers_pipelines.flux(configuration.parent / f"words-{len(list(configuration.parent.iterdir()))}")
-        options |= {"text_encoder": given.text_encoder, "text_encoder_2": given.text_encoder_2}
-    theirs = PIPELINE_ORIGINAL.__func__(cls, str(file), config=str(configuration), **options)
-    with native_only():
-        ours = wl.from_single_file(cls, str(file), config=str(configuration), **options)
-    return ours, theirs
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", single_file_pipelines.PIPELINES)
-def test_the_same_pipeline(name: str, dtype: torch.dtype | None, pipelines: dict[str, tuple[Path, Path]]) -> None:
-    ours, theirs = _both_pipelines(name, *pipelines[name], torch_dtype=dtype)
-    found = pipeline_differences(ours, theirs)
-    if name == "StableDiffusion3Pipeline":  # Diffusers gives each name of a tied tensor one of its own
-        found = [item for item in found if not item.startswith("text_encoder_3: ties")]
-        assert ours.text_encoder_3.shared.weight is ours.text_encoder_3.encoder.embed_tokens.weight
-    assert found == []
-    if dtype is None:
-        models = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
-        mapped = [list(wl.mapped_files(part)) for part in models]
-        assert mapped.count([pipelines[name][0]]) == len(models) - 2 * (name == "FluxPipeline")
-
-
-def test_passed_components_and_others_left_out(pipelines: dict[str, tuple[Path, Path]]) -> None:
-    vae = diffusers_pipelines.vae()
-    ours, theirs = _both_pipelines("StableDiffusionPipeline", *pipelines["StableDiffusionPipeline"], vae=vae)
-    assert ours.vae is theirs.vae is vae and ours.safety_checker is None
-    assert pipeline_differences(ours, theirs) == []
-
-
-def test_a_component_that_the_file_lacks(pipelines: dict[str, tuple[Path, Path]]) -> None:
-    file, configuration = pipelines["FluxPipeline"]
-    told = []
-    for load in (wl.from_single_file, PIPELINE_ORIGINAL.__func__):
-        with pytest.raises(SingleFileComponentError) as error:
-            load(FluxPipeline, str(file), config=str(configuration))
-        told.append(str(error.value))
-    assert told[0] == told[1]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
 
 
 # -- lazy tensors -----------------------------------------------------------------------------------------------------

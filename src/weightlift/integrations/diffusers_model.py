@@ -252,15 +252,15 @@ class Filling:
             for name, offer in self._offers.items()
             if offer.entry.shape != tuple(self._state[name].shape)
         ]
-        if mismatched:
-            raise DoesNotFit(self._refusal(), mismatched)
         provided = {id(self._state[name]) for name in self._offers}
         lacking = [
             Problem("the checkpoint lacks it", fqn=name)
             for name, tensor in self._state.items()
-            if id(tensor) not in provided and isinstance(tensor, torch.nn.Parameter)
+            if whole and id(tensor) not in provided and isinstance(tensor, torch.nn.Parameter)
         ]
-        if whole and lacking:
+        if mismatched:
+            raise DoesNotFit(self._refusal(), mismatched + lacking)
+        if lacking:
             raise Lacking(self._refusal(), lacking)
         self._carry_out()
 

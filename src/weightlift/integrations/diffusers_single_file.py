@@ -16,6 +16,7 @@ from typing import Any
 from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from huggingface_hub.utils._validators import validate_hf_hub_args
+from torch.utils._pytree import tree_map
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
@@ -25,7 +26,7 @@ from weightlift.integrations.diffusers_model import Filling, Offered, StandIn, W
 from weightlift.integrations.diffusers_options import Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
-from weightlift.integrations.lazy import lazy_state_dict, offered, source_of
+from weightlift.integrations.lazy import Lazy, lazy_state_dict, offered, source_of
 from weightlift.integrations.room import in_room
 
 ORIGINAL: Any = original(FromOriginalModelMixin, "from_single_file")
@@ -38,11 +39,21 @@ def load_model(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kw
     in the process. A state dict that is given stays as it is."""
     given = pretrained_model_link_or_path_or_dict
 
-    def native() -> Any:
-        refuse(kwargs)
-        return _SingleFile(cls, kwargs).load(dict(given) if isinstance(given, dict) else given)
+    def alone() -> Any:
+        return ORIGINAL.__func__(cls, _copied(given), **kwargs)
 
-    return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, given, **kwargs))
+    return native_or_alone(cls, lambda: load_natively(cls, given, **kwargs), alone)
+
+
+def load_natively(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+    """``cls.from_single_file(…)`` of a model class, or `NotNative`. The caller holds the lock with other readers."""
+    refuse(kwargs)
+    return _SingleFile(cls, kwargs).load(_copied(pretrained_model_link_or_path_or_dict))
+
+
+def _copied(given: Any) -> Any:
+    """A state dict of its own for conversions, which take what they use out of it; a path as it is."""
+    return dict(given) if isinstance(given, dict) else given
 
 
 class _SingleFile:
@@ -150,11 +161,23 @@ def _lazy(file: str | os.PathLike[str], disable_mmap: bool = False) -> dict[str,
 
 
 def _guarded(classes: Mapping[str, Any]) -> dict[str, Any]:
-    """The conversions of each class; one that lazy tensors don't carry is not native."""
+    """The conversions of each class. One that lazy tensors don't carry is not native; configurations get values."""
+    guards = {"checkpoint_mapping_fn": _careful, "config_mapping_fn": _read_whole}
     return {
-        name: {**functions, "checkpoint_mapping_fn": _careful(functions["checkpoint_mapping_fn"])}
+        name: {key: guards.get(key, lambda it: it)(value) for key, value in functions.items()}
         for name, functions in classes.items()
     }
+
+
+def _read_whole(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """A conversion of configurations. What it takes out of the file (statistics of latents) stays with the model."""
+
+    @functools.wraps(convert)
+    def with_values(*args: Any, **kwargs: Any) -> Any:
+        made = convert(*args, **kwargs)
+        return tree_map(lambda item: item.values() if isinstance(item, Lazy) else item, made)
+
+    return with_values
 
 
 def _careful(convert: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,10 +25,10 @@ from weightlift.integrations.diffusers_model import Wanted
 from weightlift.integrations.diffusers_options import refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.diffusers_pipeline import Loader, Loading
-from weightlift.integrations.diffusers_single_file import fill, lazy_checkpoint, load_model
+from weightlift.integrations.diffusers_single_file import fill, lazy_checkpoint, load_natively
 from weightlift.integrations.exclusive import native_or_alone
 from weightlift.integrations.lazy import Lazy, source_of
-from weightlift.integrations.room import Delegate, in_room
+from weightlift.integrations.room import Delegate, Handle, in_room
 
 ORIGINAL: Any = original(FromSingleFileMixin, "from_single_file")
 """Diffusers' own ``from_single_file`` of pipelines, whether or not `weightlift.install` has replaced it."""
@@ -66,6 +66,7 @@ class SingleFileLoading(Loading):
             "logging": Delegate(single_file.logging, tqdm=self._twice),
             "load_single_file_checkpoint": lazy_checkpoint,
             "load_single_file_sub_model": self._load_sub_model,
+            "_legacy_load_safety_checker": self._safety_checker,
         }
         return in_room(ORIGINAL, names)
 
@@ -90,7 +91,7 @@ class SingleFileLoading(Loading):
 
         def attribute(owner: Any, name: str, *default: Any) -> Any:
             if name == "from_single_file" and isinstance(owner, type) and issubclass(owner, FromOriginalModelMixin):
-                return partial(load_model, owner)
+                return partial(load_natively, owner)  # or the whole pipeline is left to Diffusers: it reads the file
             if name == "from_pretrained" and (ours := self._loader(owner)) is not None:
                 return ours
             return builtins.getattr(owner, name, *default)
@@ -103,6 +104,7 @@ class SingleFileLoading(Loading):
             "create_diffusers_t5_model_from_checkpoint": partial(
                 self._text_encoder, single_file_utils.create_diffusers_t5_model_from_checkpoint
             ),
+            "_legacy_load_scheduler": _scheduler,
         }
         mine = {**options, "checkpoint": dict(options["checkpoint"])}  # conversions take what they use out of it
         return in_room(single_file.load_single_file_sub_model, names)(**mine)
@@ -116,6 +118,21 @@ class SingleFileLoading(Loading):
             "load_model_dict_into_meta": stand_in.fill,
         }
         return in_room(create, names)(stand_in, *args, **kwargs)
+
+    def _safety_checker(self, *args: Any, **kwargs: Any) -> Any:
+        """Diffusers' ``_legacy_load_safety_checker``, with our loading for the model in it."""
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+        load = self._loader(StableDiffusionSafetyChecker)
+        assert load is not None
+        ours = {"StableDiffusionSafetyChecker": Handle(StableDiffusionSafetyChecker, load)}
+        return in_room(single_file_utils._legacy_load_safety_checker, {}, imports=ours)(*args, **kwargs)
+
+
+def _scheduler(*args: Any, **kwargs: Any) -> Any:
+    """Diffusers' ``_legacy_load_scheduler``, which writes what it is asked for into a dictionary of its module."""
+    mine = {"SCHEDULER_DEFAULT_CONFIG": dict(single_file_utils.SCHEDULER_DEFAULT_CONFIG)}
+    return in_room(single_file_utils._legacy_load_scheduler, mine)(*args, **kwargs)
 
 
 class TextStandIn:

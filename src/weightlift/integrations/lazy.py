@@ -95,20 +95,23 @@ def offered(
     Raises `NotNative` for what is no tensor, and `CheckpointError` for tensors without plain values.
     """
     offers: dict[str, Offer] = {}
-    computed: dict[str, torch.Tensor] = {}
+    given: dict[str, torch.Tensor] = {}
     for name, value in state_dict.items():
         if name not in names:
             continue
         if isinstance(value, Lazy):
             offers[name] = value.offer(name)
-            continue
-        if not isinstance(value, torch.Tensor):
+        elif isinstance(value, torch.Tensor):
+            given[name] = value.detach()
+        else:
             raise NotNative(f"a {type(value).__name__} for {name}", "it is no tensor")
+    computed: dict[str, torch.Tensor] = {}
+    if given:
+        read_mapping(given)
+    for name, value in given.items():
         key = f"{name} (in memory)"
-        computed[key] = value.detach()
+        computed[key] = value.contiguous()  # as Diffusers has it, whether the tensor becomes the model's own or not
         offers[name] = Offer(name, key, entry_of(key, computed[key]))
-    if computed:
-        read_mapping(computed)
     return offers, computed
 
 
