@@ -6,23 +6,15 @@ Run by test_pretrained_threads.py in a process of its own:
 
 from __future__ import annotations
 
-import faulthandler
-import logging
-import sys
-import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate  # noqa: F401  (its attributes are watched)
-import torch
 import transformers
-from tests.concurrency import watch
-from tests.parity.compare import differences, native_only
-
-import weightlift as wl
+from tests.concurrency.saved_models import DTYPES, Job, main
+from tests.parity.compare import differences
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def models() -> dict[str, Any]:
@@ -41,49 +33,13 @@ def models() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    folder, thread_count, loads, mode = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    faulthandler.dump_traceback_later(550, exit=True)  # what hangs says where
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(1)
-    jobs = []
+def jobs(folder: Path) -> Iterator[Job]:
+    """Each model in each dtype."""
     for name, model in models().items():
         model.save_pretrained(folder / name)
-        jobs += [
-            (type(model), folder / name, dtype, type(model).from_pretrained(folder / name, dtype=dtype))
-            for dtype in DTYPES
-        ]
-    if mode == "installed":
-        wl.install()
-    for cls, path, dtype, _ in jobs:  # imports and caches of others come to rest
-        load(cls, path, dtype, mode)
-    sys.setswitchinterval(1e-4)
-    wrong: list[str] = []
-    done = [0] * thread_count
-
-    def worker(number: int) -> None:
-        for turn in range(loads):
-            cls, path, dtype, expected = jobs[(7 * number + turn) % len(jobs)]
-            try:
-                model = load(cls, path, dtype, mode)
-                found = [f"{cls.__name__}, {dtype}: {item}" for item in differences(model, expected)]
-            except Exception:
-                found = [traceback.format_exc()[-600:]]
-            wrong.extend(found)
-            done[number] += not found
-
-    with watch.Watched() as watched, native_only():
-        watch.on_threads(thread_count, worker)
-    watch.answer({"right": sum(done), "wrong": wrong[:5], **watched.found})
-
-
-def load(cls: Any, path: Path, dtype: torch.dtype, mode: str) -> Any:
-    """As a program would, with and without the drop-in."""
-    if mode == "installed":
-        return cls.from_pretrained(path, dtype=dtype)
-    return wl.from_pretrained(cls, path, dtype=dtype)
+        for dtype in DTYPES:
+            yield Job(type(model), folder / name, {"dtype": dtype}, differences)
 
 
 if __name__ == "__main__":
-    main()
+    main(jobs, limit_s=550)

@@ -23,10 +23,8 @@ class AroundConfig(PreTrainedConfig):
     part: dict[str, Any] | PreTrainedConfig | None = None
 
 
-class WholeConfig(PreTrainedConfig):
+class WholeConfig(AroundConfig):
     model_type = "test_whole"
-    sub_configs_defaults = {"part": PartConfig}  # noqa: RUF012
-    part: dict[str, Any] | PreTrainedConfig | None = None
 
 
 class Part(PreTrainedModel):
