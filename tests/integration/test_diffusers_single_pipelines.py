@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,21 @@ def test_a_component_that_the_file_lacks(pipelines: dict[str, tuple[Path, Path]]
         told.append(str(error.value))
     assert told[0] == told[1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
+
+
+def test_a_component_that_lies_beside_the_configuration(
+    pipelines: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    file, given = pipelines["StableDiffusionPipeline"]
+    configuration = shutil.copytree(given, tmp_path / "configuration")
+    shutil.rmtree(configuration / "vae")
+    blocks = {"encoder_block_out_channels": (16, 16), "num_encoder_blocks": (1, 1)}
+    blocks |= {name.replace("encoder", "decoder"): value for name, value in blocks.items()}
+    diffusers.AutoencoderTiny(**blocks).save_pretrained(configuration / "vae")
+    index = json.loads((configuration / "model_index.json").read_text())
+    (configuration / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderTiny"]}))
+    ours, theirs = _both("StableDiffusionPipeline", file, configuration, torch_dtype=torch.float16)
+    assert pipeline_differences(ours, theirs) == []
 
 
 def test_the_drop_in_loads_them_too(pipelines: dict[str, tuple[Path, Path]]) -> None:

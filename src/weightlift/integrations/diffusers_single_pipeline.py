@@ -93,7 +93,7 @@ class SingleFileLoading(Loading):
             if name == "from_single_file" and isinstance(owner, type) and issubclass(owner, FromOriginalModelMixin):
                 return partial(load_natively, owner)  # or the whole pipeline is left to Diffusers: it reads the file
             if name == "from_pretrained" and (ours := self._loader(owner)) is not None:
-                return ours
+                return lambda pretrained_model_name_or_path, **given: ours(pretrained_model_name_or_path, **given)
             return builtins.getattr(owner, name, *default)
 
         names = {
