@@ -139,7 +139,8 @@ class FunctionRecorder(TorchFunctionMode):
         """``copy.deepcopy`` of a plain tensor copies its storage below ATen; here the copy is recorded."""
         tensor, memo = args[0], args[1]
         record = self._recorder.record_of(tensor)
-        if record is None or not record.pending or type(tensor) is not _Tensor or not tensor.is_leaf:
+        odd = type(tensor) is not _Tensor or not tensor.is_leaf or tensor.is_conj() or tensor.is_neg()
+        if record is None or not record.pending or odd:
             return self._read(func, args, kwargs)
         if id(tensor) in memo:
             return memo[id(tensor)]

@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """`_append` of ``func(tensor, *values)``, short: initialisers are little else."""
         self._seq += 1
-        if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous():
+        if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous() and not tensor.is_neg():
             record.last = Fill(self._seq, func, record, tensor, values, random)
             return
         ref = TensorRef(record, tensor)

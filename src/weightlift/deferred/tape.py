@@ -88,8 +88,11 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         return torch.frombuffer(self.memory(), dtype=dtype, count=self.nbytes // dtype.itemsize)
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """As `flat`, with the geometry of ``ref``."""
-        return self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
+        """As `flat`, with the geometry of ``ref``, and conjugated or negated where that is."""
+        view = self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
+        if ref.conjugate:
+            view = view.conj()
+        return torch._neg_view(view) if ref.negative else view
 
 
 def new_record(
@@ -118,9 +121,10 @@ def live_readers(record: Record) -> list[Operation]:
 
 
 class TensorRef:
-    """A tensor argument of a recorded call: which storage, and the geometry of the view."""
+    """A tensor argument of a recorded call: which storage, the geometry of the view, and whether it shows the memory's
+    numbers conjugated (``tensor.conj()``) or negated (the ``imag`` of that)."""
 
-    __slots__ = ("dtype", "offset", "record", "size", "stride")
+    __slots__ = ("conjugate", "dtype", "negative", "offset", "record", "size", "stride")
 
     def __init__(self, record: Record, tensor: torch.Tensor) -> None:
         self.record = record
@@ -128,7 +132,8 @@ class TensorRef:
         self.size = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
-
+        self.conjugate = tensor.is_conj()
+        self.negative = tensor.is_neg()
 
     def covers(self) -> bool:
         """True when the view is the whole storage, every byte once, in whatever order."""
@@ -150,7 +155,9 @@ class TensorRef:
         return True
 
     def is_whole(self) -> bool:
-        """True for a row-major view of the whole storage."""
+        """True for a row-major view of the whole storage, as it is."""
+        if self.conjugate or self.negative:
+            return False
         expected = 1
         for extent, step in zip(reversed(self.size), reversed(self.stride)):
             if extent != 1 and step != expected:
