@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.shortcuts import Shortcuts
+from weightlift.deferred.shortcuts import Shortcuts, is_watched
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -183,6 +183,7 @@ class FunctionRecorder(TorchFunctionMode):
             record is not None
             and not record.pinned
             and values["generator"] is None
+            and not is_watched()
             and not self._recorder.sampling_now()
         )
 

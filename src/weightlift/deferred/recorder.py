@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import (
     BIRTHS,
+    DTYPES,
     KINDS,
     Birth,
     Call,
@@ -307,7 +308,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)
         outputs = infer(func, args, kwargs)
-        if outputs is None or any(out.nbytes == 0 for out in outputs):
+        if outputs is None or any(out.nbytes == 0 or out.dtype not in DTYPES for out in outputs):
             return self._now(func, call, args, kwargs)
         if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
             return self._run(func, args, kwargs, tensors)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightlift.deferred.calls import DTYPES
 from weightlift.deferred.recorder import Recorder
 
 _aten = torch.ops.aten
@@ -40,8 +41,15 @@ _LARGE = 1e9
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _dispatch_mode = torch._C._get_dispatch_stack_at
 _function_modes = torch._C._len_torch_function_stack
+_transforming = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing
 
 Handler = Callable[[Any, Any, Any], Any]
+
+
+def is_watched() -> bool:
+    """True where something beside modes has to see a call on its way down: ``torch.func``, ``torch.jit.trace``."""
+    return _transforming() or _tracing()
 
 
 class Shortcuts:
@@ -79,6 +87,7 @@ class Shortcuts:
             or _function_modes() != 0
             or _dispatch_modes() != 1
             or _dispatch_mode(0) is not recorder  # within a nested scope it is another's
+            or is_watched()
         ):
             return None
         numel = 1
@@ -94,6 +103,8 @@ class Shortcuts:
                 dtype = value
         if dtype is None:
             dtype = torch.get_default_dtype() if recorder.default is None else recorder.default.wanted
+        elif dtype not in DTYPES:  # ``dtype=bool`` among them, which torch knows as its own
+            return None
         born: torch.Tensor = recorder.bear(size, numel, dtype, fill, values)
         return born
 
@@ -114,7 +125,11 @@ class Shortcuts:
         for value in values:
             if type(value) not in _NUMBERS:
                 return False
-        return _dispatch_modes() == 1 and self._recorder.record_fill(op, tensor, values, random=random)
+        return (
+            _dispatch_modes() == 1
+            and not is_watched()
+            and self._recorder.record_fill(op, tensor, values, random=random)
+        )
 
     # -- torch.nn.init, which calls a mode with everything by name and runs without autograd --------------------------
 
@@ -153,6 +168,7 @@ class Shortcuts:
             and tensor.dtype in _FLOATING
             and tensor.dim() >= 2
             and _dispatch_modes() == 1
+            and not is_watched()
             and self._recorder.record_fill(func, tensor, (a, mode, nonlinearity), random=True)
         ):
             return tensor
