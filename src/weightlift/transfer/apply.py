@@ -145,8 +145,8 @@ class _Application:
         entry = _one_entry(row)
         device = self._devices[row.device]
         into = self._place(row, slot)
-        if into is not None and entry is None and not into.is_contiguous():
-            into = None
+        if into is not None and (into.is_conj() or into.is_neg() or (entry is None and not into.is_contiguous())):
+            into = None  # its bytes are not the value's, or not together
         in_place = into is not None
         fresh = not in_place or self._home(row, slot.tensor) is not None
         if entry is not None:

@@ -162,3 +162,18 @@ def test_a_trace_has_the_births_and_fills_of_what_it_traces():
     ordinary, deferred = both(body)
     assert_alike(ordinary, deferred)
     assert torch.equal(deferred.made, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("show", [torch.conj, torch._neg_view])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_buffer_that_shows_other_memory_conjugated_or_negated_is_filled(show, existing):
+    def body(module):
+        module.shown = torch.ones(4, dtype=torch.complex64)
+        return show(module.shown)
+
+    ordinary = Built(body)
+    state = {"made": torch.view_as_complex(torch.arange(8.0).view(4, 2))}
+    ordinary.load_state_dict(state)
+    found = wl.load(Built(body) if existing else lambda: Built(body), state)
+    assert torch.equal(found.made, ordinary.made)
+    assert torch.equal(found.shown, ordinary.shown)
