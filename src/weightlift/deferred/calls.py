@@ -61,7 +61,7 @@ def classify(func: Any) -> Call:
         overwrites = name in _OVERWRITING or (schema.overload_name == "out" and name == "aten::eye")
         tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
         alone = tensors == 1 and written == (0,) and len(schema.returns) == 1
-        return Call(Kind.WRITE, random, written, overwrites, alone)
+        return Call(Kind.WRITE, random, written, overwrites, alone, torch.Tag.pointwise in func.tags)
     if not schema.returns or any(not _gives_tensors(result.type) for result in schema.returns):
         return Call(Kind.VALUE, random)
     if name.startswith("aten::quantize_"):  # on torch's ``meta`` device its result is not quantised

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.shortcuts import Shortcuts, is_watched
+from weightlift.deferred.shortcuts import FILLS, Shortcuts, is_watched
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -164,9 +164,11 @@ class FunctionRecorder(TorchFunctionMode):
             return self._fill(func, args, kwargs)
         values = frame.f_locals
         tensor = values["tensor"]
-        if args[0] is tensor:
+        record = self._recorder.record_of(tensor)
+        if args[0] is tensor and record is not None:
             arguments = (values["mean"], values["std"], values["a"], values["b"])
-            self._recorder.record_fill(_TRUNC_NORMAL, tensor, arguments, random=True)
+            self._recorder.trials.make(FILLS[func][0], tensor, args[1:], random=True)  # its own warning was given
+            self._recorder.append_alone(_TRUNC_NORMAL, record, tensor, arguments, True, True)
         return _ACCEPTED
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:

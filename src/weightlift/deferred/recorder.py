@@ -33,6 +33,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
+from weightlift.deferred.refusals import Trials, may_fit
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
@@ -76,6 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seq = 0
         self._sampled_reads = 0
         self._seeding = SeedWatch()
+        self.trials = Trials()
         self._in_use = threading.RLock()
         # The buffer of a dead storage takes its record along, before the address can be used again.
         records = self.records
@@ -119,7 +121,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = KINDS.get(func) or call_of(func)
         kind = call.kind
         if call.alone and not kwargs:
-            if self._record_alone(func, call, args):
+            if self.record_alone(func, args[0], args[1:], random=call.random, overwrites=call.overwrites):
                 return args[0]
             if not call.random and self.record_of(args[0]) is None:
                 return func(*args)  # memory from elsewhere, and nothing to wait for
@@ -172,7 +174,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor, record = self.reserve(span * birth.dtype.itemsize, birth.dtype)
         tensor = tensor.view(size) if stride is None else tensor.as_strided(size, stride)
         if birth.fill is not None:
-            self._append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
+            self.trials.make(birth.fill, tensor, birth.fill_args, random=birth.random)
+            self.append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
         return tensor
 
     def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
@@ -194,6 +197,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor.resize_(size)
             del guard
         if fill is not None:
+            self.trials.make(fill, tensor, values, random=False)
             self._seq += 1
             record.last = Fill(self._seq, fill, record, tensor, values, False)
         return tensor
@@ -220,10 +224,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     record.readers = []
                 record.readers.append(weakref.ref(node))
 
-    def _append_alone(
+    def append_alone(
         self, func: Any, record: Record, tensor: torch.Tensor, values: tuple[Any, ...], overwrites: bool, random: bool
     ) -> None:
-        """`_append` of ``func(tensor, *values)``, short: initialisers are little else."""
+        """`_append` of ``func(tensor, *values)``, short: initialisers are little else. Nothing is looked at."""
         self._seq += 1
         if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous() and not tensor.is_neg():
             record.last = Fill(self._seq, func, record, tensor, values, random)
@@ -232,22 +236,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         deps = () if overwrites and ref.covers() else ((record, record.last),)
         record.last = Operation(self._seq, func, (ref, *values), {}, (record,), deps, None, random)
 
-    def _record_alone(self, func: Any, call: Call, args: Any) -> bool:
-        """The common case of `_write`: ``tensor.normal_(0, 0.02)``. False when it is not that simple."""
-        target = args[0]
-        record = self.record_of(target)
-        if record is None or record.pinned or (call.random and self._seeding.seeded()):
-            return False
-        self._append_alone(func, record, target, args[1:], call.overwrites, call.random)
-        return True
-
-    def record_fill(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> bool:
-        """Record ``func(tensor, *values)``, which gives the tensor its values out of these alone; if it is ``random``,
-        out of the samples of a ``generator`` too. False when it has to go the way of every call."""
+    def record_alone(
+        self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool, overwrites: bool = True
+    ) -> bool:
+        """Record ``func(tensor, *values)``, which changes the tensor, or ``overwrites`` it, out of these alone; if it
+        is ``random``, out of the samples of a ``generator`` too. False when it has to go the way of every call.
+        Raises what torch would."""
         record = self.record_of(tensor)
         if record is None or record.pinned or (random and self._seeding.seeded()):
             return False
-        self._append_alone(func, record, tensor, values, True, random)
+        self.trials.make(func, tensor, values, random=random)
+        self.append_alone(func, record, tensor, values, overwrites, random)
         return True
 
     def record_source(self, tensor: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> None:
@@ -272,25 +271,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         records = [self.record_of(target) for target in targets]
         if any(record is None or record.pinned for record in records):
             return self._now(func, call, args, kwargs)
+        if len(targets) == 1 and not may_fit(func, call, targets[0], args, kwargs):
+            return self._now(func, call, args, kwargs)  # which raises
         if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
-        if call.overwrites and len(writes) == 1 and self._is_dead_before(call, targets[0], writes[0], args, kwargs):
-            del reads[writes[0]]
+        if call.overwrites and len(writes) == 1 and TensorRef(writes[0], targets[0]).covers():
+            # By position: a tensor may also be copied onto itself.
+            read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
+            if all(self.record_of(source) is not writes[0] for source in tensors_in(read)):
+                del reads[writes[0]]  # every byte is defined and none is read
         if call.random:
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
         return result_of(func, targets)
-
-    def _is_dead_before(self, call: Call, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
-        """True when the call defines every byte of the storage without reading any of them."""
-        if not TensorRef(record, target).covers():
-            return False
-        # By position: a tensor may also be copied onto itself.
-        read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
-        return all(self.record_of(source) is not record for source in tensors_in(read))
 
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))

@@ -26,7 +26,7 @@ _NUMBERS = {int, float, bool}
 _SIZES = {tuple, list, torch.Size}
 _FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 # In place, of nothing but numbers: the operator, and the values that are left out.
-_FILLS: dict[Any, tuple[Any, tuple[float, ...], bool]] = {
+FILLS: dict[Any, tuple[Any, tuple[float, ...], bool]] = {
     _Tensor.zero_: (_aten.zero_.default, (), False),
     _Tensor.fill_: (_aten.fill_.Scalar, (), False),
     _Tensor.normal_: (_aten.normal_.default, (0.0, 1.0), True),
@@ -58,7 +58,7 @@ class Shortcuts:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.handlers: dict[Any, Handler] = {torch.empty: self._empty, torch.zeros: self._empty, torch.ones: self._ones}
-        self.handlers.update(dict.fromkeys(_FILLS, self.fill))
+        self.handlers.update(dict.fromkeys(FILLS, self.fill))
         for name, handler in (
             ("kaiming_uniform_", self._kaiming_uniform),
             ("uniform_", self._uniform),
@@ -116,7 +116,7 @@ class Shortcuts:
             and (not kwargs or (len(kwargs) == 1 and kwargs.get("generator", self) is None))
             and not (tensor.requires_grad and torch.is_grad_enabled())
         ):
-            op, defaults, random = _FILLS[func]
+            op, defaults, random = FILLS[func]
             if self._recorded(op, tensor, args[1:] + defaults[len(args) - 1 :], random):
                 return tensor
         return func(*args, **kwargs)
@@ -128,7 +128,7 @@ class Shortcuts:
         return (
             _dispatch_modes() == 1
             and not is_watched()
-            and self._recorder.record_fill(op, tensor, values, random=random)
+            and self._recorder.record_alone(op, tensor, values, random=random)
         )
 
     # -- torch.nn.init, which calls a mode with everything by name and runs without autograd --------------------------
@@ -169,7 +169,7 @@ class Shortcuts:
             and tensor.dim() >= 2
             and _dispatch_modes() == 1
             and not is_watched()
-            and self._recorder.record_fill(func, tensor, (a, mode, nonlinearity), random=True)
+            and self._recorder.record_alone(func, tensor, (a, mode, nonlinearity), random=True)
         ):
             return tensor
         return func(*args, **kwargs)

@@ -17,7 +17,8 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import Inventory, Slot, has_other_users, held_by, is_lazy, storage_address
-from weightlift.deferred.tape import Record, needed, replays
+from weightlift.deferred.replay import replays
+from weightlift.deferred.tape import Record, needed
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of

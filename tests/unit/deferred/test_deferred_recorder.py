@@ -13,7 +13,8 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.seeding import SeedWatch
-from weightlift.deferred.tape import TensorRef, generator_for, needed, replays
+from weightlift.deferred.replay import replays
+from weightlift.deferred.tape import TensorRef, generator_for, needed
 
 
 @contextlib.contextmanager
