@@ -120,13 +120,7 @@ class FunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _escape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = tensors_in((args, kwargs))
-        self._recorder.force_tensors(tensors, func)
-        for tensor in tensors:
-            record = self._recorder.record_of(tensor)
-            if record is not None:
-                self._recorder.settle_readers(tensor, func)  # before somebody writes there
-                record.pinned = True
+        self._recorder.give_up(tensors_in((args, kwargs)), func)
         return func(*args, **kwargs)
 
     def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -65,13 +65,15 @@ _EAGER_ELEMENTS = 4096
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
+    """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any. A recorder within
+    another's scope takes that one's tensors as they come: they get their values first."""
 
-    def __init__(self, *, seed: int, default_dtype: WantedDtype = None) -> None:
+    def __init__(self, *, seed: int, default_dtype: WantedDtype = None, outer: tuple[Recorder, ...] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.default = DefaultDtype.of(default_dtype)
         self.records: dict[int, Record] = {}
+        self._outer = outer
         self.forced: dict[str, int] = {}
         self._reservations = Reservations()
         self._seq = 0
@@ -141,9 +143,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The record of a tensor's storage; None for memory that was not born in this scope."""
         try:
-            return self.records.get(_storage_address(tensor))
+            record = self.records.get(_storage_address(tensor))
         except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
             return None
+        if record is None:
+            for outer in self._outer:
+                outer.give_up([tensor], "a load within the constructor")
+        return record
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
@@ -255,15 +261,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert record is not None
         self._append(fill, (TensorRef(record, tensor),), {}, (record,), (), None, False)
 
-    def label_samples(self, owned: Iterable[Record]) -> None:
-        """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn."""
-        for record in owned:
-            count = 0
-            for node in needed([record]):
-                if node.random and node.seed_label is None:
-                    node.seed_label = f"{record.label}#{count}"
-                    count += 1
-
     def _write(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         targets = [kwargs[name] if isinstance(name, str) else args[name] for name in call.written]
         if len(targets) == 1 and type(targets[0]) is list:
@@ -343,8 +340,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         for tensor in tensors:
-            record = self.record_of(tensor)
-            if record is not None and not record.opened:
+            if (record := self.record_of(tensor)) is not None:
                 record.memory()
         for name in call_of(func).written:
             target = kwargs.get(name) if isinstance(name, str) else args[name]
@@ -358,6 +354,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if record is not None and (readers := live_readers(record)):
             self._execute(needed([target for node in readers for target in node.writes]), why)
 
+    def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
+        """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
+        self.force_tensors(tensors, why)
+        for tensor in tensors:
+            record = self.record_of(tensor)
+            if record is not None:
+                self.settle_readers(tensor, why)  # before somebody writes there
+                record.pinned = True
+
     def _next_read_label(self) -> str:
         self._sampled_reads += 1
         return f"\0read#{self._sampled_reads}"
@@ -367,8 +372,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         records = [record for tensor in tensors if (record := self.record_of(tensor)) is not None]
         self.force([record for record in records if record.pending], why)
         for record in records:
-            if not record.opened:
-                record.memory()
+            record.memory()
 
     def force(self, records: list[Record], why: Any) -> None:
         """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""

@@ -28,7 +28,7 @@ class Trials:
     def make(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> None:
         """Raise what ``func(tensor, *values)`` would, as far as dtype, dims, overlap and numbers tell."""
         whole = tensor.is_contiguous()
-        key = (id(func), tensor.dtype, tensor.dim(), tensor.numel() == 1, values, None if whole else tensor.stride())
+        key: Any = (id(func), tensor.dtype, tensor.dim(), tensor.numel() == 1, values, None if whole else tensor.stride())
         try:
             if key in self._passed:
                 return
@@ -42,10 +42,10 @@ class Trials:
 
 def _small_like(tensor: torch.Tensor) -> torch.Tensor:
     """As many dims and, but for one element, more than one: torch is not as strict there. Repeats what is repeated."""
-    extent = 2 if 1 < tensor.numel() and tensor.dim() <= _DIMS else 1
+    extent = 2 if tensor.numel() > 1 and tensor.dim() <= _DIMS else 1
     repeated = _repeated(tensor)
-    sizes = [1 if repeats else extent for repeats in repeated]
-    return torch.zeros(sizes, dtype=tensor.dtype, device="cpu").expand([2 if repeats else extent for repeats in repeated])
+    small = torch.zeros([1 if repeats else extent for repeats in repeated], dtype=tensor.dtype, device="cpu")
+    return small.expand([2 if repeats else extent for repeats in repeated])
 
 
 def _repeated(tensor: torch.Tensor) -> list[bool]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from weightlift.deferred.tape import Node, Record
+from weightlift.deferred.tape import Node, Record, needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,16 @@ class Replay:
             for record in touched:
                 if last_use[record] is node:
                     record.release_scratch()
+
+
+def label_samples(owned: Iterable[Record]) -> None:
+    """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn."""
+    for record in owned:
+        count = 0
+        for node in needed([record]):
+            if node.random and node.seed_label is None:
+                node.seed_label = f"{record.label}#{count}"
+                count += 1
 
 
 def replays(nodes: list[Node]) -> list[Replay]:

@@ -17,7 +17,7 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import Inventory, Slot, has_other_users, held_by, is_lazy, storage_address
-from weightlift.deferred.replay import replays
+from weightlift.deferred.replay import label_samples, replays
 from weightlift.deferred.tape import Record, needed
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -224,7 +224,7 @@ class _Application:
                 records[record] = None
         if not records:
             return []
-        recorder.label_samples(self._subject.records())
+        label_samples(self._subject.records())
         nodes = needed(records, supplied)
         in_part = {row.fqn for row, slot in self._partly_read(supplied)}
         tasks = []
