@@ -27,8 +27,8 @@ class Trials:
 
     def make(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> None:
         """Raise what ``func(tensor, *values)`` would, as far as dtype, dims, overlap and numbers tell."""
-        whole = tensor.is_contiguous()
-        key: Any = (id(func), tensor.dtype, tensor.dim(), tensor.numel() == 1, values, None if whole else tensor.stride())
+        layout = None if tensor.is_contiguous() else tensor.stride()
+        key: Any = (id(func), tensor.dtype, tensor.dim(), tensor.numel() == 1, layout, values)
         try:
             if key in self._passed:
                 return
