@@ -63,14 +63,14 @@ def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any)
     others = [tensor for tensor in tensors_in((args, kwargs)) if tensor is not target]
     if not all(_broadcasts(tensor.shape, target.shape) for tensor in others):
         return False
-    if name == "aten::copy_" or target.dtype.is_floating_point or target.dtype.is_complex:
+    if name == "aten::copy_" or name in _MASKED or target.dtype.is_complex:
         return True
+    numbers = {type(value) for value in args}
+    if target.dtype.is_floating_point:
+        return complex not in numbers and not any(tensor.dtype.is_complex for tensor in others)
     # Integers and truth values: whether what comes out fits is torch's to say.
-    return name in _MASKED or (
-        name not in _DIVIDING
-        and all(tensor.dtype == target.dtype for tensor in others)
-        and not any(type(value) is float for value in args)
-    )
+    plain = name not in _DIVIDING and not numbers & {float, complex}
+    return plain and all(tensor.dtype == target.dtype for tensor in others)
 
 
 def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:

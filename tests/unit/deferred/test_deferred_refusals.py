@@ -42,6 +42,8 @@ REFUSED = {
     "a probability": lambda: torch.empty(3).bernoulli_(2.0),
     "integers times a fraction": lambda: ints(3).mul_(0.5),
     "integers divided": lambda: ints(3).div_(2),
+    "a complex factor": lambda: torch.ones(300).mul_(2j),
+    "complex summands": lambda: torch.ones(300).add_(torch.ones(300, dtype=torch.cfloat)),
     "triangle of a vector": lambda: torch.ones(300).triu_(),
     "copy_ of another shape": lambda: torch.ones(3, 200).copy_(torch.ones(7, 200)),
     "add_ of another shape": lambda: torch.ones(3, 200).add_(torch.ones(7, 200)),
