@@ -14,7 +14,7 @@ import threading
 import torch
 
 _settled = False
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may come in between
 
 
 def settle() -> None:
@@ -25,7 +25,10 @@ def settle() -> None:
     with _lock:
         if not _settled:
             thread = threading.Thread(target=torch.get_num_threads, name="weightlift-settle", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                return  # the system gives no thread: there are none that could ask at the same time
             thread.join()
             _settled = True
 
@@ -33,7 +36,7 @@ def settle() -> None:
 def _forked() -> None:
     """In the child: nothing is settled, and the lock may have been held by a thread that is not there any more."""
     global _settled, _lock
-    _settled, _lock = False, threading.Lock()
+    _settled, _lock = False, threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,7 +19,8 @@ from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.tape import needed, replays
+from weightlift.deferred.replay import label_samples, replays
+from weightlift.deferred.tape import needed
 from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
@@ -197,7 +198,7 @@ class Deferred:
         if recorder is not None:
             with outside_modes():
                 owned = subject.records()
-                recorder.label_samples(owned)
+                label_samples(owned)
                 for replay in replays(needed(owned)):
                     replay.run(recorder.seed)
                 for record in owned:

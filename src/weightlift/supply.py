@@ -15,6 +15,7 @@ import torch
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
 from weightlift.checkpoint.memory import entry_of
+from weightlift.deferred.construct import recording
 from weightlift.deferred.doubles import Change
 from weightlift.deferred.inventory import Inventory, ModuleSpec, TensorSpec
 from weightlift.deferred.rewrite import forgiven, has_post_hooks, rewrite
@@ -56,6 +57,9 @@ class Extras(Mapping[str, Any]):
 
 def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Supplied:
     """Decide what a load does. Reads what state-dict hooks look at, nothing else; what they raise comes through."""
+    for recorder in recording():  # within a constructor, whose tensors may have no values yet
+        tensors = [*(slot.tensor for slot in subject.inventory.slots), *checkpoint.tensors.values()]
+        recorder.give_up(tensors, "a load within the constructor")
     matching = _Matching(subject, checkpoint, options)
     decisions = matching.decisions()
     if options.strict and decisions.problems and any(has_post_hooks(module) for _, module in subject.inventory.modules):

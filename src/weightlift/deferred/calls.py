@@ -61,9 +61,11 @@ def classify(func: Any) -> Call:
         overwrites = name in _OVERWRITING or (schema.overload_name == "out" and name == "aten::eye")
         tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
         alone = tensors == 1 and written == (0,) and len(schema.returns) == 1
-        return Call(Kind.WRITE, random, written, overwrites, alone)
+        return Call(Kind.WRITE, random, written, overwrites, alone, torch.Tag.pointwise in func.tags)
     if not schema.returns or any(not _gives_tensors(result.type) for result in schema.returns):
         return Call(Kind.VALUE, random)
+    if name.startswith("aten::quantize_"):  # on torch's ``meta`` device its result is not quantised
+        return Call(Kind.VALUE)
     if any(result.alias_info is not None for result in schema.returns):
         return Call(Kind.VIEW)
     return Call(Kind.PURE, random, pointwise=torch.Tag.pointwise in func.tags)
@@ -115,11 +117,23 @@ class Birth(NamedTuple):
     random: bool = False
 
 
+# What a tensor over reserved memory can be of: quantised ones need a quantiser as well.
+DTYPES = frozenset(
+    value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and not name.startswith(("qint", "quint"))
+)
+
+
 def is_plain_birth(args: Any, kwargs: dict[str, Any]) -> bool:
     """True for a factory call that makes an ordinary, strided CPU tensor."""
     device = kwargs.get("device")
+    dtype = kwargs.get("dtype")
+    if dtype is None and args and isinstance(args[0], torch.Tensor):
+        dtype = args[0].dtype
     return (
-        (device is None or device.type == "cpu")
+        (dtype is None or dtype in DTYPES)
+        and (device is None or device.type == "cpu")
         and kwargs.get("layout", torch.strided) in (None, torch.strided)
         and not kwargs.get("pin_memory")
         and not (args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu")

@@ -51,6 +51,12 @@ def current_load() -> CurrentLoad | None:
     return found[1]
 
 
+def recording() -> tuple[Recorder, ...]:
+    """The recorders in whose scope the calling thread is: those of a constructor that it runs."""
+    modes = (torch._C._get_dispatch_stack_at(place) for place in range(torch._C._len_torch_dispatch_stack()))
+    return tuple(mode for mode in modes if isinstance(mode, Recorder))
+
+
 @contextlib.contextmanager
 def _announced(load: CurrentLoad) -> Iterator[None]:
     token = _current.set((threading.get_ident(), load))
@@ -80,7 +86,7 @@ def construct(
     with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:
             return _checked(build()), None
-        recorder = Recorder(seed=load.seed, default_dtype=default_dtype)
+        recorder = Recorder(seed=load.seed, default_dtype=default_dtype, outer=recording())
         # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
         with no_dispatch_modes(), FunctionRecorder(recorder, answers=answers), recorder:
             module = _checked(build())

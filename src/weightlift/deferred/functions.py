@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.shortcuts import Shortcuts
+from weightlift.deferred.shortcuts import FILLS, Shortcuts, is_watched
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -120,13 +120,7 @@ class FunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _escape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = tensors_in((args, kwargs))
-        self._recorder.force_tensors(tensors, func)
-        for tensor in tensors:
-            record = self._recorder.record_of(tensor)
-            if record is not None:
-                self._recorder.settle_readers(tensor, func)  # before somebody writes there
-                record.pinned = True
+        self._recorder.give_up(tensors_in((args, kwargs)), func)
         return func(*args, **kwargs)
 
     def _new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -139,7 +133,8 @@ class FunctionRecorder(TorchFunctionMode):
         """``copy.deepcopy`` of a plain tensor copies its storage below ATen; here the copy is recorded."""
         tensor, memo = args[0], args[1]
         record = self._recorder.record_of(tensor)
-        if record is None or not record.pending or type(tensor) is not _Tensor or not tensor.is_leaf:
+        odd = type(tensor) is not _Tensor or not tensor.is_leaf or tensor.is_conj() or tensor.is_neg()
+        if record is None or not record.pending or odd:
             return self._read(func, args, kwargs)
         if id(tensor) in memo:
             return memo[id(tensor)]
@@ -163,9 +158,11 @@ class FunctionRecorder(TorchFunctionMode):
             return self._fill(func, args, kwargs)
         values = frame.f_locals
         tensor = values["tensor"]
-        if args[0] is tensor:
+        record = self._recorder.record_of(tensor)
+        if args[0] is tensor and record is not None:
             arguments = (values["mean"], values["std"], values["a"], values["b"])
-            self._recorder.record_fill(_TRUNC_NORMAL, tensor, arguments, random=True)
+            self._recorder.trials.make(FILLS[func][0], tensor, args[1:], random=True)  # its own warning was given
+            self._recorder.append_alone(_TRUNC_NORMAL, record, tensor, arguments, True, True)
         return _ACCEPTED
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -182,6 +179,7 @@ class FunctionRecorder(TorchFunctionMode):
             record is not None
             and not record.pinned
             and values["generator"] is None
+            and not is_watched()
             and not self._recorder.sampling_now()
         )
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import (
     BIRTHS,
+    DTYPES,
     KINDS,
     Birth,
     Call,
@@ -32,6 +33,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
+from weightlift.deferred.refusals import Trials, may_fit
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
@@ -63,18 +65,21 @@ _EAGER_ELEMENTS = 4096
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any."""
+    """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any. A recorder within
+    another's scope takes that one's tensors as they come: they get their values first."""
 
-    def __init__(self, *, seed: int, default_dtype: WantedDtype = None) -> None:
+    def __init__(self, *, seed: int, default_dtype: WantedDtype = None, outer: tuple[Recorder, ...] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.default = DefaultDtype.of(default_dtype)
         self.records: dict[int, Record] = {}
+        self._outer = outer
         self.forced: dict[str, int] = {}
         self._reservations = Reservations()
         self._seq = 0
         self._sampled_reads = 0
         self._seeding = SeedWatch()
+        self.trials = Trials()
         self._in_use = threading.RLock()
         # The buffer of a dead storage takes its record along, before the address can be used again.
         records = self.records
@@ -118,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = KINDS.get(func) or call_of(func)
         kind = call.kind
         if call.alone and not kwargs:
-            if self._record_alone(func, call, args):
+            if self.record_alone(func, args[0], args[1:], random=call.random, overwrites=call.overwrites):
                 return args[0]
             if not call.random and self.record_of(args[0]) is None:
                 return func(*args)  # memory from elsewhere, and nothing to wait for
@@ -138,9 +143,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The record of a tensor's storage; None for memory that was not born in this scope."""
         try:
-            return self.records.get(_storage_address(tensor))
+            record = self.records.get(_storage_address(tensor))
         except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
             return None
+        if record is None:
+            for outer in self._outer:
+                outer.give_up([tensor], "a load within the constructor")
+        return record
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
@@ -171,7 +180,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor, record = self.reserve(span * birth.dtype.itemsize, birth.dtype)
         tensor = tensor.view(size) if stride is None else tensor.as_strided(size, stride)
         if birth.fill is not None:
-            self._append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
+            self.trials.make(birth.fill, tensor, birth.fill_args, random=birth.random)
+            self.append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
         return tensor
 
     def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
@@ -193,6 +203,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor.resize_(size)
             del guard
         if fill is not None:
+            self.trials.make(fill, tensor, values, random=False)
             self._seq += 1
             record.last = Fill(self._seq, fill, record, tensor, values, False)
         return tensor
@@ -219,34 +230,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     record.readers = []
                 record.readers.append(weakref.ref(node))
 
-    def _append_alone(
+    def append_alone(
         self, func: Any, record: Record, tensor: torch.Tensor, values: tuple[Any, ...], overwrites: bool, random: bool
     ) -> None:
-        """`_append` of ``func(tensor, *values)``, short: initialisers are little else."""
+        """`_append` of ``func(tensor, *values)``, short: initialisers are little else. Nothing is looked at."""
         self._seq += 1
-        if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous():
+        if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous() and not tensor.is_neg():
             record.last = Fill(self._seq, func, record, tensor, values, random)
             return
         ref = TensorRef(record, tensor)
         deps = () if overwrites and ref.covers() else ((record, record.last),)
         record.last = Operation(self._seq, func, (ref, *values), {}, (record,), deps, None, random)
 
-    def _record_alone(self, func: Any, call: Call, args: Any) -> bool:
-        """The common case of `_write`: ``tensor.normal_(0, 0.02)``. False when it is not that simple."""
-        target = args[0]
-        record = self.record_of(target)
-        if record is None or record.pinned or (call.random and self._seeding.seeded()):
-            return False
-        self._append_alone(func, record, target, args[1:], call.overwrites, call.random)
-        return True
-
-    def record_fill(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> bool:
-        """Record ``func(tensor, *values)``, which gives the tensor its values out of these alone; if it is ``random``,
-        out of the samples of a ``generator`` too. False when it has to go the way of every call."""
+    def record_alone(
+        self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool, overwrites: bool = True
+    ) -> bool:
+        """Record ``func(tensor, *values)``, which changes the tensor, or ``overwrites`` it, out of these alone; if it
+        is ``random``, out of the samples of a ``generator`` too. False when it has to go the way of every call.
+        Raises what torch would."""
         record = self.record_of(tensor)
         if record is None or record.pinned or (random and self._seeding.seeded()):
             return False
-        self._append_alone(func, record, tensor, values, True, random)
+        self.trials.make(func, tensor, values, random=random)
+        self.append_alone(func, record, tensor, values, overwrites, random)
         return True
 
     def record_source(self, tensor: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> None:
@@ -255,15 +261,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert record is not None
         self._append(fill, (TensorRef(record, tensor),), {}, (record,), (), None, False)
 
-    def label_samples(self, owned: Iterable[Record]) -> None:
-        """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn."""
-        for record in owned:
-            count = 0
-            for node in needed([record]):
-                if node.random and node.seed_label is None:
-                    node.seed_label = f"{record.label}#{count}"
-                    count += 1
-
     def _write(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         targets = [kwargs[name] if isinstance(name, str) else args[name] for name in call.written]
         if len(targets) == 1 and type(targets[0]) is list:
@@ -271,25 +268,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         records = [self.record_of(target) for target in targets]
         if any(record is None or record.pinned for record in records):
             return self._now(func, call, args, kwargs)
+        if len(targets) == 1 and not may_fit(func, call, targets[0], args, kwargs):
+            return self._now(func, call, args, kwargs)  # which raises
         if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
-        if call.overwrites and len(writes) == 1 and self._is_dead_before(call, targets[0], writes[0], args, kwargs):
-            del reads[writes[0]]
+        if call.overwrites and len(writes) == 1 and TensorRef(writes[0], targets[0]).covers():
+            # By position: a tensor may also be copied onto itself.
+            read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
+            if all(self.record_of(source) is not writes[0] for source in tensors_in(read)):
+                del reads[writes[0]]  # every byte is defined and none is read
         if call.random:
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
         return result_of(func, targets)
-
-    def _is_dead_before(self, call: Call, target: torch.Tensor, record: Record, args: Any, kwargs: Any) -> bool:
-        """True when the call defines every byte of the storage without reading any of them."""
-        if not TensorRef(record, target).covers():
-            return False
-        # By position: a tensor may also be copied onto itself.
-        read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
-        return all(self.record_of(source) is not record for source in tensors_in(read))
 
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
@@ -307,7 +301,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)
         outputs = infer(func, args, kwargs)
-        if outputs is None or any(out.nbytes == 0 for out in outputs):
+        if outputs is None or any(out.nbytes == 0 or out.dtype not in DTYPES for out in outputs):
             return self._now(func, call, args, kwargs)
         if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
             return self._run(func, args, kwargs, tensors)
@@ -346,8 +340,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         for tensor in tensors:
-            record = self.record_of(tensor)
-            if record is not None and not record.opened:
+            if (record := self.record_of(tensor)) is not None:
                 record.memory()
         for name in call_of(func).written:
             target = kwargs.get(name) if isinstance(name, str) else args[name]
@@ -361,6 +354,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if record is not None and (readers := live_readers(record)):
             self._execute(needed([target for node in readers for target in node.writes]), why)
 
+    def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
+        """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
+        self.force_tensors(tensors, why)
+        for tensor in tensors:
+            record = self.record_of(tensor)
+            if record is not None:
+                self.settle_readers(tensor, why)  # before somebody writes there
+                record.pinned = True
+
     def _next_read_label(self) -> str:
         self._sampled_reads += 1
         return f"\0read#{self._sampled_reads}"
@@ -370,8 +372,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         records = [record for tensor in tensors if (record := self.record_of(tensor)) is not None]
         self.force([record for record in records if record.pending], why)
         for record in records:
-            if not record.opened:
-                record.memory()
+            record.memory()
 
     def force(self, records: list[Record], why: Any) -> None:
         """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""

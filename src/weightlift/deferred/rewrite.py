@@ -24,6 +24,7 @@ from weightlift.deferred.doubles import Doubles
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.inventory import Inventory, Kind, Slot, has_extra_state, is_lazy
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.replay import label_samples
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
@@ -134,7 +135,7 @@ class _Rehearsal:
     def _label(self) -> None:
         """What a hook looks at has the value that it would have had anyway."""
         if self._built_under is not None:
-            self._built_under.label_samples(dict.fromkeys(_records(self._inventory.slots, self._built_under)))
+            label_samples(dict.fromkeys(_records(self._inventory.slots, self._built_under)))
 
     def _settle_own(self, tensor: torch.Tensor) -> None:
         self._recorder.force_tensors([tensor], "a state-dict hook")

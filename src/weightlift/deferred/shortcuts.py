@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightlift.deferred.calls import DTYPES
 from weightlift.deferred.recorder import Recorder
 
 _aten = torch.ops.aten
@@ -25,7 +26,7 @@ _NUMBERS = {int, float, bool}
 _SIZES = {tuple, list, torch.Size}
 _FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 # In place, of nothing but numbers: the operator, and the values that are left out.
-_FILLS: dict[Any, tuple[Any, tuple[float, ...], bool]] = {
+FILLS: dict[Any, tuple[Any, tuple[float, ...], bool]] = {
     _Tensor.zero_: (_aten.zero_.default, (), False),
     _Tensor.fill_: (_aten.fill_.Scalar, (), False),
     _Tensor.normal_: (_aten.normal_.default, (0.0, 1.0), True),
@@ -40,8 +41,15 @@ _LARGE = 1e9
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _dispatch_mode = torch._C._get_dispatch_stack_at
 _function_modes = torch._C._len_torch_function_stack
+_transforming = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing
 
 Handler = Callable[[Any, Any, Any], Any]
+
+
+def is_watched() -> bool:
+    """True where something beside modes has to see a call on its way down: ``torch.func``, ``torch.jit.trace``."""
+    return _transforming() or _tracing()
 
 
 class Shortcuts:
@@ -50,7 +58,7 @@ class Shortcuts:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.handlers: dict[Any, Handler] = {torch.empty: self._empty, torch.zeros: self._empty, torch.ones: self._ones}
-        self.handlers.update(dict.fromkeys(_FILLS, self.fill))
+        self.handlers.update(dict.fromkeys(FILLS, self.fill))
         for name, handler in (
             ("kaiming_uniform_", self._kaiming_uniform),
             ("uniform_", self._uniform),
@@ -79,6 +87,7 @@ class Shortcuts:
             or _function_modes() != 0
             or _dispatch_modes() != 1
             or _dispatch_mode(0) is not recorder  # within a nested scope it is another's
+            or is_watched()
         ):
             return None
         numel = 1
@@ -94,6 +103,8 @@ class Shortcuts:
                 dtype = value
         if dtype is None:
             dtype = torch.get_default_dtype() if recorder.default is None else recorder.default.wanted
+        elif dtype not in DTYPES:  # ``dtype=bool`` among them, which torch knows as its own
+            return None
         born: torch.Tensor = recorder.bear(size, numel, dtype, fill, values)
         return born
 
@@ -105,7 +116,7 @@ class Shortcuts:
             and (not kwargs or (len(kwargs) == 1 and kwargs.get("generator", self) is None))
             and not (tensor.requires_grad and torch.is_grad_enabled())
         ):
-            op, defaults, random = _FILLS[func]
+            op, defaults, random = FILLS[func]
             if self._recorded(op, tensor, args[1:] + defaults[len(args) - 1 :], random):
                 return tensor
         return func(*args, **kwargs)
@@ -114,7 +125,11 @@ class Shortcuts:
         for value in values:
             if type(value) not in _NUMBERS:
                 return False
-        return _dispatch_modes() == 1 and self._recorder.record_fill(op, tensor, values, random=random)
+        return (
+            _dispatch_modes() == 1
+            and not is_watched()
+            and self._recorder.record_alone(op, tensor, values, random=random)
+        )
 
     # -- torch.nn.init, which calls a mode with everything by name and runs without autograd --------------------------
 
@@ -153,7 +168,8 @@ class Shortcuts:
             and tensor.dtype in _FLOATING
             and tensor.dim() >= 2
             and _dispatch_modes() == 1
-            and self._recorder.record_fill(func, tensor, (a, mode, nonlinearity), random=True)
+            and not is_watched()
+            and self._recorder.record_alone(func, tensor, (a, mode, nonlinearity), random=True)
         ):
             return tensor
         return func(*args, **kwargs)

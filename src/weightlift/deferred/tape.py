@@ -15,10 +15,8 @@ So ``param.data = other`` can't re-point a tape, and a storage that the user dro
 from __future__ import annotations
 
 import hashlib
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,8 +86,11 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         return torch.frombuffer(self.memory(), dtype=dtype, count=self.nbytes // dtype.itemsize)
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """As `flat`, with the geometry of ``ref``."""
-        return self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
+        """As `flat`, with the geometry of ``ref``, and conjugated or negated where that is."""
+        view = self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
+        if ref.conjugate:
+            view = view.conj()
+        return torch._neg_view(view) if ref.negative else view
 
 
 def new_record(
@@ -118,9 +119,10 @@ def live_readers(record: Record) -> list[Operation]:
 
 
 class TensorRef:
-    """A tensor argument of a recorded call: which storage, and the geometry of the view."""
+    """A tensor argument of a recorded call: which storage, the geometry of the view, and whether it shows the memory's
+    numbers conjugated (``tensor.conj()``) or negated (the ``imag`` of that)."""
 
-    __slots__ = ("dtype", "offset", "record", "size", "stride")
+    __slots__ = ("conjugate", "dtype", "negative", "offset", "record", "size", "stride")
 
     def __init__(self, record: Record, tensor: torch.Tensor) -> None:
         self.record = record
@@ -128,7 +130,8 @@ class TensorRef:
         self.size = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
-
+        self.conjugate = tensor.is_conj()
+        self.negative = tensor.is_neg()
 
     def covers(self) -> bool:
         """True when the view is the whole storage, every byte once, in whatever order."""
@@ -150,7 +153,9 @@ class TensorRef:
         return True
 
     def is_whole(self) -> bool:
-        """True for a row-major view of the whole storage."""
+        """True for a row-major view of the whole storage, as it is."""
+        if self.conjugate or self.negative:
+            return False
         expected = 1
         for extent, step in zip(reversed(self.size), reversed(self.stride)):
             if extent != 1 and step != expected:
@@ -320,28 +325,6 @@ def generator_for(seed: int, label: str) -> torch.Generator:
     return generator
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Nodes that depend on one another, in the order in which they must run, and the records they give values to."""
-
-    nodes: tuple[Node, ...]
-    records: tuple[Record, ...]
-    nbytes: int
-
-    def run(self, seed: int) -> None:
-        """Execute the nodes; must be called outside every torch mode, without autograd; not twice."""
-        last_use: dict[Record, Node] = {}
-        for node in self.nodes:
-            last_use.update(dict.fromkeys(node.touched, node))
-        for node in self.nodes:
-            touched = node.touched
-            if not node.done:
-                node.execute(seed)
-            for record in touched:
-                if last_use[record] is node:
-                    record.release_scratch()
-
-
 def needed(records: Iterable[Record], supplied: Collection[Record] = ()) -> list[Node]:
     """The nodes that must run to give ``records`` their values, in order.
 
@@ -367,34 +350,3 @@ def _earlier_readers(record: Record, writer: Node, supplied: Collection[Record])
         for node in live_readers(record)
         if node.seq < writer.seq and not all(target in supplied for target in node.writes)
     ]
-
-
-def replays(nodes: list[Node]) -> list[Replay]:
-    """Split nodes into independent groups: no two groups touch the same record, so they may run at the same time."""
-    group_of: dict[Record, list[Node]] = {}
-    merged: dict[int, list[Node]] = {}
-    for node in nodes:
-        touched = node.touched
-        groups = {id(group): group for record in touched if (group := group_of.get(record)) is not None}
-        if groups:
-            target = max(groups.values(), key=len)
-            for group in groups.values():
-                if group is not target:
-                    target.extend(group)
-                    del merged[id(group)]
-                    for member in group:
-                        for record in member.touched:
-                            group_of[record] = target
-        else:
-            target = []
-            merged[id(target)] = target
-        target.append(node)
-        for record in touched:
-            group_of[record] = target
-    return [_replay(group) for group in merged.values()]
-
-
-def _replay(group: list[Node]) -> Replay:
-    records = tuple(dict.fromkeys(itertools.chain.from_iterable(node.writes for node in group)))
-    nodes = tuple(sorted(group, key=lambda node: node.seq))
-    return Replay(nodes=nodes, records=records, nbytes=sum(record.nbytes for record in records))

@@ -12,6 +12,7 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import Inventory, is_lazy
+from weightlift.deferred.replay import label_samples
 from weightlift.deferred.tape import Record
 from weightlift.distributed.fill import Local, assign_locals, loaded_rows, locals_of, read_locals
 from weightlift.distributed.layout import Box
@@ -142,7 +143,7 @@ def _label_samples(subject: Subject) -> None:
     if subject.recorder is not None:
         tensors = [slot.tensor for slot in subject.inventory.slots if not is_lazy(slot.tensor)]
         records = [record for tensor in tensors if (record := subject.record_of(tensor)) is not None]
-        subject.recorder.label_samples(list(dict.fromkeys(records)))
+        label_samples(list(dict.fromkeys(records)))
 
 
 def refuse_conflicts(decisions: Decisions, source: Bytes, options: LoadOptions, ranks: Ranks | None) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.deferred.tape import Record, Replay, needed, replays
+from weightlift.deferred.replay import Replay, replays
+from weightlift.deferred.tape import Record, needed
 from weightlift.distributed.layout import Box
 from weightlift.distributed.shapes import Home, place
 from weightlift.options import LoadOptions

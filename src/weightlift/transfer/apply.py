@@ -17,7 +17,8 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import Inventory, Slot, has_other_users, held_by, is_lazy, storage_address
-from weightlift.deferred.tape import Record, needed, replays
+from weightlift.deferred.replay import label_samples, replays
+from weightlift.deferred.tape import Record, needed
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of
@@ -145,8 +146,8 @@ class _Application:
         entry = _one_entry(row)
         device = self._devices[row.device]
         into = self._place(row, slot)
-        if into is not None and entry is None and not into.is_contiguous():
-            into = None
+        if into is not None and (into.is_conj() or into.is_neg() or (entry is None and not into.is_contiguous())):
+            into = None  # its bytes are not the value's, or not together
         in_place = into is not None
         fresh = not in_place or self._home(row, slot.tensor) is not None
         if entry is not None:
@@ -223,7 +224,7 @@ class _Application:
                 records[record] = None
         if not records:
             return []
-        recorder.label_samples(self._subject.records())
+        label_samples(self._subject.records())
         nodes = needed(records, supplied)
         in_part = {row.fqn for row, slot in self._partly_read(supplied)}
         tasks = []

@@ -12,8 +12,9 @@ from torch import nn
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.replay import label_samples, replays
 from weightlift.deferred.seeding import SeedWatch
-from weightlift.deferred.tape import TensorRef, generator_for, needed, replays
+from weightlift.deferred.tape import TensorRef, generator_for, needed
 
 
 @contextlib.contextmanager
@@ -157,7 +158,7 @@ def test_samples_depend_on_seed_and_label_alone():
         tensor = torch.empty(3).normal_()
     record = recorder.record_of(tensor)
     record.label = "a"
-    recorder.label_samples([record])
+    label_samples([record])
     assert torch.equal(finished(recorder, tensor), draw(1, "a#0"))
 
 

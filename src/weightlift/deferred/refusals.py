@@ -1,0 +1,79 @@
+"""What torch refuses is refused where it is called, and not when the recorded call is run, if it ever is.
+
+A call that is put off has not been looked at by torch: ``normal_(std=-1)``, samples for integers, a number that the
+dtype can't hold, a ``copy_`` of another shape. Code may count on the error, and a checkpoint that has the value would
+hide it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weightlift.ambient import outside_modes
+from weightlift.deferred.calls import Call, tensors_in
+
+_DIMS = 6  # of which a small tensor has more than one element each
+_MASKED = {"aten::masked_fill_"}
+_DIVIDING = {"aten::div_", "aten::true_divide_"}
+
+
+class Trials:
+    """Calls of one tensor and of numbers, each made once on a small tensor. Belongs to one recorder."""
+
+    def __init__(self) -> None:
+        self._passed: set[Any] = set()
+
+    def make(self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool) -> None:
+        """Raise what ``func(tensor, *values)`` would, as far as dtype, dims, overlap and numbers tell."""
+        layout = None if tensor.is_contiguous() else tensor.stride()
+        key: Any = (id(func), tensor.dtype, tensor.dim(), tensor.numel() == 1, layout, values)
+        try:
+            if key in self._passed:
+                return
+        except TypeError:  # a list among the values
+            key = None
+        with outside_modes():
+            func(_small_like(tensor), *values, **({"generator": torch.Generator()} if random else {}))
+        if key is not None:
+            self._passed.add(key)
+
+
+def _small_like(tensor: torch.Tensor) -> torch.Tensor:
+    """As many dims and, but for one element, more than one: torch is not as strict there. Repeats what is repeated."""
+    extent = 2 if tensor.numel() > 1 and tensor.dim() <= _DIMS else 1
+    repeated = _repeated(tensor)
+    small = torch.zeros([1 if repeats else extent for repeats in repeated], dtype=tensor.dtype, device="cpu")
+    return small.expand([2 if repeats else extent for repeats in repeated])
+
+
+def _repeated(tensor: torch.Tensor) -> list[bool]:
+    """For each dim, whether its elements are all the same memory."""
+    return [step == 0 and extent > 1 for extent, step in zip(tensor.shape, tensor.stride())]
+
+
+def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    """False where ``copy_`` or a pointwise call in place is one that torch would refuse, for its shapes or dtypes."""
+    name = func._schema.name
+    if not call.pointwise and name not in _MASKED and name != "aten::copy_":
+        return True
+    if any(_repeated(target)):
+        return False
+    others = [tensor for tensor in tensors_in((args, kwargs)) if tensor is not target]
+    if not all(_broadcasts(tensor.shape, target.shape) for tensor in others):
+        return False
+    if name == "aten::copy_" or name in _MASKED or target.dtype.is_complex:
+        return True
+    numbers = {type(value) for value in args}
+    if target.dtype.is_floating_point:
+        return complex not in numbers and not any(tensor.dtype.is_complex for tensor in others)
+    # Integers and truth values: whether what comes out fits is torch's to say.
+    plain = name not in _DIVIDING and not numbers & {float, complex}
+    return plain and all(tensor.dtype == target.dtype for tensor in others)
+
+
+def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
+    if len(shape) > len(onto):
+        return False
+    return all(extent in (1, wanted) for extent, wanted in zip(reversed(shape), reversed(onto)))

@@ -1,0 +1,179 @@
+"""One constructor, built ordinarily and deferred: the same tensors, the same values, the same errors."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import weightlift as wl
+
+MANY = 20_000  # more than is calculated at once
+
+
+class Built(nn.Module):
+    """What ``body(module)`` registers, and what it returns as a buffer."""
+
+    def __init__(self, body):
+        super().__init__()
+        made = body(self)
+        if made is not None:
+            self.register_buffer("made", made)
+
+
+def both(body):
+    return Built(body), wl.defer(lambda: Built(body)).materialize()
+
+
+def assert_alike(ordinary, deferred):
+    expected, found = ordinary.state_dict(), deferred.state_dict()
+    assert list(expected) == list(found)
+    for name, tensor in expected.items():
+        other = found[name]
+        assert (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, other.stride()), name
+        assert tensor.is_quantized == other.is_quantized
+        assert torch.equal(tensor, other), name
+
+
+def waves():
+    return torch.view_as_complex(torch.stack((torch.ones(MANY), torch.full((MANY,), 2.0)), -1))
+
+
+def written(tensor, write):
+    write(tensor)
+    return tensor
+
+
+def product(module):
+    matrix = torch.view_as_complex(torch.ones(100, 300, 2))
+    return matrix.mH @ matrix
+
+
+CONJUGATED = {
+    "resolve_conj": lambda module: waves().conj().resolve_conj(),
+    "times": lambda module: waves().conj() * (1 + 2j),
+    "matrix": product,
+    "imag": lambda module: waves().conj().imag.clone(),
+    "cat": lambda module: torch.cat([waves().conj(), waves()]),
+    "copy_ from": lambda module: torch.zeros(MANY, dtype=torch.complex64).copy_(waves().conj()),
+    "copy_ to": lambda module: written(waves(), lambda to: to.conj().copy_(torch.full((MANY,), 3 + 4j))),
+    "fill_": lambda module: written(waves(), lambda to: to.conj().fill_(3 + 4j)),
+    "fill_ of imag": lambda module: written(waves(), lambda to: to.conj().imag.fill_(3)),
+    "fill_ of a part": lambda module: written(waves(), lambda to: to.conj()[3:5].imag.fill_(3)),
+    "mul_": lambda module: written(waves(), lambda to: to.conj().mul_(1 + 3j)),
+    "constant_": lambda module: written(torch.zeros(4), lambda to: nn.init.constant_(torch._neg_view(to), 2)),
+    "deepcopy": lambda module: copy.deepcopy(waves().conj()),
+    "as it is": lambda module: waves().conj(),
+}
+
+
+@pytest.mark.parametrize("name", CONJUGATED)
+def test_a_conjugated_or_negated_view_is_read_and_written_as_what_it_shows(name):
+    assert_alike(*both(CONJUGATED[name]))
+
+
+def test_a_sample_for_a_negated_view_is_negated():
+    def body(module):
+        return written(torch.zeros(MANY), lambda to: nn.init.uniform_(torch._neg_view(to), 2, 3))
+
+    deferred = wl.defer(lambda: Built(body)).materialize()
+    assert (deferred.made <= -2).all()
+    assert (deferred.made >= -3).all()
+
+
+@pytest.mark.parametrize("make", [torch.empty, torch.zeros, torch.ones])
+@pytest.mark.parametrize("dtype", [bool, int, float])
+def test_a_python_type_is_a_dtype(make, dtype):
+    assert_alike(*both(lambda module: make(2, 3, dtype=dtype).fill_(1)))
+
+
+def quantised(*shape):
+    return torch.quantize_per_tensor(torch.ones(*shape), 0.5, 0, torch.qint8)
+
+
+QUANTISED = {
+    "small": lambda module: quantised(3, 4),
+    "large": lambda module: quantised(300, 400),
+    "clone": lambda module: quantised(300, 400).clone(),
+    "relu": lambda module: torch.relu(quantised(300, 400)),
+    "dequantize": lambda module: quantised(300, 400).dequantize(),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_tensors_are_made_at_once(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_alike(*both(QUANTISED[name]))
+
+
+def test_an_empty_quantised_tensor_is_like_its_pattern():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = wl.defer(lambda: Built(lambda module: torch.empty_like(quantised(3)))).materialize().made
+    assert made.q_scale() == 0.5
+
+
+def square_sum(values):
+    made = torch.zeros(3)
+    made.fill_(1)
+    made.mul_(values * values)
+    return made.sum()
+
+
+TRANSFORMED = {
+    "grad": lambda module: torch.func.grad(square_sum)(torch.arange(3.0)),
+    "jacrev": lambda module: torch.func.jacrev(square_sum)(torch.arange(3.0)),
+    "jvp": lambda module: torch.func.jvp(square_sum, (torch.arange(3.0),), (torch.ones(3),))[1],
+    "vmap": lambda module: torch.vmap(lambda row: row + torch.ones(3).fill_(2))(torch.ones(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_what_torch_func_transforms_is_transformed(name):
+    assert_alike(*both(TRANSFORMED[name]))
+
+
+def test_vmap_refuses_samples_where_it_does():
+    def body(module):
+        torch.vmap(lambda row: torch.empty(3).uniform_() + row)(torch.ones(4, 3))
+
+    for build in (lambda: Built(body), lambda: wl.defer(lambda: Built(body))):
+        with pytest.raises(RuntimeError, match="randomness"):
+            build()
+
+
+def test_a_trace_has_the_births_and_fills_of_what_it_traces():
+    def body(module):
+        def traced(values):
+            made = torch.zeros(3)
+            made.add_(values)
+            filled = torch.empty(3)
+            nn.init.constant_(filled, 2)
+            return made + filled
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trace = torch.jit.trace(traced, (torch.ones(3),))
+        trace(torch.ones(3))
+        return trace(torch.ones(3))
+
+    ordinary, deferred = both(body)
+    assert_alike(ordinary, deferred)
+    assert torch.equal(deferred.made, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("show", [torch.conj, torch._neg_view])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_buffer_that_shows_other_memory_conjugated_or_negated_is_filled(show, existing):
+    def body(module):
+        module.shown = torch.ones(4, dtype=torch.complex64)
+        return show(module.shown)
+
+    ordinary = Built(body)
+    state = {"made": torch.view_as_complex(torch.arange(8.0).view(4, 2))}
+    ordinary.load_state_dict(state)
+    found = wl.load(Built(body) if existing else lambda: Built(body), state)
+    assert torch.equal(found.made, ordinary.made)
+    assert torch.equal(found.shown, ordinary.shown)
