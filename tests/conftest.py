@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -31,3 +32,14 @@ def no_bars() -> Iterator[None]:
     diffusers.utils.logging.disable_progress_bar()
     yield
     diffusers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is gone is gone with its last reference, and nothing comes between two looks at the memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -174,6 +174,31 @@ def test_what_is_kept_is_in_nobodys_way_in_a_group(path: Path, group: tuple[Path
     assert done.stdout.split("\n")[0] == f"{[True] * 6} True"
 
 
+_LIMITED_LATER = """
+    import resource, sys
+    from pathlib import Path
+    import torch, weightlift as wl
+    from torch import nn
+    def build():
+        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+    wl.load(build, sys.argv[1], dtype=torch.float64, workers=1)  # leaves 384 MiB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) for line in lines if line.startswith("VmData")) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)
+    model = wl.load(build, sys.argv[1], copy=True, workers=1)  # 192 MiB, in blocks of another size
+    print(all(bool((layer.weight == i + 1).all()) for i, layer in enumerate(model)))
+"""
+
+
+def test_what_is_kept_makes_room_under_a_limit_that_came_later(path: Path) -> None:
+    code = textwrap.dedent(_LIMITED_LATER)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "True"
+
+
 @pytest.fixture
 def full_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control group with no room, for loads of any size."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,16 +143,6 @@ WAYS: dict[str, Callable[[Path], Any]] = {
     "diffusers": lambda folder: wl.from_pretrained(UNet2DModel, folder / "pipeline", subfolder="unet"),
     "a pipeline": lambda folder: wl.from_pretrained(DiffusionPipeline, folder / "pipeline").unet,
 }
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("way", WAYS)

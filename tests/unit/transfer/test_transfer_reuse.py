@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
 import mmap
 import os
@@ -11,7 +9,6 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +32,6 @@ def numbers(name: str = "self") -> dict[str, int]:
     return {key: int(rest.split()[0]) << 10 for key, rest in (line.split(":") for line in lines)}
 
 
-@contextlib.contextmanager
-def one_thing_at_a_time() -> Iterator[None]:
-    """No collection comes between two looks."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def kept_by(kept: Kept) -> int:
     return sum(block.size_bytes for blocks in kept._by_size.values() for block in blocks) + sum(
         block.size_bytes for block in kept._left
@@ -62,30 +48,28 @@ def test_the_next_tensor_of_the_size_gets_the_memory():
     assert again.is_contiguous() and again.shape == (2, MIB)
 
 
-def test_what_is_kept_is_the_systems():
+def test_what_is_kept_is_the_systems(no_collector):
     wl.empty_cache()
-    with one_thing_at_a_time():
-        before = numbers()
-        value = new_tensor((64 * MIB,), torch.uint8).fill_(1)
-        assert numbers()["LazyFree"] == before["LazyFree"]
-        del value
-        assert numbers()["LazyFree"] - before["LazyFree"] >= 62 * MIB
-        assert wl.empty_cache() == 64 * MIB
-        assert numbers()["LazyFree"] == before["LazyFree"]
-        assert wl.empty_cache() == 0
+    before = numbers()
+    value = new_tensor((64 * MIB,), torch.uint8).fill_(1)
+    assert numbers()["LazyFree"] == before["LazyFree"]
+    del value
+    assert numbers()["LazyFree"] - before["LazyFree"] >= 62 * MIB
+    assert wl.empty_cache() == 64 * MIB
+    assert numbers()["LazyFree"] == before["LazyFree"]
+    assert wl.empty_cache() == 0
 
 
-def test_what_the_system_took_is_good_memory_all_the_same():
+def test_what_the_system_took_is_good_memory_all_the_same(no_collector):
     kept = Kept()
     view = kept.take(32 * MIB)
     assert view is not None
     torch.frombuffer(view, dtype=torch.uint8).fill_(7)
-    with one_thing_at_a_time():
-        del view
-        (block,) = kept._left
-        before = numbers()["Rss"]
-        block.mapping.madvise(MADV_PAGEOUT, block.offset, block.size_bytes)
-        assert before - numbers()["Rss"] >= 30 * MIB
+    del view
+    (block,) = kept._left
+    before = numbers()["Rss"]
+    block.mapping.madvise(MADV_PAGEOUT, block.offset, block.size_bytes)
+    assert before - numbers()["Rss"] >= 30 * MIB
     again = kept.take(32 * MIB)
     assert again is not None
     tensor = torch.frombuffer(again, dtype=torch.uint8)
