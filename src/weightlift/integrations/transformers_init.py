@@ -127,8 +127,9 @@ class _Dtypes:
         """Give every configuration the dtype that Transformers would have left it with."""
         for key, item in self._known.items():
             item.__dict__["dtype"] = self._dtypes[key]
+        seen: set[int] = set()
         for module in model.modules():
-            for item in _configs(getattr(module, "config", None), set()):
+            for item in _configs(getattr(module, "config", None), seen):
                 if id(item) not in self._known and not self._is_new(item) and item.__dict__.get("dtype") is None:
                     item.__dict__["dtype"] = self._dtype  # a copy that the constructor made
 
@@ -174,7 +175,8 @@ def tie(model: Any) -> None:
 
 
 def initialise(model: Any, supplied: set[int]) -> None:
-    """Call ``_init_weights`` for every module, as ``initialize_weights`` does, without the functions that replaces.
+    """Call ``_init_weights``, as ``initialize_weights`` does, without the functions that replaces, for every module
+    within which something has no value yet: a tensor that the checkpoint lacks, or a buffer that none has.
 
     ``supplied`` are the ids of the tensors that have their values from elsewhere: they are marked, as Transformers
     marks what it has loaded. To be run while the model's recorder is on.
@@ -183,14 +185,26 @@ def initialise(model: Any, supplied: set[int]) -> None:
         if id(tensor) in supplied:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     with _tied_targets_aside(model):
-        _visit(model, model._initialize_weights, model.is_custom_code())
+        _visit(model, model._initialize_weights, model.is_custom_code(), supplied)
 
 
-def _visit(module: nn.Module, initialize: Callable[[nn.Module, bool], None], is_custom_code: bool) -> None:
+def _visit(
+    module: nn.Module, initialize: Callable[[nn.Module, bool], None], is_custom_code: bool, supplied: set[int]
+) -> bool:
+    """Children first. Returns whether all there is within ``module`` was supplied, and nothing had to be done."""
+    complete = all(
+        tensor is None or id(tensor) in supplied
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+    )
     for child in module.children():
         inner = child._initialize_weights if isinstance(child, PreTrainedModel) else initialize
-        _visit(child, inner, is_custom_code)
-    initialize(module, is_custom_code)
+        complete = _visit(child, inner, is_custom_code, supplied) and complete
+    if complete:
+        module.__dict__["_is_hf_initialized"] = True  # as the call would have left it
+    else:
+        initialize(module, is_custom_code)
+    return complete
 
 
 @contextlib.contextmanager
