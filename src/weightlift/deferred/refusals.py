@@ -56,6 +56,8 @@ def _repeated(tensor: torch.Tensor) -> list[bool]:
 def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any) -> bool:
     """False where ``copy_`` or a pointwise call in place is one that torch would refuse, for its shapes or dtypes."""
     name = func._schema.name
+    if name == "aten::clamp_" and all(bound is None for bound in (*args[1:], *kwargs.values())):
+        return False
     if not call.pointwise and name not in _MASKED and name != "aten::copy_":
         return True
     if any(_repeated(target)):

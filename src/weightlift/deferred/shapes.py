@@ -84,6 +84,11 @@ def _elementwise(args: Any, kwargs: Any) -> list[Result] | None:
     return None if found is None else [Result(*found)]
 
 
+def _clamped(args: Any, kwargs: Any) -> list[Result] | None:
+    """None without a bound, which torch refuses."""
+    return _elementwise(args, kwargs) if any(bound is not None for bound in args[1:]) else None
+
+
 def _comparison(args: Any, kwargs: Any) -> list[Result] | None:
     found = _broadcast(args, kwargs)
     return None if found is None else [Result(found[0], torch.bool)]
@@ -153,12 +158,13 @@ def _permutation(args: Any, kwargs: Any) -> list[Result] | None:
 _Rule = Callable[[Any, Any], "list[Result] | None"]
 _ELEMENTWISE = (
     "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "pow",
-    "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "erfinv", "clamp", "clamp_min", "clamp_max", "square",
+    "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "erf", "erfinv", "clamp_min", "clamp_max", "square",
     "sign", "floor", "ceil", "round", "relu", "softplus",
 )  # fmt: skip
 _RULES: dict[str, _Rule] = {
     **{f"aten::{name}": _elementwise for name in _ELEMENTWISE},
     **{f"aten::{name}": _comparison for name in ("lt", "gt", "le", "ge", "eq", "ne", "isnan", "isfinite", "isinf")},
+    "aten::clamp": _clamped,
     "aten::clone": _copy_of,
     "aten::_to_copy": _copy_of,
     "aten::linalg_qr": _qr,

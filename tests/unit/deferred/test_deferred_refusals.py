@@ -48,6 +48,9 @@ REFUSED = {
     "copy_ of another shape": lambda: torch.ones(3, 200).copy_(torch.ones(7, 200)),
     "add_ of another shape": lambda: torch.ones(3, 200).add_(torch.ones(7, 200)),
     "add_ to repeated elements": lambda: expanded().add_(torch.ones(300, 3)),
+    "clamp_ without a bound": lambda: torch.ones(300).clamp_(),
+    "clamp without a bound": lambda: torch.ones(300, 300).clamp(),
+    "clamp_ without a bound by name": lambda: torch.ones(300).clamp_(min=None, max=None),
     "a mask of another shape": lambda: torch.ones(300, 200).masked_fill_(torch.ones(7, 7, dtype=torch.bool), 1.0),
 }
 
@@ -77,6 +80,8 @@ ACCEPTED = {
     "many dims": lambda: torch.ones((2,) * 12).mul_(2),
     "a diagonal": lambda: torch.zeros(4, 4, 4).fill_diagonal_(1.0),
     "a smaller shape": lambda: torch.ones(3, 200).copy_(torch.ones(200)),
+    "one bound": lambda: torch.ones(300).clamp_(max=0.5),
+    "bounds that are tensors": lambda: torch.ones(300).clamp_(torch.zeros(300), torch.full((300,), 0.5)),
     "integers of integers": lambda: ints(300).add_(ints(300)),
 }
 
