@@ -97,7 +97,7 @@ class _Matching:
         done = rewrite(subject.inventory, self._state, subject.recorder, options.seed)
         with outside_modes():
             # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
-            plain = (subject.inventory if done is None else done.inventory).spec(subject.record_of)
+            plain = (subject.inventory if done is None else done.inventory).spec(subject.record_at)
             self._spec = plain if done is None else _refitted(plain, done.refits)
         self._supply = self._as_it_is() if done is None else self._after_hooks(done)
 
@@ -242,8 +242,7 @@ def _refitted(spec: ModuleSpec, refits: Mapping[str, Refit]) -> ModuleSpec:
 
 
 def _refit(item: TensorSpec, refit: Refit, storage: int) -> TensorSpec:
-    return replace(
-        item,
+    return item._replace(
         shape=refit.shape,
         dtype=refit.dtype,
         storage=storage,

@@ -45,7 +45,7 @@ def load_merged(ckpt, **options):
     module, recorder = construct(Fused, CurrentLoad(source=None, deferred=True, seed=0))
     subject = Subject(Inventory.of(module), recorder)
     offers = {offer.name: offer for offer in _offers(ckpt)}
-    decisions = match(subject.inventory.spec(subject.record_of), Supply(ckpt.source, offers, ckpt.files), made)
+    decisions = match(subject.inventory.spec(subject.record_at), Supply(ckpt.source, offers, ckpt.files), made)
     source, together = Bytes(ckpt.files, ckpt.tensors, {}), Together(made)
     with together.planning():
         assert together.settle(decisions, subject)

@@ -6,9 +6,9 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +20,7 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _storage_address: Callable[[torch.Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One name of a module's state. Names with the same ``tensor`` share one tensor object (a tie); names with the
     same ``storage`` but another ``tensor`` are views of the same memory. ``offset`` and ``stride`` count elements.
     Names with the same ``slot`` are one attribute of one module, which is known under several names.
@@ -67,8 +66,7 @@ class ModuleSpec:
     extra_state: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a name lives: ``owner._parameters[attribute]`` or ``owner._buffers[attribute]``."""
 
     fqn: str
@@ -105,51 +103,58 @@ class Inventory:
         """The keys of the modules' extra state."""
         return tuple([f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)])
 
-    def spec(self, record_of: Callable[[torch.Tensor], Record | None]) -> ModuleSpec:
-        """The module as data. ``record_of`` knows memory that was born in the construction; all other is somebody
-        else's too, and has to be filled in place."""
+    def spec(self, record_of: Callable[[torch.Tensor, int], Record | None]) -> ModuleSpec:
+        """The module as data. ``record_of`` (a tensor, its `storage_address`) knows memory that was born in the
+        construction; all other is somebody else's too, and has to be filled in place."""
+        addresses = [storage_address(slot.tensor) for slot in self.slots]
+        users = users_of(self.slots, addresses)
         numbers: dict[int, int] = {}
         storages: dict[int, int] = {}
-        holders: dict[int, int] = {}
         places: dict[tuple[int, str], int] = {}
         devices: dict[torch.device, str] = {}
-        addresses = [storage_address(slot.tensor) for slot in self.slots]
-        for slot, address in zip(self.slots, addresses, strict=True):
-            if id(slot.tensor) not in numbers:
-                numbers[id(slot.tensor)] = len(numbers)
-                holders[address] = holders.get(address, 0) + 1
         tensors = []
-        for slot, address in zip(self.slots, addresses, strict=True):
-            tensor, count = slot.tensor, holders[address]
-            device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
-            lazy = is_lazy(tensor)
-            record = None if lazy else record_of(tensor)
+        for (fqn, kind, owner, attribute, tensor, persistent), address in zip(self.slots, addresses):
+            record = record_of(tensor, address)
             shape, offset, stride, storage_bytes = _geometry(tensor, address, record)
+            device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
+            in_place = not tensor.is_meta and (
+                record is None
+                or users[address] > 1
+                or not tensor.is_contiguous()
+                or has_other_users(tensor, address, users[address])
+            )
             tensors.append(
+                # By position, which takes half the time, in the order of the fields.
                 TensorSpec(
-                    fqn=slot.fqn,
-                    kind=slot.kind,
-                    shape=shape,
-                    dtype=tensor.dtype,
-                    device=device,
-                    tensor=numbers[id(tensor)],
-                    storage=storages.setdefault(address, len(storages)),
-                    offset=offset,
-                    stride=stride,
-                    storage_bytes=storage_bytes,
-                    persistent=slot.persistent,
-                    lazy=lazy,
-                    in_place=not tensor.is_meta
-                    and (
-                        record is None
-                        or count > 1
-                        or not _is_row_major(shape, stride)
-                        or has_other_users(tensor, address, count)
-                    ),
-                    slot=places.setdefault((id(slot.owner), slot.attribute), len(places)),
+                    fqn,
+                    kind,
+                    shape,
+                    tensor.dtype,
+                    device,
+                    numbers.setdefault(id(tensor), len(numbers)),
+                    storages.setdefault(address, len(storages)),
+                    offset,
+                    stride,
+                    storage_bytes,
+                    persistent,
+                    address < 0 and is_lazy(tensor),
+                    in_place,
+                    places.setdefault((id(owner), attribute), len(places)),
                 )
             )
         return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
+
+
+def users_of(slots: Iterable[Slot], addresses: Iterable[int]) -> dict[int, int]:
+    """How many tensor objects of ``slots`` lie at each of the ``addresses`` of their storages."""
+    users: dict[int, int] = {}
+    seen: set[int] = set()
+    for slot, address in zip(slots, addresses):
+        tensor = id(slot.tensor)
+        if tensor not in seen:
+            seen.add(tensor)
+            users[address] = users.get(address, 0) + 1
+    return users
 
 
 def _geometry(
@@ -159,23 +164,13 @@ def _geometry(
 
     Tensors without a storage of their own (uninitialised or sparse ones, wrapper subclasses) count as alone in one.
     """
-    if is_lazy(tensor):
-        return (), 0, (), 0
-    shape = tuple(tensor.shape)
     if address < 0:
-        return shape, 0, (), tensor.numel() * tensor.dtype.itemsize
+        if is_lazy(tensor):
+            return (), 0, (), 0
+        return tuple(tensor.shape), 0, (), tensor.numel() * tensor.dtype.itemsize
     # Asking the storage makes a Python object of it, which stays.
     nbytes = tensor.untyped_storage().nbytes() if record is None else record.nbytes
-    return shape, int(tensor.storage_offset()), tuple(tensor.stride()), nbytes
-
-
-def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for extent, step in zip(reversed(shape), reversed(stride)):
-        if extent != 1 and step != expected:
-            return expected == 0
-        expected *= extent
-    return True
+    return tuple(tensor.shape), tensor.storage_offset(), tensor.stride(), nbytes  # type: ignore[return-value]
 
 
 def has_other_users(tensor: torch.Tensor, address: int, holders: int) -> bool:

@@ -143,13 +143,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The record of a tensor's storage; None for memory that was not born in this scope."""
         try:
-            record = self.records.get(_storage_address(tensor))
+            address = _storage_address(tensor)
         except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
             return None
-        if record is None:
+        record = self.records.get(address)
+        return record if record is not None or not self._outer else self.record_at(tensor, address)
+
+    def record_at(self, tensor: torch.Tensor, address: int) -> Record | None:
+        """`record_of`, where ``address``, the tensor's `storage_address`, is known."""
+        record = self.records.get(address)
+        if record is None and address >= 0:
             for outer in self._outer:
                 outer.give_up([tensor], "a load within the constructor")
         return record
+
+    def pending(self) -> set[int]:
+        """The addresses of the storages that have not got their values yet."""
+        return {address for address, record in list(self.records.items()) if record.pending}
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""

@@ -109,7 +109,7 @@ def _from_memory(row: Row) -> Row:
         return row
     key = f"{row.fqn} (received)"
     entry = TensorEntry(key, row.shape, row.dtype, None, 0, row.nbytes)
-    return replace(row, offer=Offer(row.fqn, key, entry), parts=())
+    return row._replace(offer=Offer(row.fqn, key, entry), parts=())
 
 
 def _whole_rows(offered: dict[int, Row], whole: list[Home]) -> tuple[Row, ...]:
@@ -121,7 +121,7 @@ def _whole_rows(offered: dict[int, Row], whole: list[Home]) -> tuple[Row, ...]:
         if row.tied_to is not None and row.target in offered and row.target not in present:
             present.add(row.target)
             owner = offered[row.target]
-            row = replace(row, action=owner.action, offer=owner.offer, parts=owner.parts, tied_to=None)
+            row = row._replace(action=owner.action, offer=owner.offer, parts=owner.parts, tied_to=None)
         rows.append(row)
     return tuple(rows)
 
@@ -130,7 +130,7 @@ def _placed(home: Home, homes: Homes, options: LoadOptions) -> Home:
     """Where nothing else was asked for, every tensor goes to the device of the meshes."""
     if homes.device is None or options.device is not None or options.device_map is not None:
         return home
-    return replace(home, row=replace(home.row, device=str(homes.device)))
+    return replace(home, row=home.row._replace(device=str(homes.device)))
 
 
 def _records(whole: list[Home], subject: Subject) -> set[Record]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int],
         raise ValueError("parallelize removed it")
     if is_lazy(now):
         raise ValueError("it has no shape yet")
-    row = replace(row, dtype=now.dtype)
+    row = row._replace(dtype=now.dtype)
     if is_dtensor(now):
         return Home(row, slot, now, _checked_layout(now, row, fsdp=fsdp))
     if tuple(now.shape) != row.shape:
@@ -204,7 +204,7 @@ def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int],
         slot.tensor.requires_grad_(now.requires_grad)
         place(slot, slot.tensor)
         return Home(row, slot, slot.tensor)
-    return Home(row, replace(slot, tensor=now), now)
+    return Home(row, slot._replace(tensor=now), now)
 
 
 def _checked_layout(tensor: Any, row: Row, *, fsdp: bool) -> Layout:

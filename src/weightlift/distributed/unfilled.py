@@ -72,5 +72,5 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, untouche
 def _computed(row: Row) -> Row:
     """A buffer that was to be loaded keeps what the constructor computes: its value comes with the parameters."""
     if row.action in (Action.LOADED, Action.TIED):
-        return replace(row, action=Action.KEPT, offer=None, parts=(), tied_to=None)
+        return row._replace(action=Action.KEPT, offer=None, parts=(), tied_to=None)
     return row

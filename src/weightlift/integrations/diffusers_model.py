@@ -279,7 +279,7 @@ class Filling:
         return found
 
     def _decide(self) -> Decisions:
-        spec = self._subject.inventory.spec(self._subject.record_of)
+        spec = self._subject.inventory.spec(self._subject.record_at)
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
@@ -290,7 +290,7 @@ class Filling:
             dtype = row.dtype if source is None or source.offer is None else self._dtype(source, source.offer)
             device = devices.get(row.fqn, row.device)
             same = dtype == row.dtype and device == row.device
-            rows.append(row if same else replace(row, dtype=dtype, device=device))
+            rows.append(row if same else row._replace(dtype=dtype, device=device))
         return replace(decisions, rows=tuple(rows))
 
     def _dtype(self, row: Row, offer: Offer) -> torch.dtype:

@@ -252,7 +252,7 @@ class Filling:
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
         subject = Subject(inventory, self._recorder)
-        spec = inventory.spec(subject.record_of)
+        spec = inventory.spec(subject.record_at)
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
         )
@@ -263,7 +263,7 @@ class Filling:
     def _row(self, row: Row, devices: Mapping[str, str]) -> Row:
         dtype = self._plan_dtypes.get(row.fqn, row.dtype) if row.action in (Action.LOADED, Action.TIED) else row.dtype
         device = devices.get(row.fqn, row.device)
-        return row if dtype == row.dtype and device == row.device else replace(row, dtype=dtype, device=device)
+        return row if dtype == row.dtype and device == row.device else row._replace(dtype=dtype, device=device)
 
     def _devices(self, names: list[str]) -> dict[str, str]:
         if self._config.device_map is None:

@@ -135,7 +135,7 @@ def _value(
     else:
         holder.register_buffer("value", slot.tensor)
     inventory = Inventory.of(holder)
-    inventory = replace(inventory, slots=tuple(replace(item, fqn=row.fqn) for item in inventory.slots))
+    inventory = replace(inventory, slots=tuple(item._replace(fqn=row.fqn) for item in inventory.slots))
     alone = replace(decisions, rows=(row,), checks=(), extra_state=())
     apply(alone, Subject(inventory, subject.recorder), source, replace(options, progress=False))
     value: torch.Tensor = holder.state_dict()["value"].contiguous()

@@ -65,16 +65,16 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
             _decide(one, supply, options, rows, checks, problems)
             target += 1
     ordered = tuple(rows[item.fqn] for item in spec.tensors)
-    persistent = {item.fqn for item in spec.tensors if item.persistent}
     unexpected = supply.unexpected
     if unexpected is None:
-        unexpected = _unexpected(supply, persistent | set(spec.extra_state))
+        unexpected = _unexpected(supply, {item.fqn for item in spec.tensors if item.persistent}.union(spec.extra_state))
     unexpected_keys = tuple(item.key for item in unexpected)
     missing_extra = tuple(
         name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
     )
+    missing = [row for row in ordered if row.missing and not row.excused]
     if options.strict:
-        problems += _missing_problems(ordered, unexpected_keys)
+        problems += _missing_problems(missing, unexpected_keys)
         problems += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         problems += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
         problems += [_unexpected_problem(item) for item in unexpected]
@@ -93,7 +93,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         extra_state=tuple(name for name in spec.extra_state if name in supply.extra_state),
         existing=existing,
         hook_missing=supply.hook_missing,
-        announced_missing=(*_missing(ordered), *missing_extra, *supply.hook_missing),
+        announced_missing=(*(row.fqn for row in missing), *missing_extra, *supply.hook_missing),
         announced_unexpected=tuple(item.name for item in unexpected),
     )
 
@@ -103,19 +103,21 @@ def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions)
     offer = supply.offers.get(item.fqn)
     if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape:
         return None
+    # By position, in the order of the fields: it takes half the time, and this is done for every tensor.
     return Row(
-        fqn=item.fqn,
-        action=Action.LOADED,
-        kind=item.kind,
-        shape=item.shape,
-        own_dtype=item.dtype,
-        dtype=dtype_of((item.fqn,), item.dtype, offer.entry.dtype, options.dtype),
-        device=device_of(item.fqn, item.device, options),
-        target=target,
-        in_place=item.in_place,
-        offer=offer,
-        excused=item.fqn in supply.excused,
-        parts=offer.parts,
+        item.fqn,
+        Action.LOADED,
+        item.kind,
+        item.shape,
+        item.dtype,
+        dtype_of((item.fqn,), item.dtype, offer.entry.dtype, options.dtype),
+        device_of(item.fqn, item.device, options),
+        target,
+        item.in_place,
+        offer,
+        None,
+        item.fqn in supply.excused,
+        offer.parts,
     )
 
 
@@ -123,10 +125,6 @@ def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ..
     found = [Unexpected(offer.key, name, offer.entry) for name, offer in supply.offers.items() if name not in wanted]
     found += [Unexpected(key, name) for name, key in supply.others.items() if name not in wanted]
     return tuple(found)
-
-
-def _missing(rows: Sequence[Row]) -> list[str]:
-    return [row.fqn for row in rows if row.lacking]
 
 
 def _storage_groups(tensors: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
@@ -290,21 +288,20 @@ def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
     )
 
 
-def _missing_problems(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
+def _missing_problems(missing: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
     problems: list[Problem] = []
-    for row in rows:
-        if row.lacking:
-            # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
-            near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
-            problems.append(
-                Problem(
-                    f"the {row.kind} is missing in the checkpoint",
-                    fqn=row.fqn,
-                    expected=f"a tensor of shape {list(row.shape)}",
-                    hint=(f"similar keys: {', '.join(near)}; " if near else "")
-                    + "map names with key_mapping, or pass strict=False to initialise what is missing",
-                )
+    for row in missing:
+        # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
+        near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
+        problems.append(
+            Problem(
+                f"the {row.kind} is missing in the checkpoint",
+                fqn=row.fqn,
+                expected=f"a tensor of shape {list(row.shape)}",
+                hint=(f"similar keys: {', '.join(near)}; " if near else "")
+                + "map names with key_mapping, or pass strict=False to initialise what is missing",
             )
+        )
     return problems
 
 

@@ -74,7 +74,7 @@ def _part_of(whole: TensorSpec, offer: Offer, item: TensorSpec) -> Offer | None:
     if region.offset < 0 or region.offset + span_elements(region.shape, region.stride) > whole.numel:
         return None
     entry = within(replace(offer.entry, shape=whole.shape) if not whole.shape else offer.entry, region)
-    return None if entry is None else replace(offer, entry=entry)
+    return None if entry is None else offer._replace(entry=entry)
 
 
 def _both(item: TensorSpec, offer: Offer, other: TensorSpec) -> Problem:

@@ -17,12 +17,12 @@ def dtype_of(
 
     Only floating-point tensors change; a mapping's first pattern that matches one of the names decides.
     """
+    if option is None or not own.is_floating_point:
+        return own
     if isinstance(option, Mapping):
         for pattern, choice in option.items():
             if any(fnmatch.fnmatchcase(fqn, pattern) for fqn in fqns):
                 return dtype_of(fqns, own, source, choice)
-        return own
-    if option is None or not own.is_floating_point:
         return own
     if isinstance(option, torch.dtype):
         return option

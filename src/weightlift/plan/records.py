@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +40,7 @@ class Part:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What a checkpoint offers under a name of the module: ``key`` as the file has it, ``name`` after key mapping and
     state-dict hooks. ``computed_by`` names the module whose hook made the value, which was read early then.
     With ``parts`` the value is made of these, and ``entry`` says its shape and dtype only.
@@ -58,8 +58,7 @@ class Offer:
         return tuple(part.entry for part in self.parts) if self.parts else (self.entry,)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One name of the module (``fqn``) and what is done with it.
 
     ``dtype`` and ``device`` are those of the result; ``own_dtype`` is what the module was built with. ``tied_to`` is

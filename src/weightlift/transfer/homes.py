@@ -7,17 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from weightlift.deferred.inventory import Slot, is_lazy, storage_address
+from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.deferred.tape import Record
 from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.memory import new_tensor
 
-Member = tuple[Row, Slot]
+
+class Member(NamedTuple):
+    """A row, its slot, and what the tensor there lay on when the execution began: its storage's address, and the tape
+    of that, if it has one."""
+
+    row: Row
+    slot: Slot
+    address: int
+    record: Record | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class Home:
 
     def take_over(self) -> None:
         """Convert what the storage holds, once."""
-        tensor = self.members[0][1].tensor.detach()
+        tensor = self.members[0].slot.tensor.detach()
         if not tensor.is_meta:
             self.flat.copy_(tensor.as_strided(self.flat.size(), (1,), self.start))
 
@@ -56,25 +66,21 @@ def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def homes(members: Iterable[Member]) -> dict[int, Home]:
-    """A new home, by address, for every storage that more than one tensor shares and whose tensors do not fit.
+    """A new home, by address, for every storage that more than one of ``members`` share and whose tensors do not fit.
 
     Tensors that the plan gives different dtypes or devices part, as they must.
     """
-    first: dict[int, Member] = {}
     storages: dict[int, list[Member]] = {}
     for member in members:
-        row, slot = member
-        if not row.untied and not is_lazy(slot.tensor):
-            address = storage_address(slot.tensor)
-            if (before := first.setdefault(address, member)) is not member:
-                storages.setdefault(address, [before]).append(member)
+        if not member.row.untied:
+            storages.setdefault(member.address, []).append(member)
     found = {}
     for address, group in storages.items():
-        row, slot = group[0]
-        setting = {(row.dtype, row.device, slot.tensor.dtype) for row, slot in group}
-        if len({id(slot.tensor) for _, slot in group}) < 2 or len(setting) > 1 or fits(row, slot.tensor):
+        row, slot, *_ = group[0]
+        setting = {(row.dtype, row.device, slot.tensor.dtype) for row, slot, *_ in group}
+        if len({id(slot.tensor) for _, slot, *_ in group}) < 2 or len(setting) > 1 or fits(row, slot.tensor):
             continue
-        tensors = [slot.tensor for _, slot in group if slot.tensor.numel()]
+        tensors = [slot.tensor for _, slot, *_ in group if slot.tensor.numel()]
         start = min((int(tensor.storage_offset()) for tensor in tensors), default=0)
         ends = (int(tensor.storage_offset()) + span_elements(tensor.size(), tensor.stride()) for tensor in tensors)
         size = max(ends, default=start) - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +12,7 @@ from weightlift.checkpoint.entry import TensorEntry
 from weightlift.plan.records import Part
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One tensor to produce (``into`` is None) or to fill in place (``into``: same shape, any strides).
 
     ``fqn`` is for messages; several jobs may have one, when each fills a region of the same tensor. ``fresh``: ``into``

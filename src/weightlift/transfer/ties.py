@@ -62,10 +62,10 @@ def settled(decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisi
 def _untied(row: Row, check: Check, first: Check, target: int) -> Row:
     """A row that leaves its tie: ``first`` loads the value of its new group."""
     if check is not first:
-        return replace(row, action=Action.TIED, offer=None, parts=(), tied_to=first.other_fqn, target=target,
-                       in_place=False, untied=True)  # fmt: skip
-    return replace(row, action=Action.LOADED, offer=check.other, parts=check.other.parts, tied_to=None, target=target,
-                   in_place=False, untied=True)  # fmt: skip
+        return row._replace(action=Action.TIED, offer=None, parts=(), tied_to=first.other_fqn, target=target,
+                            in_place=False, untied=True)  # fmt: skip
+    return row._replace(action=Action.LOADED, offer=check.other, parts=check.other.parts, tied_to=None, target=target,
+                        in_place=False, untied=True)  # fmt: skip
 
 
 def _agreeing(conflicts: list[Check], source: Bytes, options: LoadOptions) -> list[list[Check]]:

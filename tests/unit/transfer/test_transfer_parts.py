@@ -86,7 +86,7 @@ def planned(module, ckpt, made=None, **options):
     if not isinstance(module, nn.Module):
         module, recorder = construct(module, CurrentLoad(source=None, deferred=True, seed=0))
     subject = Subject(Inventory.of(module), recorder)
-    spec = subject.inventory.spec(subject.record_of)
+    spec = subject.inventory.spec(subject.record_at)
     decisions = match(spec, Supply(ckpt.source, made or offers(ckpt), ckpt.files), options)
     return decisions, subject, Bytes(ckpt.files, ckpt.tensors, {}), options
 
