@@ -6,7 +6,7 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -213,15 +213,27 @@ def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def held_by(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter and buffer, without a name and in no order, as often as modules hold it."""
+def held_by(module: nn.Module) -> list[torch.Tensor]:
+    """Every parameter and buffer, without a name and in no order, each once or more."""
+    found: list[torch.Tensor | None] = []
+    for owner in modules_of(module):
+        if owner._parameters:
+            found += owner._parameters.values()
+        if owner._buffers:
+            found += owner._buffers.values()
+    return [tensor for tensor in found if tensor is not None]
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all within it, each once: ``module.modules()``, which is a generator within a generator a level."""
+    found: dict[nn.Module, None] = {}
     waiting = [module]
-    for owner in waiting:
-        for tensors in (owner._parameters, owner._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    yield tensor
-        waiting += [child for child in owner._modules.values() if child is not None]
+    while waiting:
+        owner = waiting.pop()
+        if owner not in found:
+            found[owner] = None
+            waiting += [child for child in owner._modules.values() if child is not None]
+    return list(found)
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import tensors_of
+from weightlift.deferred.inventory import modules_of, tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.exclusive import NotNative
 
@@ -128,7 +128,9 @@ class _Dtypes:
         for key, item in self._known.items():
             item.__dict__["dtype"] = self._dtypes[key]
         seen: set[int] = set()
-        for module in model.modules():
+        for module in modules_of(model):
+            if "config" not in module.__dict__ and not hasattr(type(module), "config"):
+                continue  # asking nn.Module for what it has not got takes longer than all else here
             for item in _configs(getattr(module, "config", None), seen):
                 if id(item) not in self._known and not self._is_new(item) and item.__dict__.get("dtype") is None:
                     item.__dict__["dtype"] = self._dtype  # a copy that the constructor made
@@ -192,14 +194,14 @@ def _visit(
     module: nn.Module, initialize: Callable[[nn.Module, bool], None], is_custom_code: bool, supplied: set[int]
 ) -> bool:
     """Children first. Returns whether all there is within ``module`` was supplied, and nothing had to be done."""
-    complete = all(
-        tensor is None or id(tensor) in supplied
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-    )
-    for child in module.children():
-        inner = child._initialize_weights if isinstance(child, PreTrainedModel) else initialize
-        complete = _visit(child, inner, is_custom_code, supplied) and complete
+    complete = True
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            complete = complete and (tensor is None or id(tensor) in supplied)
+    for child in dict.fromkeys(module._modules.values()):
+        if child is not None:
+            inner = child._initialize_weights if isinstance(child, PreTrainedModel) else initialize
+            complete = _visit(child, inner, is_custom_code, supplied) and complete
     if complete:
         module.__dict__["_is_hf_initialized"] = True  # as the call would have left it
     else:

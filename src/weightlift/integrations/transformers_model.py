@@ -155,6 +155,7 @@ class Filling:
         self._options = _options(load_config, load.seed)
         tie(model)
         inventory = Inventory.of(model)
+        self._slots = inventory.slots
         self._state: dict[str, torch.Tensor | None] = {
             slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent
         }
@@ -170,8 +171,9 @@ class Filling:
         self._report(info)
         supplied = set(self._state) if self._unfilled else supplied
         tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
-        for parameter in self._model.parameters():  # Transformers makes every one anew
-            parameter.requires_grad_(parameter.is_floating_point())
+        for slot in self._slots:  # Transformers makes every parameter anew
+            if slot.kind == "parameter":
+                slot.tensor.requires_grad_(slot.tensor.is_floating_point())
         extend(self._model, self._recorder, self._load, lambda: initialise(self._model, tensors))
         decisions, subject = self._decide(done)
         source = Bytes(
@@ -258,7 +260,9 @@ class Filling:
         )
         decisions = match(spec, supply, self._options)
         devices = self._devices([row.fqn for row in decisions.rows])
-        return replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows)), subject
+        if devices or self._plan_dtypes:
+            decisions = replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows))
+        return decisions, subject
 
     def _row(self, row: Row, devices: Mapping[str, str]) -> Row:
         dtype = self._plan_dtypes.get(row.fqn, row.dtype) if row.action in (Action.LOADED, Action.TIED) else row.dtype
