@@ -1,9 +1,10 @@
 """Address space without memory: buffers that cost nothing until somebody writes to them.
 
 On Linux a reservation is an anonymous private mapping with ``MAP_NORESERVE``: an ordinary, zero-filled address range
-whose pages come into being when touched. Small reservations share arenas, so that tens of thousands of tensors do not
-need as many mappings (``vm.max_map_count`` is 65,530 by default). Elsewhere the same
-buffers come from a plain anonymous mapping.
+whose pages come into being when touched. Reservations share mappings: one each would take longer to make and to undo
+than all else about a birth, and tens of thousands of tensors would need more of them than there may be
+(``vm.max_map_count`` is 65,530 by default). The pages of a large one go back to the system by themselves, when it dies.
+Elsewhere the same buffers come from plain anonymous mappings, one for each that is large.
 
 With ``WEIGHTLIFT_GUARD_RESERVATIONS=1`` in the environment at import, reservations are inaccessible until they are
 opened: an access that the recorder did not see is then a segmentation fault instead of a silent zero. The same kind of
@@ -18,14 +19,15 @@ import os
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 _GUARD = os.environ.get("WEIGHTLIFT_GUARD_RESERVATIONS", "") not in ("", "0")
 _PAGE = mmap.PAGESIZE
 _ALIGN = 64
-_OWN_MAPPING_BYTES = 1 << 20
-_FIRST_ARENA_BYTES = 16 << 20
-_MAX_ARENA_BYTES = 64 << 30
-_MAX_OWN_MAPPINGS = 16_384
+_LARGE_BYTES = 1 << 20
+_FIRST_BLOCK_BYTES = 16 << 20
+_FIRST_LARGE_BLOCK_BYTES = 64 << 20
+_MAX_BLOCK_BYTES = 64 << 30
 
 _PROT_NONE = 0
 _PROT_READ_WRITE = 3
@@ -64,12 +66,14 @@ _libc = _Libc() if sys.platform == "linux" else None
 
 
 class Block:
-    """One mapping. Its memory goes back to the system when the last view of it is gone."""
+    """One mapping. Its memory goes back to the system when the last view of it is gone; ``piecewise``: that of each
+    reservation in it by itself (`open_range`)."""
 
-    __slots__ = ("address", "sealed", "size_bytes", "view")
+    __slots__ = ("address", "piecewise", "sealed", "size_bytes", "view")
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, *, piecewise: bool = False) -> None:
         self.size_bytes = size_bytes
+        self.piecewise = piecewise
         self.sealed = False
         self.address = 0
         self.view = memoryview(self._map(size_bytes))
@@ -102,35 +106,94 @@ class Reservations:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._arena: Block | None = None
-        self._offset = 0
-        self._reserved_bytes = 0
-        self._own_mappings = 0
+        self._small = _Arena(_ALIGN)
+        self._large = _LargeArena(_PAGE)
 
     def reserve(self, nbytes: int) -> tuple[memoryview, Block, int]:
         """A zero-filled buffer of ``nbytes`` (> 0), the block it lies in and its offset there."""
         with self._lock:
-            self._reserved_bytes += nbytes
-            arena = self._arena
-            if nbytes < _OWN_MAPPING_BYTES or self._own_mappings >= _MAX_OWN_MAPPINGS:
-                offset = self._offset
-                if arena is None or offset + nbytes > arena.size_bytes:
-                    arena, offset = self._new_arena(nbytes), 0
-                end = offset + nbytes
-                self._offset = end + -end % (_PAGE if arena.sealed else _ALIGN)
-                return arena.view[offset:end], arena, offset
-            self._own_mappings += 1
-        block = Block(_round_up(nbytes, _PAGE))
-        return block.view[:nbytes], block, 0
+            return (self._small if nbytes < _LARGE_BYTES else self._large).cut(nbytes)
 
-    def _new_arena(self, nbytes: int) -> Block:
-        # Growing with what was reserved so far keeps the number of mappings logarithmic.
-        wanted = min(max(_FIRST_ARENA_BYTES, self._reserved_bytes), _MAX_ARENA_BYTES)
+
+class _Arena:
+    """The blocks that reservations are cut from, one after the other. Growing with what was cut so far keeps their
+    number logarithmic."""
+
+    def __init__(self, align: int) -> None:
+        self._align = align
+        self._block: Block | None = None
+        self._offset = 0
+        self.cut_bytes = 0
+
+    def cut(self, nbytes: int) -> tuple[memoryview, Block, int]:
+        """See `Reservations.reserve`."""
+        self.cut_bytes += nbytes
+        block, offset = self._block, self._offset
+        if block is None or offset + nbytes > block.size_bytes:
+            block, offset = self._next(nbytes), 0
+        end = offset + nbytes
+        self._offset = end + -end % (_PAGE if block.sealed else self._align)
+        return block.view[offset:end], block, offset
+
+    def _next(self, nbytes: int) -> Block:
+        wanted = max(nbytes, min(self.wanted_bytes(), _MAX_BLOCK_BYTES))
         try:
-            self._arena = Block(_round_up(max(wanted, nbytes), _PAGE))
+            self._block = self.block(_round_up(wanted, _PAGE))
         except MemoryError:
-            self._arena = Block(_round_up(nbytes, _PAGE))
-        return self._arena
+            self._block = self.block(_round_up(nbytes, _PAGE))
+        return self._block
+
+    def wanted_bytes(self) -> int:
+        """The size of the next block, if that is enough."""
+        return max(_FIRST_BLOCK_BYTES, self.cut_bytes)
+
+    def block(self, size_bytes: int) -> Block:
+        """A new one."""
+        return Block(size_bytes)
+
+
+class _LargeArena(_Arena):
+    """What is left of a block here is so large that it counts where address space does."""
+
+    def wanted_bytes(self) -> int:
+        """See `_Arena`. Pages can only go back one by one on Linux."""
+        if sys.platform != "linux":
+            return 0
+        return max(_FIRST_LARGE_BLOCK_BYTES, self.cut_bytes // 4) if space_is_free() else self.cut_bytes // 64
+
+    def block(self, size_bytes: int) -> Block:
+        """See `_Arena`."""
+        return Block(size_bytes, piecewise=True)
+
+
+def space_is_free() -> bool:
+    """Whether address space that nobody uses is in nobody's way: the system sets no limit on it, nor on data."""
+    import resource
+
+    unlimited = resource.RLIM_INFINITY
+    return (
+        resource.getrlimit(resource.RLIMIT_AS)[0] == unlimited
+        and resource.getrlimit(resource.RLIMIT_DATA)[0] == unlimited
+        and not _STRICT
+    )
+
+
+def _counts_strictly() -> bool:
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
+
+
+_STRICT = sys.platform == "linux" and _counts_strictly()
+
+
+def open_range(buffer: memoryview, block: Block, offset: int) -> None:
+    """Make a reservation accessible, before anybody writes there. Once for each."""
+    unseal(block, offset, buffer.nbytes)
+    if block.piecewise:
+        # To the end of its last page, which is nobody else's.
+        weakref.finalize(buffer, give_back, block, offset, _round_up(buffer.nbytes, _PAGE)).atexit = False
 
 
 def unseal(block: Block, offset: int, nbytes: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from weightlift.deferred.reserve import Block, give_back, unseal
+from weightlift.deferred.reserve import Block, give_back, open_range, unseal
 
 
 class Record(weakref.ref):  # type: ignore[type-arg]
@@ -59,7 +59,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         buffer = self()
         if buffer is not None:
             if not self.opened:
-                unseal(self.block, self.offset, self.nbytes)
+                open_range(buffer, self.block, self.offset)
                 self.opened = True
             return buffer  # type: ignore[no-any-return]
         if self.scratch is None:
@@ -103,7 +103,7 @@ def new_record(
     record.nbytes = nbytes
     record.block = block
     record.offset = offset
-    record.opened = not block.sealed
+    record.opened = not (block.sealed or block.piecewise)
     record.pinned = False
     record.last = record.readers = record.label = record.scratch = None
     return record

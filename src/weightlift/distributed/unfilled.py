@@ -14,7 +14,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
-from weightlift.deferred.reserve import Reservations, unseal
+from weightlift.deferred.reserve import Reservations, open_range
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import same_device
@@ -65,7 +65,7 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, untouche
     if device.type != "cpu" or not nbytes:
         return torch.zeros(shape, dtype=dtype, device=device)
     buffer, block, offset = untouched.reserve(nbytes)
-    unseal(block, offset, nbytes)
+    open_range(buffer, block, offset)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
 
 

@@ -21,7 +21,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from pathlib import Path
+
+from weightlift.deferred.reserve import space_is_free
 
 HUGE_PAGE_BYTES = 2 << 20
 _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None) if sys.platform == "linux" else None
@@ -98,7 +99,7 @@ class Kept:
             self._by_size, self._left = {}, deque()
 
     def _return(self, block: _Block) -> None:
-        if block.era == self._era and _FREE is not None and _may_keep() and block.leave_to_system():
+        if block.era == self._era and _FREE is not None and space_is_free() and block.leave_to_system():
             self._left.append(block)
 
     def _fitting(self, size: int) -> _Block | None:
@@ -132,26 +133,6 @@ def _mapped(size: int, era: int) -> _Block | None:
         return None
 
 
-def _may_keep() -> bool:
-    """Whether address space that nobody uses is in nobody's way."""
-    import resource
-
-    unlimited = resource.RLIM_INFINITY
-    return (
-        resource.getrlimit(resource.RLIMIT_AS)[0] == unlimited
-        and resource.getrlimit(resource.RLIMIT_DATA)[0] == unlimited
-        and not _STRICT
-    )
-
-
-def _counts_strictly() -> bool:
-    try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return False
-
-
-_STRICT = sys.platform == "linux" and _counts_strictly()
 _kept = Kept()
 take = _kept.take
 if hasattr(os, "register_at_fork"):

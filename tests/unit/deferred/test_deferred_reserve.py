@@ -1,13 +1,18 @@
 """Reserved memory: zero-filled, costs nothing before it is touched, shares mappings, and can be sealed."""
 
 import itertools
+import mmap
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import weightlift as wl
 from weightlift.deferred import reserve
 from weightlift.deferred.reserve import Block, Reservations, unseal
 
@@ -35,18 +40,43 @@ def test_a_full_arena_is_followed_by_another():
     assert 2 <= len({id(block) for _, block, _ in made}) <= 4
 
 
-def test_a_large_reservation_has_its_own_block():
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each has a block of its own")
+def test_large_reservations_share_blocks_but_no_page():
     reservations = Reservations()
-    _, first, _ = reservations.reserve(1 << 20)
-    _, second, offset = reservations.reserve(1 << 20)
-    assert first is not second and offset == 0
+    made = [reservations.reserve((1 << 20) + 1) for _ in range(1000)]
+    assert len({id(block) for _, block, _ in made}) < 20
+    spans = sorted((id(block), offset, offset + len(buffer)) for buffer, block, offset in made)
+    pages = [(block, page) for block, start, end in spans for page in (start // mmap.PAGESIZE, end // mmap.PAGESIZE)]
+    assert len(set(pages)) == 2000
 
 
-def test_beyond_the_limit_of_mappings_arenas_serve(monkeypatch):
-    monkeypatch.setattr(reserve, "_MAX_OWN_MAPPINGS", 1)
+def test_where_address_space_is_limited_large_reservations_leave_next_to_none_unused(monkeypatch):
+    monkeypatch.setattr(reserve, "space_is_free", lambda: False)
     reservations = Reservations()
-    blocks = [reservations.reserve(1 << 20)[1] for _ in range(5)]
-    assert len({id(block) for block in blocks}) == 2
+    blocks = {id(block): block for _, block, _ in (reservations.reserve(1 << 20) for _ in range(20_000))}
+    assert sum(block.size_bytes for block in blocks.values()) < 1.02 * (20_000 << 20)
+    assert len(blocks) < 1000
+    first = [reservations.reserve(64 << 20)[1].size_bytes for reservations in (Reservations(), Reservations())]
+    assert first == [64 << 20] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives back a part of a mapping")
+def test_the_memory_of_a_large_tensor_goes_back_when_it_dies_and_its_neighbours_stay():
+    def build():
+        module = nn.Module()
+        for name in ("a", "b", "c"):
+            module.register_parameter(name, nn.Parameter(torch.ones(24 << 18)))
+        return module
+
+    module = wl.defer(build).materialize()
+    before = _resident_bytes()
+    del module.b
+    assert before - _resident_bytes() > 20 << 20
+    assert module.a.min() == module.a.max() == module.c.min() == module.c.max() == 1
+
+
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_an_arena_that_is_refused_is_made_smaller(monkeypatch):
