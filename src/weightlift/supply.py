@@ -55,6 +55,23 @@ class Extras(Mapping[str, Any]):
         return len(self._makers)
 
 
+class _Shapes(Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
+    """Shape and dtype of offers by name, for state-dict hooks, which few modules have."""
+
+    def __init__(self, offers: Mapping[str, Offer]) -> None:
+        self._offers = offers
+
+    def __getitem__(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        entry = self._offers[name].entry
+        return entry.shape, entry.dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._offers)
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+
 def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Supplied:
     """Decide what a load does. Reads what state-dict hooks look at, nothing else; what they raise comes through."""
     for recorder in recording():  # within a constructor, whose tensors may have no values yet
@@ -85,7 +102,7 @@ class _Matching:
             metadata = metadata_of(metadata, renamed(checkpoint, mapping))
         offers = self._offers
         self._state = State(
-            tensors={name: (offer.entry.shape, offer.entry.dtype) for name, offer in offers.items()},
+            tensors=_Shapes(offers),
             read=lambda name: checkpoint.read(offers[name].key),
             extras=Extras({name: self._other(key) for name, key in self._others.items()}),
             metadata=metadata,

@@ -58,6 +58,11 @@ class TensorEntry:
         return self.numel * self.dtype.itemsize
 
 
+def nbytes_of(entry: TensorEntry) -> int:
+    """`TensorEntry.nbytes`, without its product where the range says the same."""
+    return entry.end - entry.start if entry.stride is None else entry.nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class ShardContents:
     """What the header of one file says.

@@ -6,7 +6,7 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -110,10 +110,12 @@ class Inventory:
         users = users_of(self.slots, addresses)
         numbers: dict[int, int] = {}
         storages: dict[int, int] = {}
-        places: dict[tuple[int, str], int] = {}
+        places = self._places()
         devices: dict[torch.device, str] = {}
+        # Of few different ones: every tuple that stays is one more for the collector.
+        extents: dict[tuple[int, ...], tuple[int, ...]] = {}
         tensors = []
-        for (fqn, kind, owner, attribute, tensor, persistent), address in zip(self.slots, addresses):
+        for place, (fqn, kind, _, _, tensor, persistent), address in zip(places, self.slots, addresses):
             record = record_of(tensor, address)
             shape, offset, stride, storage_bytes = _geometry(tensor, address, record)
             device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
@@ -128,21 +130,28 @@ class Inventory:
                 TensorSpec(
                     fqn,
                     kind,
-                    shape,
+                    extents.setdefault(shape, shape),
                     tensor.dtype,
                     device,
                     numbers.setdefault(id(tensor), len(numbers)),
                     storages.setdefault(address, len(storages)),
                     offset,
-                    stride,
+                    extents.setdefault(stride, stride),
                     storage_bytes,
                     persistent,
                     address < 0 and is_lazy(tensor),
                     in_place,
-                    places.setdefault((id(owner), attribute), len(places)),
+                    place,
                 )
             )
         return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
+
+    def _places(self) -> Sequence[int]:
+        """A number for every slot; the same for one that a module has under several of its names."""
+        if len({id(module) for _, module in self.modules}) == len(self.modules):
+            return range(len(self.slots))
+        places: dict[tuple[int, str], int] = {}
+        return [places.setdefault((id(slot.owner), slot.attribute), len(places)) for slot in self.slots]
 
 
 def users_of(slots: Iterable[Slot], addresses: Iterable[int]) -> dict[int, int]:

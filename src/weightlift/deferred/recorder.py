@@ -109,8 +109,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs is None:
-            kwargs = {}
+        kwargs = kwargs or {}
         if types and not all(map(is_plain, types)):
             return self._foreign(func, args, kwargs)
         if _stack_size():  # torch's own modes (fake tensors, tracing) lie below all others, and this is their call
@@ -135,10 +134,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._birth_call(func, args, kwargs)
         if kind is Kind.PURE:
             return self._pure(func, call, args, kwargs)
-        if kind is Kind.RESIZE:
-            grown = resized(self, func, args, kwargs)
-            return self._now(func, call, args, kwargs) if grown is None else grown
-        return self._now(func, call, args, kwargs)
+        grown = resized(self, func, args, kwargs) if kind is Kind.RESIZE else None
+        return self._now(func, call, args, kwargs) if grown is None else grown
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The record of a tensor's storage; None for memory that was not born in this scope."""
@@ -146,8 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             address = _storage_address(tensor)
         except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
             return None
-        record = self.records.get(address)
-        return record if record is not None or not self._outer else self.record_at(tensor, address)
+        return self.record_at(tensor, address)
 
     def record_at(self, tensor: torch.Tensor, address: int) -> Record | None:
         """`record_of`, where ``address``, the tensor's `storage_address`, is known."""
@@ -156,10 +152,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for outer in self._outer:
                 outer.give_up([tensor], "a load within the constructor")
         return record
-
-    def pending(self) -> set[int]:
-        """The addresses of the storages that have not got their values yet."""
-        return {address for address, record in list(self.records.items()) if record.pending}
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
@@ -297,8 +289,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
-        pending = False
-        elements = 0
+        pending, elements = False, 0
         for tensor in tensors:
             record = self.record_of(tensor)
             pending = pending or (record is not None and record.pending)
@@ -386,9 +377,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def force(self, records: list[Record], why: Any) -> None:
         """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""
-        if not records:
-            return
-        self._execute(needed(records), why)
+        if records:
+            self._execute(needed(records), why)
 
     def _note(self, why: Any, nbytes: int) -> None:
         if nbytes:

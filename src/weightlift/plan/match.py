@@ -51,10 +51,16 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     checks: list[Check] = []
     problems = list(supply.problems)
     target = 0
-    for group in _storage_groups(spec.tensors):
-        if len(group) == 1 and (row := _simple(group[0], target, supply, options)) is not None:
-            rows[row.fqn] = row
-            target += 1
+    shared = _shared_storages(spec.tensors)
+    for item in spec.tensors:
+        group = shared.get(item.storage)
+        if group is None:
+            if (row := _simple(item, target, supply, options)) is not None:
+                rows[row.fqn] = row
+                target += 1
+                continue
+            group = [item]
+        elif item is not group[0]:
             continue
         ties = _tie_groups(group)
         covering = _covering(group, supply.offers)
@@ -127,11 +133,14 @@ def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ..
     return tuple(found)
 
 
-def _storage_groups(tensors: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    groups: dict[int, list[TensorSpec]] = defaultdict(list)
+def _shared_storages(tensors: Sequence[TensorSpec]) -> dict[int, list[TensorSpec]]:
+    """The names on every storage that has more than one."""
+    first: dict[int, TensorSpec] = {}
+    shared: dict[int, list[TensorSpec]] = {}
     for item in tensors:
-        groups[item.storage].append(item)
-    return list(groups.values())
+        if (before := first.setdefault(item.storage, item)) is not item:
+            shared.setdefault(item.storage, [before]).append(item)
+    return shared
 
 
 def _tie_groups(group: list[TensorSpec]) -> list[list[TensorSpec]]:

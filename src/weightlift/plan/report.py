@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.plan.records import Action, Decisions, Part, Row
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -74,26 +74,26 @@ def _listing(title: str, names: Sequence[str]) -> list[str]:
 
 def report(decisions: Decisions) -> LoadReport:
     """Sort the rows of a plan into the lists that a user looks for."""
-    by_action: dict[Action, list[Row]] = {action: [] for action in Action}
-    for row in decisions.rows:
-        by_action[row.action].append(row)
+    rows = decisions.rows
+    loaded = [row for row in rows if row.action is Action.LOADED]
 
     def names(action: Action) -> tuple[str, ...]:
-        return tuple(row.fqn for row in by_action[action])
+        return tuple([row.fqn for row in rows if row.action is action])
 
-    loaded = by_action[Action.LOADED]
     return LoadReport(
         loaded=names(Action.LOADED),
         tied=names(Action.TIED),
         initialised=names(Action.INITIALISED),
         kept=names(Action.KEPT),
-        missing_keys=(*(row.fqn for row in decisions.rows if row.lacking), *decisions.hook_missing),
+        missing_keys=(*(row.fqn for row in rows if row.missing and not row.excused), *decisions.hook_missing),
         unexpected_keys=decisions.unexpected_keys,
         mismatched_keys=tuple(
-            (row.fqn, row.offer.entry.shape, row.shape) for row in by_action[Action.MISMATCHED] if row.offer
+            (row.fqn, row.offer.entry.shape, row.shape)
+            for row in rows
+            if row.action is Action.MISMATCHED and row.offer
         ),
-        loaded_bytes=sum(row.nbytes for row in loaded),
-        read_bytes=sum(entry.nbytes for row in loaded for entry in row.entries),
+        loaded_bytes=sum([row.nbytes for row in loaded]),
+        read_bytes=sum([nbytes_of(entry) for row in loaded for entry in row.entries]),
         left_out=decisions.left_out,
         existing=decisions.existing,
     )

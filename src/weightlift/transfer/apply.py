@@ -57,11 +57,15 @@ def apply(
 
 
 class _Order(NamedTuple):
-    """What is to be done for one row. ``into``: the memory that its jobs fill; None: the one job makes the value."""
+    """What is to be done for one row, by how many jobs. ``into``: the memory that they fill; None: the one job makes
+    the value."""
 
-    jobs: tuple[Job, ...]
+    jobs: int
     into: torch.Tensor | None
     in_place: bool
+
+
+_NEW = _Order(1, None, False)  # as nearly all are
 
 
 def _cpu_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -87,28 +91,29 @@ class _Application:
         slots = subject.inventory.slots
         addresses = [storage_address(slot.tensor) for slot in slots]
         users = users_of(slots, addresses)
-        places = {}
+        rows = {row.fqn: row for row in decisions.rows}
+        members = {}
         self._records: dict[Record, None] = {}  # of all slots
         self._watched: set[int] = set()  # storages of the module that somebody else's tensors lie on as well
         for slot, address in zip(slots, addresses):
             record = subject.record_at(slot.tensor, address)
-            places[slot.fqn] = slot, address, record
             if record is not None:
                 self._records[record] = None
             if has_other_users(slot.tensor, address, users[address]):
                 self._watched.add(address)
-        members = [Member(row, *places[row.fqn]) for row in decisions.rows]
-        self._groups: dict[int, list[Member]] = {}
-        for member in members:
-            self._groups.setdefault(member.row.target, []).append(member)
-        self._homes = homes(member for member in members if users[member.address] > 1)
+            row = rows.get(slot.fqn)
+            if row is not None:
+                members[slot.fqn] = Member(row, slot, address, record)
+        self._members = [members[fqn] for fqn in rows]
+        self._tied = _tied(self._members)
+        self._homes = homes(member for member in self._members if users[member.address] > 1)
         self._devices = {name: torch.device(name) for name in {row.device for row in decisions.rows}}
 
     def run(self) -> None:
         """Read, initialise, assign."""
         loaded, rest = self._split()
-        orders = [self._order(member) for member in loaded]
-        jobs = [job for order in orders for job in order.jobs]
+        jobs: list[Job] = []
+        orders = [self._order(member, jobs) for member in loaded]
         supplied = self._supplied(loaded)
         tasks = self._initialisers(supplied)
         filled = self._move_in(loaded)
@@ -135,11 +140,11 @@ class _Application:
         at = 0
         for member, order in zip(loaded, orders, strict=True):
             value = values[at] if order.into is None else order.into
-            at += len(order.jobs)
+            at += order.jobs
             place = None if order.in_place else self._place(member)
             if place is not None:
                 place.copy_(value)  # its strides can't be filled part by part
-            self._assign(member.row, None if order.in_place or place is not None else value)
+            self._assign(member, None if order.in_place or place is not None else value)
         for member in rest:
             self._own(member)
         if self._trace is not None:
@@ -147,20 +152,24 @@ class _Application:
 
     def _split(self) -> tuple[list[Member], list[Member]]:
         """The rows that are read (one a target), and for every other target one row."""
-        loaded, rest = [], []
-        for members in self._groups.values():
-            for member in members:
-                if member.row.action is Action.LOADED:
-                    loaded.append(member)
-                    break
-            else:
-                rest.append(members[0])
+        loaded: list[Member] = []
+        rest: list[Member] = []
+        for first in self._members:
+            members = self._tied.get(first.row.target)
+            if members is None:
+                (loaded if first.row.action is Action.LOADED else rest).append(first)
+            elif first is members[0]:
+                reading = next((member for member in members if member.row.action is Action.LOADED), None)
+                if reading is None:
+                    rest.append(first)
+                else:
+                    loaded.append(reading)
         return loaded, rest
 
     # -- what is read -------------------------------------------------------------------------------------------------
 
-    def _order(self, member: Member) -> _Order:
-        """The jobs that give a row its value: one, or one for each of its parts."""
+    def _order(self, member: Member, jobs: list[Job]) -> _Order:
+        """Add the jobs that give a row its value: one, or one for each of its parts."""
         row = member.row
         entry = _one_entry(row)
         device = self._devices[row.device]
@@ -170,18 +179,18 @@ class _Application:
         in_place = into is not None
         fresh = not in_place or self._home(member) is not None
         if entry is not None:
-            return _Order((Job(row.fqn, entry, row.dtype, device, into, fresh),), into, in_place)
+            jobs.append(Job(row.fqn, entry, row.dtype, device, into, fresh))
+            return _NEW if into is None else _Order(1, into, in_place)
         fault = fault_of(row.parts, row.shape)
         assert fault is None, f"the parts of {row.fqn}: {fault}"
         into = new_memory(row.shape, row.dtype, device) if into is None else into
         if (whole := _in_files(row)) is not None:
-            job = Job(row.fqn, whole, row.dtype, device, into=into, fresh=fresh, parts=row.parts)
-            return _Order((job,), into, in_place)
-        jobs = []
+            jobs.append(Job(row.fqn, whole, row.dtype, device, into=into, fresh=fresh, parts=row.parts))
+            return _Order(1, into, in_place)
         for part in row.parts:
             region = into.as_strided(part.shape, part.stride, into.storage_offset() + part.offset)
             jobs.append(Job(row.fqn, part.entry, row.dtype, device, into=region, fresh=fresh))
-        return _Order(tuple(jobs), into, in_place)
+        return _Order(len(row.parts), into, in_place)
 
     def _home(self, member: Member) -> Home | None:
         return None if not self._homes or member.row.untied else self._homes.get(member.address)
@@ -236,8 +245,7 @@ class _Application:
         nodes = needed(records, supplied)
         in_part = {
             row.fqn
-            for members in self._groups.values()
-            for row, _, _, record in members
+            for row, _, _, record in self._members
             if row.in_place and record is not None and record not in supplied
         }
         tasks = []
@@ -254,11 +262,12 @@ class _Application:
 
     # -- assignment ---------------------------------------------------------------------------------------------------
 
-    def _assign(self, row: Row, value: torch.Tensor | None) -> None:
-        """Give every name of a target its value; None: it was filled in place."""
-        members = self._groups[row.target]
+    def _assign(self, owner: Member, value: torch.Tensor | None) -> None:
+        """Give every name of a target its value; None: it was filled in place. ``owner``: the one that it is for."""
+        row = owner.row
+        members = self._tied.get(row.target, (owner,))
         if len(members) == 1 and value is not None:
-            self._put(row, members[0], value)
+            self._put(row, owner, value)
             return
         done: dict[int, torch.Tensor] = {}
         for member in members:
@@ -292,7 +301,7 @@ class _Application:
         tensor = member.slot.tensor
         if is_lazy(tensor) or (tensor.is_meta and self._home(member) is None):
             return
-        self._assign(member.row, None)
+        self._assign(member, None)
 
 
 def _in_files(row: Row) -> TensorEntry | None:
@@ -326,10 +335,21 @@ def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:
     return initialise
 
 
+def _tied(members: Iterable[Member]) -> dict[int, list[Member]]:
+    """The members of every target that has more than one name."""
+    first: dict[int, Member] = {}
+    tied: dict[int, list[Member]] = {}
+    for member in members:
+        if (before := first.setdefault(member.row.target, member)) is not member:
+            tied.setdefault(member.row.target, [before]).append(member)
+    return tied
+
+
 def _audit(subject: Subject) -> None:
     """Law 4: no tensor leaves on ``meta`` or without its values."""
     module, recorder = subject.inventory.module, subject.recorder
-    pending = set() if recorder is None else recorder.pending()
+    records = [] if recorder is None else list(recorder.records.values())
+    pending = {record.key for record in records if record.pending}
 
     def is_unready(tensor: torch.Tensor) -> bool:
         return tensor.is_meta or (len(pending) > 0 and storage_address(tensor) in pending)

@@ -141,7 +141,8 @@ def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:
     """Indices of half-open ranges that begin inside an earlier one (in order of their starts)."""
     found: set[int] = set()
     reached = -1
-    for index in sorted(range(len(ranges)), key=lambda i: ranges[i][0]):
+    starts = [start for start, _ in ranges]
+    for index in sorted(range(len(ranges)), key=starts.__getitem__):
         start, end = ranges[index]
         if start >= end:
             continue

@@ -11,7 +11,7 @@ import torch
 
 from weightlift import strides
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.checkpoint.entry import ShardFile, TensorEntry, nbytes_of
 from weightlift.checkpoint.integrity import Digest
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.forked import settle
@@ -23,7 +23,7 @@ from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, memory_of, new_tensor
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
-from weightlift.transfer.requests import nbytes_of, requests_of
+from weightlift.transfer.requests import requests_of
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 from weightlift.transfer.trace import Trace, timed
 
@@ -67,7 +67,7 @@ def run(
     load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
-    reporter = Reporter(progress, sum(nbytes_of(job.entry) for job in jobs) + work_bytes)
+    reporter = Reporter(progress, sum([nbytes_of(job.entry) for job in jobs]) + work_bytes)
     try:
         with outside_modes():
             results = load.execute(
@@ -168,9 +168,10 @@ class _Run:
 
     def _check_files(self) -> None:
         """All files at once and before anything is written, so that a stale plan changes nothing."""
-        entries = (entry for job in self._jobs for entry in job.entries)
-        used = dict.fromkeys(entry.file for entry in entries if entry.file is not None)
-        problems = [problem for path in used if (problem := self._source.check(self._files[path])) is not None]
+        # By identity first: a path takes longer to hash than all else here, and a file's entries share theirs.
+        used = {id(item.entry.file): item.entry.file for job in self._jobs for item in (job.parts or (job,))}
+        paths = dict.fromkeys(path for path in used.values() if path is not None)
+        problems = [problem for path in paths if (problem := self._source.check(self._files[path])) is not None]
         if problems:
             raise CheckpointChanged("the checkpoint changed since it was opened", problems)
 
@@ -187,6 +188,7 @@ class _Run:
     def _sort_out(self) -> tuple[dict[Path, list[int]], list[int], list[int]]:
         """Indices of jobs: to map (by file), to share from memory, and to transfer."""
         mapped: dict[Path, list[int]] = {}
+        file, of_file = None, list[int]()  # the last one's
         shared: list[int] = []
         rest: list[int] = []
         for index, job in enumerate(self._jobs):
@@ -199,7 +201,9 @@ class _Run:
                 tensor = self._tensors[entry.key]
                 (shared if same_device(tensor.device, job.device) else rest).append(index)
             elif job.device.type == "cpu" and _mappable(entry):
-                mapped.setdefault(entry.file, []).append(index)
+                if entry.file is not file:
+                    file, of_file = entry.file, mapped.setdefault(entry.file, [])
+                of_file.append(index)
             else:
                 rest.append(index)
         # Two results on the same bytes would be tied by accident: a write to one would show in the other.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from weightlift import strides
-from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.transfer.chunks import Request
 from weightlift.transfer.execute import Target
 from weightlift.transfer.jobs import Job
@@ -61,8 +61,3 @@ def _request(index: int, entry: TensorEntry, target: Target) -> Request:
     return Request(
         index, entry.file, entry.start, entry.dtype.itemsize, nbytes_of(entry), shape, src, dst, direct, place
     )
-
-
-def nbytes_of(entry: TensorEntry) -> int:
-    """`TensorEntry.nbytes`, without its product where the range says the same."""
-    return entry.end - entry.start if entry.stride is None else entry.nbytes
