@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.checkpoint.entry import ShardFile, TensorEntry, nbytes_of
 from weightlift.checkpoint.reader import read_tensor
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -52,7 +52,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         for file in files:
             merged = {**file.metadata, **merged}
         self._metadata = MappingProxyType(merged)
-        self._total = sum(entry.nbytes for entry in entries.values())
+        self._total = sum([nbytes_of(entry) for entry in entries.values()])
 
     @property
     def source(self) -> str:
