@@ -235,14 +235,14 @@ def held_by(module: nn.Module) -> list[torch.Tensor]:
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
     """A module and all within it, each once: ``module.modules()``, which is a generator within a generator a level."""
-    found: dict[nn.Module, None] = {}
+    found: dict[int, nn.Module] = {}  # by identity: a module may define equality, or not be hashable
     waiting = [module]
     while waiting:
         owner = waiting.pop()
-        if owner not in found:
-            found[owner] = None
+        if id(owner) not in found:
+            found[id(owner)] = owner
             waiting += [child for child in owner._modules.values() if child is not None]
-    return list(found)
+    return list(found.values())
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
