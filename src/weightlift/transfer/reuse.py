@@ -207,9 +207,10 @@ def empty_cache() -> int:
     """Give back to the system what loaded tensors that are gone left for the next load.
 
     Only needed to see a process's memory shrink: the system takes it without asking when anybody needs memory, and
-    counts it as available. Safe from any thread.
+    counts it as available. Safe from any thread, and in a handler of a signal.
 
     Returns:
-        How many bytes that was; 0 on other systems than Linux, where nothing is kept.
+        How many bytes that was; 0 in a handler that comes while its thread is in here, and on other systems than
+        Linux, where nothing is kept.
     """
     return _kept.empty()
