@@ -25,8 +25,9 @@ _CODE = """
     import torch, weightlift as wl
     from torch import nn
     path, limit, extra, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    width, count = how.pop("layers", (2048, 12))
     def build():
-        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
     if "dtype" in how:
         how["dtype"] = getattr(torch, how["dtype"])
     wl.load(lambda: nn.Linear(2, 2), nn.Linear(2, 2).state_dict())  # what is imported and started once
@@ -74,6 +75,14 @@ def test_process_limits(path: Path, limit: str, how: dict[str, object], enough: 
     assert load(path, limit, enough * MIB, **how) == "right"
     told = load(path, limit, little * MIB, **how)
     assert told.startswith("nothing was read |") and "not enough memory" in told and limit in told, told
+
+
+def test_many_tensors_need_the_room_that_they_say(tmp_path: Path) -> None:
+    """96 of 2.25 MiB under `RLIMIT_DATA`: 216 MiB reserved, and 216 that are filled."""
+    state = {f"{i}.weight": torch.full((768, 768), i + 1.0) for i in range(96)}
+    (path,) = wl.save(state, tmp_path)
+    del state
+    assert load(path, "RLIMIT_DATA", 480 * MIB, copy=True, layers=(768, 96)) == "right"
 
 
 def test_what_is_mapped_needs_no_room(path: Path) -> None:

@@ -19,7 +19,8 @@ import os
 import sys
 import threading
 import weakref
-from pathlib import Path
+
+from weightlift import pages
 
 _GUARD = os.environ.get("WEIGHTLIFT_GUARD_RESERVATIONS", "") not in ("", "0")
 _PAGE = mmap.PAGESIZE
@@ -29,40 +30,7 @@ _FIRST_BLOCK_BYTES = 16 << 20
 _FIRST_LARGE_BLOCK_BYTES = 64 << 20
 _MAX_BLOCK_BYTES = 64 << 30
 
-_PROT_NONE = 0
-_PROT_READ_WRITE = 3
-_MAP_NORESERVE = 0x4000
-_MAP_PRIVATE_ANONYMOUS = 0x02 | 0x20
-
-
-class _Libc:
-    """Mappings without access and changes of protection, which Python's ``mmap`` does not offer. Linux only."""
-
-    def __init__(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.mmap = libc.mmap
-        self.mmap.restype = ctypes.c_void_p
-        self.mmap.argtypes = (
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-        )  # fmt: skip
-        self.munmap = libc.munmap
-        self.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-        self.madvise = libc.madvise
-        self.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        self.mprotect = libc.mprotect
-        self.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def map_sealed(self, size_bytes: int) -> ctypes.Array[ctypes.c_char] | None:
-        """Address space without access, unmapped when the array dies; None where even that is refused."""
-        address = self.mmap(None, size_bytes, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
-            return None
-        array = (ctypes.c_char * size_bytes).from_address(address)
-        weakref.finalize(array, self.munmap, address, size_bytes).atexit = False
-        return array
-
-
-_libc = _Libc() if sys.platform == "linux" else None
+_FLAGS = pages.MAP_PRIVATE | pages.MAP_ANONYMOUS | pages.MAP_NORESERVE
 
 
 class Block:
@@ -79,26 +47,27 @@ class Block:
         self.view = memoryview(self._map(size_bytes))
 
     def _map(self, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
-        if not _GUARD or _libc is None:
+        if not _GUARD or not pages.AVAILABLE:
             try:
                 return _map_plainly(size_bytes)
             except (OSError, ValueError):
-                if _libc is None:
+                if not pages.AVAILABLE:
                     raise MemoryError(f"the system refuses {size_bytes:,} bytes of memory") from None
-        array = _libc.map_sealed(size_bytes)
-        if array is None:
-            raise MemoryError(f"the system refuses to reserve {size_bytes:,} bytes of address space (RLIMIT_AS?)")
+        try:
+            self.address = pages.map_pages(size_bytes, access=pages.NO_ACCESS, flags=_FLAGS)
+        except OSError:
+            raise MemoryError(
+                f"the system refuses to reserve {size_bytes:,} bytes of address space (RLIMIT_AS?)"
+            ) from None
         self.sealed = True
-        self.address = ctypes.addressof(array)
-        return array
+        return pages.owned(self.address, size_bytes)
 
 
 def _map_plainly(size_bytes: int) -> mmap.mmap:
     """Zero-filled memory that takes up room when it is touched, and on Linux is not counted before."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size_bytes)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return mmap.mmap(-1, size_bytes, flags=flags | _MAP_NORESERVE if sys.platform == "linux" else flags)
+    return mmap.mmap(-1, size_bytes, flags=_FLAGS if pages.AVAILABLE else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Reservations:
@@ -159,33 +128,11 @@ class _LargeArena(_Arena):
         """See `_Arena`. Pages can only go back one by one on Linux."""
         if sys.platform != "linux":
             return 0
-        return max(_FIRST_LARGE_BLOCK_BYTES, self.cut_bytes // 4) if space_is_free() else self.cut_bytes // 64
+        return max(_FIRST_LARGE_BLOCK_BYTES, self.cut_bytes // 4) if pages.space_is_free() else self.cut_bytes // 64
 
     def block(self, size_bytes: int) -> Block:
         """See `_Arena`."""
         return Block(size_bytes, piecewise=True)
-
-
-def space_is_free() -> bool:
-    """Whether address space that nobody uses is in nobody's way: the system sets no limit on it, nor on data."""
-    import resource
-
-    unlimited = resource.RLIM_INFINITY
-    return (
-        resource.getrlimit(resource.RLIMIT_AS)[0] == unlimited
-        and resource.getrlimit(resource.RLIMIT_DATA)[0] == unlimited
-        and not _STRICT
-    )
-
-
-def _counts_strictly() -> bool:
-    try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return False
-
-
-_STRICT = sys.platform == "linux" and _counts_strictly()
 
 
 def open_range(buffer: memoryview, block: Block, offset: int) -> None:
@@ -198,18 +145,19 @@ def open_range(buffer: memoryview, block: Block, offset: int) -> None:
 
 def unseal(block: Block, offset: int, nbytes: int) -> None:
     """Make a reserved range accessible. Does nothing where it already is."""
-    if not block.sealed or _libc is None:
+    if not block.sealed:
         return
     start = (block.address + offset) // _PAGE * _PAGE
     size = _round_up(block.address + offset + nbytes - start, _PAGE)
-    if _libc.mprotect(start, size, _PROT_READ_WRITE) != 0:
-        error = ctypes.get_errno()
-        raise MemoryError(f"no memory for {nbytes:,} bytes of weights: {os.strerror(error)}")
+    try:
+        pages.protect(start, size, pages.READ_WRITE)
+    except OSError as error:
+        raise MemoryError(f"no memory for {nbytes:,} bytes of weights: {error.strerror}") from error
 
 
 def give_back(block: Block, offset: int, nbytes: int) -> None:
     """Drop the whole pages of a range, which read as zeros afterwards. Only Linux can; elsewhere nothing happens."""
-    if sys.platform != "linux" or _libc is None:
+    if not pages.AVAILABLE:
         return
     start, end = _round_up(offset, _PAGE), (offset + nbytes) // _PAGE * _PAGE
     if offset + nbytes == block.size_bytes:
@@ -220,7 +168,7 @@ def give_back(block: Block, offset: int, nbytes: int) -> None:
     if isinstance(mapping, mmap.mmap):
         mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
     else:
-        _libc.madvise(block.address + start, end - start, mmap.MADV_DONTNEED)
+        pages.advise(block.address + start, end - start, mmap.MADV_DONTNEED)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -117,7 +117,7 @@ class Executor:
                     for view, start in _places(block, staging):
                         done = _read_cached(handle, view, start)
                         if done < len(view):
-                            with _Released(self._cores):
+                            with self._cores.given_back():
                                 self._read(handle, view, start, done, block)
                 self._mark(block.cuts)
                 with timed(self._trace, "convert", self._name(block), block.nbytes):
@@ -216,19 +216,6 @@ class Executor:
             return [Problem(f"copying failed: {what}", fqn=job.fqn, key=key)]
         verb = "reading" if error is None or isinstance(error, OSError) else "converting"
         return [Problem(f"{verb} failed: {what}", key, job.fqn, work.file, work.start, work.end)]
-
-
-class _Released:
-    """A semaphore let go of for a block of code, and taken again on every way out."""
-
-    def __init__(self, semaphore: threading.Semaphore) -> None:
-        self._semaphore = semaphore
-
-    def __enter__(self) -> None:
-        self._semaphore.release()
-
-    def __exit__(self, *exc: object) -> None:
-        self._semaphore.acquire()
 
 
 def _places(block: Block, staging: Staging) -> Iterator[tuple[memoryview, int]]:

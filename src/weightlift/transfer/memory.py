@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,12 @@ from pathlib import Path
 
 import torch
 
-from weightlift import dtypes
+from weightlift import dtypes, pages
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.strides import row_major
 from weightlift.transfer.reuse import take
 
-_LINUX = sys.platform == "linux"
 _HUGE_FROM_BYTES = 2 << 20
-_MAP_NORESERVE = 0x4000
 _LARGEST_ELEMENT_BYTES = 16
 
 # Dtypes that ATen copies; the others (fp4, sub-byte integers) travel as integers of the same size.
@@ -78,34 +75,13 @@ class FileMapping:
         return flat if len(shape) == 1 else flat.view(shape)
 
 
-def _libc_mmap() -> tuple[Callable[..., int | None], Callable[..., int]]:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    )  # fmt: skip
-    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    return libc.mmap, libc.munmap
-
-
-if _LINUX:
-    _libc_map, _libc_unmap = _libc_mmap()
-
-
 def _map(fd: int, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
     # Python's mmap keeps a duplicate of the descriptor for the mapping's life, and counts a file that is larger than
     # the memory as more than the system could commit. On Linux the call itself does neither.
-    if not _LINUX:
+    if not pages.AVAILABLE:
         return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-    address = _libc_map(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
-    if address is None or address == ctypes.c_void_p(-1).value:
-        error = ctypes.get_errno()
-        raise OSError(error, f"mapping {size_bytes:,} bytes failed")
-    array = (ctypes.c_char * size_bytes).from_address(address)
-    # At exit the system takes the mapping back; somebody may read a tensor until then.
-    weakref.finalize(array, _libc_unmap, address, size_bytes).atexit = False
-    return array
+    flags = pages.MAP_PRIVATE | pages.MAP_NORESERVE
+    return pages.owned(pages.map_pages(size_bytes, access=pages.READ_WRITE, flags=flags, fd=fd), size_bytes)
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

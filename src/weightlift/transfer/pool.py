@@ -46,8 +46,10 @@ class Pool(Generic[T]):
         # One counter a worker: no lock, and their sum only grows.
         self._done = [0] * self._workers
         self._before = done_bytes
-        self._stop = threading.Event()
-        self._finished = threading.Event()
+        # A flag and a lock, not events: Ctrl-C in the middle of an event's Python code leaves it locked for good.
+        self._stop = False
+        self._finished = threading.Lock()  # free once the last worker has ended
+        self._finished.acquire()
         self._running = self._workers
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -75,17 +77,25 @@ class Pool(Generic[T]):
             threading.Thread(target=self._thread, args=(index,), name=f"weightlift-{index}", daemon=True)
             for index in range(self._workers)
         ]
-        started: list[threading.Thread] = []
+        begun: list[threading.Thread] = []
         try:
             for thread in threads:
-                started.append(thread)
-                thread.start()
-            # A wait with a timeout is interruptible at once on every system; it is woken when the last worker ends.
-            while not self._finished.wait(_POLL_SECONDS if self._trace is None else _SAMPLE_SECONDS):
+                begun.append(thread)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system gives no more of them; the others do all the work
+                    begun.pop()
+                    break
+            if not begun:
+                self._work(0, self._report)
+                return
+            self._ended(self._workers - len(begun))
+            # A wait with a timeout is interruptible at once on every system; it is over when the last worker ends.
+            while not self._finished.acquire(timeout=_POLL_SECONDS if self._trace is None else _SAMPLE_SECONDS):
                 self._report()
         finally:
-            self._stop.set()
-            _join_all(started)
+            self._stop = True
+            _join_all(begun)
 
     def _thread(self, index: int) -> None:
         try:
@@ -95,19 +105,22 @@ class Pool(Generic[T]):
             with self._lock:
                 if self._error is None:
                     self._error = error
-            self._stop.set()
+            self._stop = True
         finally:
-            with self._lock:
-                self._running -= 1
-                last = self._running == 0
-            if last:
-                self._finished.set()
+            self._ended(1)
+
+    def _ended(self, count: int) -> None:
+        with self._lock:
+            self._running -= count
+            last = count > 0 and self._running == 0
+        if last:
+            self._finished.release()
 
     def _work(self, index: int, after: Callable[[], None] | None) -> None:
         tasks_first = index % 2 == 1 or self._workers == 1
         queues = (self._tasks, self._pieces) if tasks_first else (self._pieces, self._tasks)
         for queue in queues:
-            while not self._stop.is_set() and not self._cancelled():
+            while not self._stop and not self._cancelled():
                 try:
                     item = queue.popleft()
                 except IndexError:
@@ -132,8 +145,10 @@ def _join_all(threads: list[threading.Thread]) -> None:
     """Wait until all have ended; an interrupt meanwhile is raised afterwards, for they still write into tensors."""
     interrupt: BaseException | None = None
     for thread in threads:
-        while thread.ident is not None and thread.is_alive():
+        while True:
             try:
+                if thread.ident is None or not thread.is_alive():
+                    break
                 thread.join()
             except KeyboardInterrupt as error:
                 interrupt = error

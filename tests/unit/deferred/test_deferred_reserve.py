@@ -51,7 +51,7 @@ def test_large_reservations_share_blocks_but_no_page():
 
 
 def test_where_address_space_is_limited_large_reservations_leave_next_to_none_unused(monkeypatch):
-    monkeypatch.setattr(reserve, "space_is_free", lambda: False)
+    monkeypatch.setattr(reserve.pages, "space_is_free", lambda: False)
     reservations = Reservations()
     blocks = {id(block): block for _, block, _ in (reservations.reserve(1 << 20) for _ in range(20_000))}
     assert sum(block.size_bytes for block in blocks.values()) < 1.02 * (20_000 << 20)

@@ -9,7 +9,9 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightlift as wl
+from weightlift import pages
+from weightlift.transfer import reuse
 from weightlift.transfer.memory import new_tensor
 from weightlift.transfer.reuse import Kept
 
@@ -68,7 +72,7 @@ def test_what_the_system_took_is_good_memory_all_the_same(no_collector):
     del view
     (block,) = kept._left
     before = numbers()["Rss"]
-    block.mapping.madvise(MADV_PAGEOUT, block.offset, block.size_bytes)
+    pages.advise(block.address, block.size_bytes, MADV_PAGEOUT)
     assert before - numbers()["Rss"] >= 30 * MIB
     again = kept.take(32 * MIB)
     assert again is not None
@@ -84,10 +88,10 @@ def test_never_more_is_kept_than_lived_at_once(steps: list[tuple[str, int, int]]
     kept = Kept()
     alive: list[memoryview] = []
     most = 0
-    for what, pages, which in steps:
+    for what, amount, which in steps:
         if what == "take":
-            view = kept.take(pages * 100_000)
-            assert view is not None and len(view) == pages * 100_000
+            view = kept.take(amount * 100_000)
+            assert view is not None and len(view) == amount * 100_000
             alive.append(view)
         elif what == "drop" and alive:
             alive.pop(which % len(alive))
@@ -144,6 +148,110 @@ def test_threads_never_get_the_same_memory():
     assert wrong == []
 
 
+def address_space() -> tuple[int, int]:
+    """Bytes of it that the process has, and in how many mappings."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    return size, len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize(("nbytes", "mappings"), [(2 * MIB, 10), (2 * MIB + 100_000, 210)])
+def test_memory_takes_no_more_address_space_than_it_has_bytes(nbytes: int, mappings: int):
+    """Whole huge pages lie side by side, which is one mapping for the system; odd sizes are one each."""
+    kept = Kept()
+    before = address_space()
+    views = [kept.take(nbytes) for _ in range(200)]
+    assert None not in views
+    after = address_space()
+    assert after[0] - before[0] <= 200 * (nbytes + mmap.PAGESIZE) + 16 * MIB  # the objects' own
+    assert after[1] - before[1] <= mappings
+    views.clear()
+    kept.empty()
+    assert address_space()[0] - before[0] <= 16 * MIB
+
+
+def test_memory_begins_at_a_huge_page_and_lies_on_them():
+    kept = Kept()
+    views = [kept.take(nbytes) for nbytes in (2 * MIB, 5 * MIB + 1, 3 * MIB, 64 * MIB)]
+    for view in views:
+        assert view is not None
+        assert torch.frombuffer(view, dtype=torch.uint8).fill_(1).data_ptr() % (2 * MIB) == 0
+
+
+def test_no_more_blocks_than_the_system_has_mappings_for():
+    kept = Kept(most_blocks=3)
+    views = [kept.take(MIB) for _ in range(4)]
+    assert [view is None for view in views] == [False, False, False, True]
+    views.pop(0)
+    assert kept.take(3 * MIB) is not None  # in the place of what was kept
+    assert Kept()._most_blocks == int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    views.clear()
+    assert kept.empty() == 5 * MIB and not kept._living
+
+
+class At:
+    """Calls a function at the n-th of the places in `reuse` at which a signal's handler may run."""
+
+    def __init__(self, number: int, call: Callable[[], object]) -> None:
+        self.left = number
+        self._call = call
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        code = frame.f_code
+        # Python drops what is raised in the one finaliser that gives memory back, and the block stays mapped.
+        if event in ("call", "c_return") and code.co_filename == reuse.__file__ and code.co_name != "_unmap":
+            self.left -= 1
+            if self.left == 0:
+                self._call()
+
+
+def interrupted(kept: Kept, call: Callable[[], object]) -> int:
+    """Use ``kept`` with ``call`` at every such place in turn; how many there are."""
+    for number in itertools.count(1):
+        at = At(number, call)
+        sys.setprofile(at)
+        try:
+            views = [kept.take(size * MIB) for size in (1, 1, 2, 3)]
+            views.clear()
+            views = [kept.take(size * MIB) for size in (1, 2, 1, 4)]
+            del views
+            kept.empty()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        views = [kept.take(size * MIB) for size in (1, 1, 2, 3, 4)]
+        assert None not in views
+        places = [torch.frombuffer(view, dtype=torch.uint8).data_ptr() for view in views]
+        assert len(set(places)) == 5
+        views.clear()
+        assert kept_by(kept) >= 11 * MIB
+        kept.empty()
+        assert not kept._living, number
+        if at.left > 0:
+            return number - 1
+    raise AssertionError
+
+
+def test_a_signals_handler_may_load_and_empty(no_collector):
+    kept, other = Kept(), []
+
+    def handler() -> None:
+        other.append(kept.take(MIB))
+        kept.empty()
+        other.clear()
+
+    assert interrupted(kept, handler) > 100
+
+
+def test_an_interrupt_leaves_nothing_half_done(no_collector, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: None)  # pytest's keeps what was raised in a finaliser
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert interrupted(Kept(), interrupt) > 100
+
+
 def test_a_process_with_limited_address_space_keeps_nothing():
     code = """
 import resource, sys
@@ -181,6 +289,8 @@ def test_what_a_forked_child_may_share_is_not_kept():
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     del lived
+    again = new_tensor((16 * MIB,), torch.uint8)  # no child shares what was kept: it is kept once more
+    del again
     assert wl.empty_cache() == 16 * MIB
 
 

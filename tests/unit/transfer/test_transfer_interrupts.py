@@ -1,0 +1,178 @@
+"""Ctrl-C at every place of the main thread's Python code, and threads that the system does not give."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+
+import weightlift as wl
+from weightlift.transfer.cores import Cores
+from weightlift.transfer.pool import Pool
+from weightlift.transfer.progress import Reporter
+
+TOLD = ("call", "c_return")  # of `sys.setprofile`: where the interpreter looks for signals, but for jumps back
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th such place in Python code of ``files`` that is not within ``without``."""
+
+    def __init__(self, number: int, files: tuple[str, ...], without: str = "") -> None:
+        self.left = number
+        self._files = files
+        self._without = without
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        if event in TOLD and frame.f_code.co_filename.endswith(self._files) and not self._is_within(frame):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def _is_within(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame.f_code.co_name != self._without:
+            frame = frame.f_back
+        return frame is not None
+
+
+def places(work: Callable[[], object], *files: str, without: str = "") -> int:
+    """Interrupt ``work`` at each place in turn; how many there are."""
+    number = 0
+    while True:
+        number += 1
+        interrupt = Interrupt(number, files, without)
+        sys.setprofile(interrupt)
+        try:
+            work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        if interrupt.left > 0:
+            return number - 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_else():
+    """The collector may run somebody's finaliser in between."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.timeout(60)
+def test_the_pool_ends_wherever_it_is_interrupted():
+    done: list[int] = []
+
+    def execute(item: int) -> int:
+        time.sleep(0.002)
+        done.append(item)
+        return 1
+
+    def work() -> None:
+        Pool(range(6), (), execute, workers=2, reporter=Reporter(None, 6), cancel=None).run()
+
+    # Python's own `Thread.start` does leave a thread behind if it is interrupted at some places.
+    assert places(work, "pool.py", "threading.py", without="start") > 10
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
+    before = len(done)
+    work()
+    assert len(done) == before + 6
+
+
+@pytest.mark.timeout(60)
+def test_no_core_is_lost():
+    cores = Cores(1)
+
+    def work() -> None:
+        with cores, cores.given_back():
+            pass
+
+    assert places(work, "cores.py", "threading.py", "contextlib.py") > 10
+    taken: list[int] = []
+
+    def take() -> None:
+        with cores:
+            taken.append(1)
+
+    for _ in range(2):
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+    assert taken == [1, 1]
+
+
+def test_no_more_threads_hold_cores_than_there_are():
+    cores, most, now = Cores(2), 0, 0
+    lock = threading.Lock()
+
+    def take() -> None:
+        nonlocal most, now
+        for _ in range(20):
+            with cores:
+                with lock:
+                    now += 1
+                    most = max(most, now)
+                time.sleep(0.0005)
+                with lock:
+                    now -= 1
+                with cores.given_back():
+                    pass
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 2
+
+
+_FEW_THREADS = """
+    import sys, threading
+    import torch, weightlift as wl
+    from torch import nn
+    def build():
+        return nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(6)))
+    threading.stack_size(1 << 46)  # more than there is: the system gives no thread
+    model = wl.load(build, sys.argv[1], dtype=torch.float64, workers=4)
+    print(all(bool((layer.weight == i + 1).all()) for i, layer in enumerate(model)), threading.active_count())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how large a stack may be")
+def test_a_system_that_gives_no_threads(tmp_path: Path):
+    wl.save({f"{i}.weight": torch.full((1000, 1000), i + 1.0) for i in range(6)}, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_FEW_THREADS), str(tmp_path)],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "1"], done.stderr[-2000:]
+
+
+def test_fewer_threads_than_wanted_do_all_the_work(monkeypatch: pytest.MonkeyPatch):
+    done: list[tuple[int, str]] = []
+    size = threading.stack_size()
+
+    def execute(item: int) -> int:
+        # The first worker is at work; from now on the system gives no thread.
+        threading.stack_size(1 << 46)
+        done.append((item, threading.current_thread().name))
+        return 1
+
+    try:
+        for _ in range(20):
+            done.clear()
+            Pool(range(40), range(40, 80), execute, workers=8, reporter=Reporter(None, 80), cancel=None).run()
+            assert sorted(item for item, _ in done) == list(range(80))
+            threading.stack_size(size)
+    finally:
+        threading.stack_size(size)
