@@ -18,6 +18,7 @@ from weightlift.capture.taps import Declared
 from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
 
 _NONE = object()
+_LAST = frozenset({"hidden_states"})  # the key whose last value may be an attribute of the output
 
 
 class Gather(Action):
@@ -36,11 +37,14 @@ class Gather(Action):
         self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
         self.wanted_whole = frozenset(key for key, limits in self.limits.items() if limits is None)
         self.own: dict[int, GiveDeclared] = {}  # by the ids of modules, what belongs to it, in the model's order
+        # The number of the tap, if there is one alone that takes all as it is.
+        number, tap, work = self.taps[0][1:] if len(self.taps) == 1 else (0, None, None)
+        self.only = number if tap is not None and tap.layers is None and work is None else None
         # See `Forward`: until a key has got its first argument, and from then on.
         self.simple: dict[int, Action] = {}
         self.simple_later: dict[int, Action] = {}
         self.likely: Likely | None = None
-        self.actions: list[GiveDeclared] = []  # of what is due
+        self.fqns: list[str] = []  # of what is due
         self.first_at = -1
         self.first: GiveFirst | None = None
 
@@ -55,9 +59,10 @@ class Gather(Action):
         begun = {action.key for action in whole.values() if action.first is not None}
         self.simple_later = dict(whole if len(begun) == 1 else self.simple)
         due = in_order({id_: action for id_, action in self.own.items() if action is whole.get(id_)})
-        self.actions = [self.own[id_] for id_ in due]
-        self.first_at = next((n for n, action in enumerate(self.actions) if action.first is not None), -1)
-        self.first = self.actions[self.first_at].first if due else None
+        actions = [self.own[id_] for id_ in due]
+        self.fqns = [action.fqn for action in actions]
+        self.first_at = next((n for n, action in enumerate(actions) if action.first is not None), -1)
+        self.first = actions[self.first_at].first if actions else None
         self.likely = likely([places[id_] for id_ in due])
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -70,18 +75,12 @@ class Gather(Action):
             return output
         lists, given = forward.gathered, forward.raw
         forward.forget()
-        due = () if self.likely is None else self.likely(session.held)
-        place = 0
+        if self.only is not None:
+            self._give(session, forward, given, output)
+            return output
         for noted, value, version, number in given:
-            if place < len(due) and noted is due[place]:
-                action: Any = self.actions[place]
-                place += 1
-            else:
-                action = self.action_of(session, noted)
-            entries = lists.get(action.key)
-            if entries is None:
-                entries = lists[action.key] = []
-            entries.append(Entry(-1, action.fqn, value, number, version))
+            action = self.action_of(session, noted)
+            lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
             session.gave.add(action.fqn)
         for tap, entries, lacking in self.gathered(lists, output):
             if lacking is not None:
@@ -91,6 +90,26 @@ class Gather(Action):
             session.entries.extend(entries)
             session.fired[self.sites[tap]].append(forward.root)
         return output
+
+    def _give(self, session: Session, forward: Forward, given: Sequence[Any], output: Any) -> None:
+        """The usual case, at one go: one tap takes all as it is, most of it in the order in which it was due."""
+        tap, number = self.only, forward.number
+        assert tap is not None
+        due = () if self.likely is None else self.likely(session.held)
+        entries: list[Entry] = []
+        place = 0
+        for noted, value, version, _ in given:
+            if place < len(due) and noted is due[place]:
+                fqn = self.fqns[place]
+                place += 1
+            else:
+                fqn = self.action_of(session, noted).fqn
+            session.gave.add(fqn)
+            entries.append(Entry(tap, fqn, value, number, version))
+        if entries and self.keys == _LAST:
+            self._put_last(entries, output)
+        session.entries.extend(entries)
+        session.fired[self.sites[tap]].append(forward.root)
 
     def action_of(self, session: Session, noted: Any) -> Any:
         """What took a value. The hook notes the module, or None for what the first of them was given."""
@@ -131,7 +150,8 @@ class Gather(Action):
         for attribute in self.scope.last:
             value = getattr(output, attribute, _NONE)
             if value is not _NONE:
-                entries[-1] = Entry(-1, entries[-1].fqn, value, None, _version(value))
+                last = entries[-1]
+                entries[-1] = Entry(last.tap, last.fqn, value, last.forward, _version(value))
                 return
 
 

@@ -197,7 +197,7 @@ def _is_hooked(module: nn.Module) -> bool:
 def _drop_copied(module: nn.Module) -> None:
     """A copy that was made of a model while it was captured took our hooks along; they leave when they first run."""
     with _lock:
-        if not _is_hooked(module):
+        if not _is_hooked(module):  # the functions first, as above
             module._forward_hooks.pop(HOOK_ID, None)
             module._forward_pre_hooks.pop(HOOK_ID, None)
             module._forward_hooks_with_kwargs.pop(HOOK_ID, None)
