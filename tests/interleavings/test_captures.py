@@ -58,7 +58,7 @@ def _scene(*kinds):
             layer = model.layer
             assert not layer._forward_hooks and not layer._forward_pre_hooks
             assert not layer._forward_hooks_with_kwargs and not layer._forward_pre_hooks_with_kwargs
-            assert not hooks._before and not hooks._after
+            assert not hooks._open
 
         return [lambda number=number, kind=kind: run(number, kind) for number, kind in enumerate(kinds)], check
 
@@ -72,15 +72,17 @@ def test_hooks_come_and_go(kinds):
 
 def test_a_capture_opened_while_a_forward_begins_is_asked():
     def scene():
-        open_one = SimpleNamespace(grad=False, raw=[], numbers=itertools.count())
-        owner = SimpleNamespace(attached=False, simple={1: None}, simple_later={1: None, 2: None})
+        open_one = SimpleNamespace(grad=False, raw=[], held=[None, None], numbers=itertools.count())
+        owner = SimpleNamespace(
+            attached=False, simple={1: None}, simple_later={1: None, 2: None}, likely=tuple, first_at=0
+        )
         context = contextvars.Context()
         context.run(session.open_sessions.set, (open_one,))
         forward = context.run(session.Forward, open_one, owner, None, 0, True)
-        assert forward.simple is owner.simple
+        assert forward.simple is owner.simple and forward.due
 
         def check():
-            assert not forward.simple
+            assert not forward.simple and not forward.due
 
         return [forward.has_begun, forward.ask_all], check
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -40,19 +41,41 @@ class Action:
         raise NotImplementedError
 
 
+Likely: TypeAlias = "Callable[[Sequence[nn.Module]], tuple[nn.Module, ...]]"
+
+
+def likely(places: Sequence[int]) -> Likely | None:
+    """What takes out of the modules of a session, which stand at the places of the template, those that are due."""
+    return operator.itemgetter(*places) if len(places) > 1 else None
+
+
+def in_order(actions: Mapping[int, Any]) -> list[int]:
+    """The keys of what is done at modules, which are in the model's order, in that in which modules return."""
+    done: list[int] = []
+    running: list[tuple[int, str]] = []
+    for key, action in actions.items():
+        while running and not action.fqn.startswith(running[-1][1] + "."):
+            done.append(running.pop()[0])
+        running.append((key, action.fqn))
+    return done + [key for key, _ in reversed(running)]
+
+
 class Root(Action):
     """The captured model itself: marks its forwards, and those of its own declared outputs."""
 
-    __slots__ = ("gather", "simple")
+    __slots__ = ("gather", "likely", "simple")
     attached = True
+    first_at = -1
 
     def __init__(self, gather: Gather | None) -> None:
         self.gather = gather
         self.simple: dict[int, Action] = {}  # see `Forward`
+        self.likely: Likely | None = None
 
-    def simplify(self, sole: dict[int, Action]) -> None:
-        """``sole``: by the ids of modules, what is done at those where one thing is done."""
+    def simplify(self, sole: dict[int, Action], places: Mapping[int, int]) -> None:
+        """``sole``: by the ids of modules, what is done at those where one thing is done. ``places``: see `likely`."""
         self.simple = {key: action for key, action in sole.items() if isinstance(action, TakeWhole)}
+        self.likely = likely([places[key] for key in in_order(self.simple)])
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() != -1 and session.recomputing(""):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.actions import Action
+from weightlift.capture.actions import Action, Likely, in_order, likely
 from weightlift.capture.declared import Scope, Site
 from weightlift.capture.result import Entry, absent, no_such_layers, places
 from weightlift.capture.session import Forward, Session, backward_id
 from weightlift.capture.taps import Declared
 from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
+
+_NONE = object()
+_LAST = frozenset({"hidden_states"})  # the key whose last value may be an attribute of the output
 
 
 class Gather(Action):
@@ -33,12 +36,20 @@ class Gather(Action):
         # Per key, what is wanted from the front and how much from the end, if no tap wants all of it.
         self.limits = {key: _limits([tap for other, _, tap, _ in self.taps if other == key]) for key in self.keys}
         self.wanted_whole = frozenset(key for key, limits in self.limits.items() if limits is None)
+        self.own: dict[int, GiveDeclared] = {}  # by the ids of modules, what belongs to it, in the model's order
+        # The number of the tap, if there is one alone that takes all as it is.
+        number, tap, work = self.taps[0][1:] if len(self.taps) == 1 else (0, None, None)
+        self.only = number if tap is not None and tap.layers is None and work is None else None
         # See `Forward`: until a key has got its first argument, and from then on.
         self.simple: dict[int, Action] = {}
         self.simple_later: dict[int, Action] = {}
+        self.likely: Likely | None = None
+        self.fqns: list[str] = []  # of what is due
+        self.first_at = -1
+        self.first: GiveFirst | None = None
 
-    def simplify(self, sole: dict[int, Action]) -> None:
-        """``sole``: by the ids of modules, what is done at those where one thing is done."""
+    def simplify(self, sole: dict[int, Action], places: Mapping[int, int]) -> None:
+        """``sole``: by the ids of modules, what is done at those where one thing is done. ``places``: see `likely`."""
         whole = {
             id_: action
             for id_, action in sole.items()
@@ -47,6 +58,12 @@ class Gather(Action):
         self.simple = {id_: action for id_, action in whole.items() if action.first is None}
         begun = {action.key for action in whole.values() if action.first is not None}
         self.simple_later = dict(whole if len(begun) == 1 else self.simple)
+        due = in_order({id_: action for id_, action in self.own.items() if action is whole.get(id_)})
+        actions = [self.own[id_] for id_ in due]
+        self.fqns = [action.fqn for action in actions]
+        self.first_at = next((n for n, action in enumerate(actions) if action.first is not None), -1)
+        self.first = actions[self.first_at].first if actions else None
+        self.likely = likely([places[id_] for id_ in due])
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() == -1 or not session.recomputing(self.scope.fqn):
@@ -54,21 +71,51 @@ class Gather(Action):
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = session.end(self)
-        if forward is not None and forward.gathered is not None and self.taps:
-            lists = forward.gathered
-            given = forward.raw
-            forward.forget()
-            for action, value, version, number in given:
-                lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
-                session.gave.add(action.fqn)
-            for tap, entries, lacking in self.gathered(lists, output):
-                if lacking is not None:
-                    self._lacks(session, tap, *lacking)
-                for entry in entries:
-                    entry.forward = forward.number
-                session.entries.extend(entries)
-                session.fired[self.sites[tap]].append(forward.root)
+        if forward is None or forward.gathered is None or not self.taps:
+            return output
+        lists, given = forward.gathered, forward.raw
+        forward.forget()
+        if self.only is not None:
+            self._give(session, forward, given, output)
+            return output
+        for noted, value, version, number in given:
+            action = self.action_of(session, noted)
+            lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
+            session.gave.add(action.fqn)
+        for tap, entries, lacking in self.gathered(lists, output):
+            if lacking is not None:
+                self._lacks(session, tap, *lacking)
+            for entry in entries:
+                entry.forward = forward.number
+            session.entries.extend(entries)
+            session.fired[self.sites[tap]].append(forward.root)
         return output
+
+    def _give(self, session: Session, forward: Forward, given: Sequence[Any], output: Any) -> None:
+        """The usual case, at one go: one tap takes all as it is, most of it in the order in which it was due."""
+        tap, number = self.only, forward.number
+        assert tap is not None
+        due = () if self.likely is None else self.likely(session.held)
+        entries: list[Entry] = []
+        place = 0
+        for noted, value, version, _ in given:
+            if place < len(due) and noted is due[place]:
+                fqn = self.fqns[place]
+                place += 1
+            else:
+                fqn = self.action_of(session, noted).fqn
+            session.gave.add(fqn)
+            entries.append(Entry(tap, fqn, value, number, version))
+        if entries and self.keys == _LAST:
+            self._put_last(entries, output)
+        session.entries.extend(entries)
+        session.fired[self.sites[tap]].append(forward.root)
+
+    def action_of(self, session: Session, noted: Any) -> Any:
+        """What took a value. The hook notes the module, or None for what the first of them was given."""
+        if noted is None:
+            return self.first
+        return session.after[id(noted)][0] if isinstance(noted, nn.Module) else noted
 
     def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
         key = next(key for key, other, _, _ in self.taps if other == number)
@@ -101,9 +148,10 @@ class Gather(Action):
 
     def _put_last(self, entries: list[Entry], output: Any) -> None:
         for attribute in self.scope.last:
-            if hasattr(output, attribute):
-                value = getattr(output, attribute)
-                entries[-1] = Entry(-1, entries[-1].fqn, value, None, _version(value))
+            value = getattr(output, attribute, _NONE)
+            if value is not _NONE:
+                last = entries[-1]
+                entries[-1] = Entry(last.tap, last.fqn, value, last.forward, _version(value))
                 return
 
 
@@ -172,11 +220,8 @@ class GiveDeclared(Action):
             return output
         value = output
         try:
-            if self.first is not None and self.key not in [given[0].key for given in forward.raw]:
-                first = args[0] if args else first_of(args, kwargs)
-                forward.raw.append((self.first, first, _version(first), forward.number))
             if self.first is not None:
-                forward.has_begun()
+                self.begin(forward, args[0] if args else first_of(args, kwargs))
             if isinstance(output, tuple):
                 value = output[self.index]
         except (Absent, IndexError):
@@ -190,6 +235,14 @@ class GiveDeclared(Action):
         version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
         forward.raw.append((self, value, version, forward.number))
         return output
+
+    def begin(self, forward: Forward, first: Any) -> None:
+        """Notes the first argument, unless a value of the key has come."""
+        gather, session = forward.owner, forward.session
+        if self.key not in [gather.action_of(session, noted).key for noted, *_ in forward.raw]:
+            forward.raw.append((self.first, first, _version(first), forward.number))
+            forward.start += 1
+        forward.has_begun()
 
     def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:
         """Where no tap wants all that belongs to the key."""

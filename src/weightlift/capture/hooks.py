@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.session import Session, backward_id, open_sessions, running
+from weightlift.capture.session import Forward, Session, backward_id, open_sessions, running
+
+if TYPE_CHECKING:
+    from weightlift.capture.template import Template
 
 HOOK_ID = -770_310
 _NOTHING = object()
 
-# By the id of a module, how many captures hold a hook on it. They hold the module, too, so the id is its own.
-_before: dict[int, int] = {}
-_after: dict[int, int] = {}
+# The template of each open capture. The captures hold the modules whose ids these know, so an id is its owner's.
+# Replaced as a whole, under the lock: whoever looks at it needs none.
+_open: tuple[Template, ...] = ()
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
 _lock = threading.Lock()
 _abandoned: deque[Session] = deque()
@@ -33,7 +36,7 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     sessions = open_sessions.get()
     if not sessions:
-        if id(module) not in _before:
+        if not _is_hooked(module):
             _drop_copied(module)
         return None
     given = kwargs
@@ -60,23 +63,42 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
     # The usual case first, and in as few steps as can be: a model's own work drives this out of the caches between any
     # two calls, so each thing that is looked at costs a wait for memory.
     forward = running.get()
-    if forward is not None:
+    if forward is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
+        value = kwargs if output is _NOTHING else output
+        raw, due = forward.raw, forward.due
+        place = len(raw) - forward.start
+        if 0 <= place < len(due) and due[place] is module and type(value) is Tensor:
+            try:
+                if place != forward.first_at or _begin(forward, place, args):
+                    raw.append((module, value, value._version, forward.number))
+                    return None
+            except RuntimeError:  # an inference tensor, which counts no writes, in an ordinary forward
+                pass
         action = forward.simple.get(id(module))
         if action is not None:
-            value = kwargs if output is _NOTHING else output
             if isinstance(value, tuple) and action.index is not None:
                 value = value[action.index] if -len(value) <= action.index < len(value) else None
-            if value is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
+            if value is not None:
                 version = value._version if isinstance(value, Tensor) and not value.is_inference() else -1
-                forward.raw.append((action, value, version, forward.number))
+                raw.append((action, value, version, forward.number))
                 return None
     return _after_forward(module, args, kwargs, output)
+
+
+def _begin(forward: Forward, place: int, args: tuple[Any, ...]) -> bool:
+    """Notes the first argument of the first layer, before its output, where that is all that came."""
+    if place or not args or type(args[0]) is not Tensor:
+        return False
+    forward.raw.append((None, args[0], args[0]._version, forward.number))
+    forward.start = 1
+    forward.first_at = -1
+    return True
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
     sessions = open_sessions.get()
     if not sessions:
-        if id(module) in _after:
+        if _is_hooked(module):
             _elsewhere.add(id(module))
         else:
             _drop_copied(module)
@@ -93,48 +115,54 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output
 
 
 def install(session: Session) -> None:
-    """Puts the hooks in place, where they are not yet. Safe while other threads run these modules."""
-    modules = session.modules
+    """Puts the hooks in place. Safe while other threads run these modules."""
+    global _open
+    template, held = session.template, session.held
     with _lock:
         if _abandoned:
             _remove_abandoned()
-        for key in session.before:
-            module = modules[key]
-            count = _before[key] = _before.get(key, 0) + 1
-            if key in session.with_kwargs:
-                module._forward_pre_hooks_with_kwargs[HOOK_ID] = True
-            if count == 1 or HOOK_ID not in module._forward_pre_hooks:
-                module._forward_pre_hooks[HOOK_ID] = before_forward
-        for key in session.after:
-            module = modules[key]
-            count = _after[key] = _after.get(key, 0) + 1
-            if key in session.with_kwargs:
-                module._forward_hooks_with_kwargs[HOOK_ID] = True
-            if count == 1 or HOOK_ID not in module._forward_hooks:
-                module._forward_hooks[HOOK_ID] = after_forward
+        _open = (*_open, template)
+        for place in template.hooked_with_kwargs:
+            held[place]._forward_pre_hooks_with_kwargs[HOOK_ID] = True
+            held[place]._forward_hooks_with_kwargs[HOOK_ID] = True
+        # Also where they stand already: somebody may have cleared a dictionary, or put another in its place.
+        for place in template.hooked_before:
+            held[place]._forward_pre_hooks[HOOK_ID] = before_forward
+        for place in template.hooked_after:
+            held[place]._forward_hooks[HOOK_ID] = after_forward
 
 
 def remove(session: Session) -> None:
     """Takes back what `install` did for one capture; the last one takes the hooks off."""
     with _lock:
         if _elsewhere:
-            session.elsewhere = _elsewhere.intersection(session.after)
+            session.elsewhere = frozenset(_elsewhere.intersection(session.after))
         _remove(session)
 
 
 def _remove(session: Session) -> None:
-    modules = session.modules
-    for key in session.before:
-        count = _before[key] = _before[key] - 1
-        if count == 0:
-            del _before[key]
-            _take_off_before(modules[key])
-    for key in session.after:
-        count = _after[key] = _after[key] - 1
-        if count == 0:
-            del _after[key]
-            _take_off_after(modules[key])
-            _elsewhere.discard(key)
+    global _open
+    template, held = session.template, session.held
+    others = list(_open)
+    others.remove(template)
+    _open = tuple(others)
+    if template in others:
+        return
+    before, after, with_kwargs = template.hooked_before, template.hooked_after, template.hooked_with_kwargs
+    if others:  # what they want stays
+        before = tuple(n for n in before if not any(id(held[n]) in other.before for other in others))
+        after = tuple(n for n in after if not any(id(held[n]) in other.after for other in others))
+        with_kwargs = tuple(n for n in with_kwargs if not any(id(held[n]) in other.with_kwargs for other in others))
+    # The functions first: without their entries in the other dictionaries they would be called in another way.
+    for place in before:
+        held[place]._forward_pre_hooks.pop(HOOK_ID, None)
+    for place in after:
+        held[place]._forward_hooks.pop(HOOK_ID, None)
+    for place in with_kwargs:
+        held[place]._forward_pre_hooks_with_kwargs.pop(HOOK_ID, None)
+        held[place]._forward_hooks_with_kwargs.pop(HOOK_ID, None)
+    if _elsewhere:
+        _elsewhere.difference_update([id(held[place]) for place in after])
 
 
 def abandon(session: Session) -> None:
@@ -157,21 +185,20 @@ def _remove_abandoned() -> None:
         session.forget()
 
 
-def _take_off_before(module: nn.Module) -> None:
-    # The function first: without its entry in the other dictionary it would be called in another way.
-    module._forward_pre_hooks.pop(HOOK_ID, None)
-    module._forward_pre_hooks_with_kwargs.pop(HOOK_ID, None)
-
-
-def _take_off_after(module: nn.Module) -> None:
-    module._forward_hooks.pop(HOOK_ID, None)
-    module._forward_hooks_with_kwargs.pop(HOOK_ID, None)
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody captures it."""
+    key = id(module)
+    for template in _open:
+        if key in template.after:
+            return True
+    return any(key in template.before for template in _open)
 
 
 def _drop_copied(module: nn.Module) -> None:
     """A copy that was made of a model while it was captured took our hooks along; they leave when they first run."""
     with _lock:
-        if id(module) not in _after:
-            _take_off_after(module)
-        if id(module) not in _before:
-            _take_off_before(module)
+        if not _is_hooked(module):  # the functions first, as above
+            module._forward_hooks.pop(HOOK_ID, None)
+            module._forward_pre_hooks.pop(HOOK_ID, None)
+            module._forward_hooks_with_kwargs.pop(HOOK_ID, None)
+            module._forward_pre_hooks_with_kwargs.pop(HOOK_ID, None)

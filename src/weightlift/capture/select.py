@@ -8,10 +8,10 @@ import re
 import sys
 import threading
 import weakref
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -99,24 +99,25 @@ class Watch:
         self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
         self._childless = [module._modules for module in own if _bare(module)]
         self._parents = [weakref.ref(module) for module in own if not _bare(module)]
-        self._counts, self._children = self._look()
+        self._seen = self._look()
 
     def _died(self, _: object) -> None:
         self.broken = True
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        children: list[dict[str, nn.Module | None]] = [
-            parent()._modules  # type: ignore[union-attr]
-            for parent in self._parents
-        ]
-        kids = chain.from_iterable([names.values() for names in children])
-        return list(map(len, children)), list(map(id, kids))
+    def _look(self) -> array[int]:
+        """How many children each parent has, and their identities, side by side in memory."""
+        seen = array("Q")
+        for parent in self._parents:
+            names = parent()._modules  # type: ignore[union-attr]
+            seen.append(len(names))
+            seen.extend(map(id, names.values()))
+        return seen
 
     def stands(self) -> bool:
         if self.broken or any(self._childless):
             return False
         try:
-            return self._look() == (self._counts, self._children)
+            return self._look() == self._seen
         except (AttributeError, RuntimeError):  # one died, or another thread adds a module just now
             return False
 

@@ -6,15 +6,19 @@ import itertools
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
+
+if TYPE_CHECKING:
+    from weightlift.capture.template import Template
 
 # Re-entrant: what the collector runs meanwhile may capture, too.
 _lock = threading.RLock()
@@ -34,13 +38,15 @@ class Forward:
     """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs.
 
     ``number`` tells forwards of the model apart. What came is known by it, so that nothing that is kept refers back to
-    a forward. ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is;
-    none as soon as there is another capture to be asked.
+    a forward. ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is.
+    ``due``: those of them in the order in which they are likely to run, the one at ``first_at`` gives its first
+    argument as well. Both are empty as soon as there is another capture to be asked. ``start``: how many of ``raw``
+    were there before what is due.
     """
 
     __slots__ = (
-        "around", "attached", "done", "gathered", "number", "outer", "owner", "raw", "root", "session", "simple",
-        "thread",
+        "around", "attached", "done", "due", "first_at", "gathered", "number", "outer", "owner", "raw",
+        "root", "session", "simple", "start", "thread",
     )  # fmt: skip
 
     def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, gathers: bool) -> None:
@@ -51,13 +57,21 @@ class Forward:
         self.done = False
         self.around = False  # another forward of the same model runs within it
         self.attached: bool = session.grad and owner.attached
-        self.simple: dict[int, Any] = owner.simple if len(open_sessions.get()) == 1 else _NOTHING
+        self.simple: dict[int, Any] = _NOTHING
+        self.due: Sequence[nn.Module] = ()
+        self.first_at: int = owner.first_at
+        if len(open_sessions.get()) == 1:
+            self.simple = owner.simple
+            if owner.likely is not None and not torch.is_inference_mode_enabled():
+                self.due = owner.likely(session.held)
         self.gathered: dict[str, list[Entry]] | None = None
         self.raw: Any = session.raw
+        self.start = len(session.raw)
         self.root: int | None = None
         if gathers:
             self.gathered = {}
             self.raw = []
+            self.start = 0
             root = _running_root(session, outer)
             self.root = None if root is None else root.number
         self.number: int = next(session.numbers) if self.root is None else self.root
@@ -66,16 +80,19 @@ class Forward:
         """From now on every hook asks all open captures, and nothing is noted before."""
         with _lock:
             self.simple = _NOTHING
+            self.due = ()
 
     def has_begun(self) -> None:
         """The first of its values has come: with the others there is less to be done, if nobody else is to be asked."""
         with _lock:
+            self.first_at = -1
             if self.simple is self.owner.simple:
                 self.simple = self.owner.simple_later
 
     def forget(self) -> None:
         """It keeps nothing from now on, whatever a context that was copied while it ran still brings."""
-        self.ask_all()
+        if not self.done:  # else all are asked already
+            self.ask_all()
         self.raw = _NOWHERE
         if self.gathered is not None:
             self.gathered = {}
@@ -115,41 +132,39 @@ class Session:
 
     __slots__ = (
         "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "frames",
-        "gave", "grad", "last", "modules", "numbers", "problems", "raw", "recomputed", "stopped", "wanted",
-        "with_kwargs",
+        "gave", "grad", "held", "last", "numbers", "problems", "raw", "recomputed", "stopped", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
         self,
-        before: dict[int, list[Any]],
-        after: dict[int, list[Any]],
-        with_kwargs: frozenset[int],
-        modules: dict[int, nn.Module],
-        sites: int,
-        awaited: dict[tuple[int, str], int] | None,
+        template: Template,
+        held: Sequence[nn.Module],  # the template says which is which
     ) -> None:
         self.closed = False
-        self.before = before
-        self.after = after
-        self.with_kwargs = with_kwargs  # ids of modules whose hooks want the keyword arguments
-        self.modules = modules
+        self.template = template
+        self.before: dict[int, list[Any]] = template.before
+        self.after: dict[int, list[Any]] = template.after
+        self.held = held
         self.numbers = itertools.count()
-        # What came since, not yet among the entries: what took it, the value, its version, the number of its forward.
-        self.raw: deque[tuple[Any, Any, int, int | None]] = deque()
+        # What came since, not yet among the entries: what took it (or the module, where the hook did not look for it),
+        # the value, its version, the number of its forward.
+        self.raw: list[tuple[Any, Any, int, int | None]] = []
         self.entries: list[Entry] = []
         # For each site the numbers of the forwards that its calls were in.
-        self.fired: list[list[int | None]] = [[] for _ in range(sites)]
+        self.fired: list[list[int | None]] = [[] for _ in template.sites]
         self.last: dict[int, deque[Entry]] = {}
         self.forwards: list[Forward] = []
         # Which call each running forward is: to tell one that runs from one that failed. Not held by the forward, which
         # a copied context may hold for long.
         self.frames: dict[Forward, FrameType] = {}
-        self.wanted = None if awaited is None else dict(awaited)  # still to come before the forward is left
-        self.recomputed: set[str] = set()
+        # What is still to come before the forward is left.
+        self.wanted = None if template.awaited is None else dict(template.awaited)
         self.gave: set[str] = set()  # modules that gave something declared
-        self.elsewhere: set[int] = set()  # ids of modules that ran where nobody captures
-        self.detached: set[str] = set()
-        self.checkpointed: set[str] = set()
+        # What is rare gets no sets of its own until it happens.
+        self.recomputed: frozenset[str] = frozenset()
+        self.elsewhere: frozenset[int] = frozenset()  # ids of modules that ran where nobody captures
+        self.detached: frozenset[str] = frozenset()
+        self.checkpointed: frozenset[str] = frozenset()
         self.problems: list[Problem] = []
         self.stopped = False
         self.grad = torch.is_grad_enabled()
@@ -165,7 +180,7 @@ class Session:
         self.fired = []
         self.last = {}
         self.before = self.after = _NOTHING
-        self.modules = {}
+        self.held = ()
 
     def begin(self, owner: Any, frame: FrameType, *, gathers: bool, within: Forward | None = None) -> Forward:
         """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.
@@ -173,14 +188,17 @@ class Session:
         ``frame``: that of torch which calls the module and its hooks. ``within``: what the same call of the same module
         has just begun.
         """
-        thread = threading.get_ident()
-        outer = running.get()
-        while outer is not None and outer is not within and outer.session is self and outer.thread == thread:
-            if _running(self.frames.get(outer)):
-                outer.around = outer.around or (not gathers and outer.gathered is None)
-                break
-            self.drop(outer)
-            outer = outer.outer
+        if within is None:
+            thread = threading.get_ident()
+            outer = running.get()
+            while outer is not None and outer.session is self and outer.thread == thread:
+                if _running(self.frames.get(outer)):
+                    outer.around = outer.around or (not gathers and outer.gathered is None)
+                    break
+                self.drop(outer)
+                outer = outer.outer
+        else:
+            thread, outer = within.thread, within
         forward = Forward(self, owner, outer, thread, gathers)
         self.frames[forward] = frame
         if not gathers:
@@ -220,8 +238,11 @@ class Session:
         with _lock:
             if not self.fired:  # it came in the moment of closing
                 self.raw.clear()
-            while self.raw:
-                action, value, version, number = self.raw.popleft()
+            came = self.raw[:]
+            del self.raw[: len(came)]  # no more than that: other threads may go on
+            for action, value, version, number in came:
+                if isinstance(action, nn.Module):
+                    action = self.after[id(action)][0]
                 fired = self.fired[action.site]
                 self.entries.append(Entry(action.tap.number, action.fqn, value, number, version, len(fired)))
                 fired.append(number)
@@ -258,7 +279,8 @@ class Session:
         """Whether this call repeats one of an earlier forward for a backward pass; noted for the messages."""
         if backward_id() == -1:
             return False
-        self.recomputed.add(fqn)
+        with _lock:
+            self.recomputed |= {fqn}
         return True
 
     def notice_checkpoint(self, fqn: str, *, edits: bool) -> None:
@@ -266,10 +288,11 @@ class Session:
         if not self.grad or (not edits and torch.is_grad_enabled()):
             return
         region = _checkpoint_region()
-        if edits and region is not None:
-            self.checkpointed.add(fqn)
-        elif region == "reentrant":
-            self.detached.add(fqn)
+        with _lock:
+            if edits and region is not None:
+                self.checkpointed |= {fqn}
+            elif region == "reentrant":
+                self.detached |= {fqn}
 
 
 def _checkpoint_region() -> str | None:

@@ -47,11 +47,20 @@ class Template:
         self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
         self.givers = _givers(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
+        # What has to be looked at when a capture closes: modules that must give, and whether calls are counted.
+        self.giving = frozenset(name for givers in self.givers.values() for name, _ in givers)
+        self.counting = any(isinstance(tap, Output) and tap.calls is not None for tap in taps.values())
         # With those on the way to them, which may have become compiled code that a capture would miss.
         ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
-        every = {**self._modules, **ways}
-        self._references = tuple((key, weakref.ref(module), key in ways) for key, module in every.items())
+        every = {**{key: self._modules[key] for key in self.after}, **self._modules, **ways}
+        self.places = {key: place for place, key in enumerate(every)}
+        # Which of the modules that a session holds get hooks.
+        self.hooked_before = tuple(self.places[key] for key in self.before)
+        self.hooked_after = tuple(self.places[key] for key in self.after)
+        self.hooked_with_kwargs = tuple(self.places[key] for key in self.with_kwargs)
+        self._references = tuple((weakref.ref(module), key in ways) for key, module in every.items())
         self._modules.clear()
+        self._simplify()
 
     def _fill(self, model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> None:
         gathers = self._gathers(wanted)
@@ -73,10 +82,12 @@ class Template:
         for gather, module in gathers:
             self._leaves(module, gather)
         self._leaves(model, root)
+        self._owners: tuple[Root | Gather, ...] = root, *(gather for gather, _ in gathers)
+
+    def _simplify(self) -> None:
         sole = {key: actions[0] for key, actions in self.after.items() if len(actions) == 1}
-        root.simplify(sole)
-        for gather, _ in gathers:
-            gather.simplify(sole)
+        for owner in self._owners:
+            owner.simplify(sole, self.places)
 
     def _gathers(self, wanted: Wanted | None) -> list[tuple[Gather, nn.Module]]:
         if wanted is None:
@@ -87,12 +98,18 @@ class Template:
             sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
             gathers.append((Gather(scope, pairs, declared, sites), wanted.modules[scope.fqn]))
         # Only the first of a (sub-)model's sites may have to give its first argument.
-        first = {gather.scope.fqn: True for gather, _ in gathers}
+        scopes = {gather.scope.fqn: gather for gather, _ in gathers}
+        begun: set[str] = set()
         for site in wanted.sites:
-            around = _scope_of(site.fqn, first)
-            self._leaves(wanted.modules[site.fqn], GiveDeclared(site, site.initial and first[around]))
+            around = _scope_of(site.fqn, scopes)
+            action = GiveDeclared(site, site.initial and around not in begun)
+            self._leaves(wanted.modules[site.fqn], action)
+            scopes[around].own[id(wanted.modules[site.fqn])] = action
             if site.initial:
-                first[around] = False
+                begun.add(around)
+        order = {id(module): place for place, module in enumerate(wanted.modules.values())}
+        for gather, _ in gathers:
+            gather.own = dict(sorted(gather.own.items(), key=lambda item: order[item[0]]))
         return gathers
 
     def _enters(self, module: nn.Module, action: Action) -> None:
@@ -108,13 +125,13 @@ class Template:
         for watch in self.watches:
             if not watch.stands():
                 return None
-        modules: dict[int, nn.Module] = {}
-        for key, reference, on_the_way in self._references:
+        held: list[nn.Module] = []
+        for reference, on_the_way in self._references:
             module = reference()
             if module is None or (on_the_way and module._compiled_call_impl is not None):
                 return None
-            modules[key] = module
-        return Session(self.before, self.after, self.with_kwargs, modules, len(self.sites), self.awaited)
+            held.append(module)
+        return Session(self, held)
 
 
 def _scope_of(fqn: str, scopes: Mapping[str, object]) -> str:
