@@ -63,6 +63,8 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
     # The usual case first, and in as few steps as can be: a model's own work drives this out of the caches between any
     # two calls, so each thing that is looked at costs a wait for memory.
     forward = running.get()
+    if forward is None and id(module) in _elsewhere and not open_sessions.get():
+        return None  # a bystander, as before
     if forward is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
         value = kwargs if output is _NOTHING else output
         raw, due = forward.raw, forward.due
@@ -98,9 +100,9 @@ def _begin(forward: Forward, place: int, args: tuple[Any, ...]) -> bool:
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
     sessions = open_sessions.get()
     if not sessions:
-        if _is_hooked(module):
-            _elsewhere.add(id(module))
-        else:
+        _elsewhere.add(id(module))
+        if not _is_hooked(module):  # or not any more: asked once it is noted, so that whoever removes the hook sees it
+            _elsewhere.discard(id(module))
             _drop_copied(module)
         return None
     if output is _NOTHING:
