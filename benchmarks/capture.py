@@ -21,6 +21,7 @@ The cases:
   on            ``wl.capture`` around the forward, beside hooks written by hand, put on before and taken off after it
   on, standing  the same, beside hooks written by hand that stay on their model for ever
   declared      ``wl.capture(model, "hidden_states")`` beside Transformers' own ``output_hidden_states=True``
+  parts         entering, leaving and reading a declared capture of the small forward, each by itself (wall time)
   compiled      ``torch.compile(wl.recorder(…))`` beside ``torch.compile(model)``, and beside Transformers' own flag
 """
 
@@ -242,6 +243,27 @@ def measure_bystander(blocks: int) -> None:
     print(f"  {'':13} {(one - two) / (count + 1) * 1e6:.2f} µs for each hooked module")
 
 
+def measure_parts(count: int) -> None:
+    """Entering, leaving and reading, around a forward that drives everything else out of the caches."""
+    model, inputs = llama(256, 6), torch.randint(0, 1000, (2, 56))
+    taken: dict[str, list[float]] = {"enter": [], "leave": [], "read": []}
+    clock = time.perf_counter
+    for _ in range(count):
+        start = clock()
+        holder = wl.capture(model, "hidden_states")
+        got = holder.__enter__()
+        taken["enter"].append(clock() - start)
+        model(inputs)
+        start = clock()
+        holder.__exit__(None, None, None)
+        taken["leave"].append(clock() - start)
+        start = clock()
+        assert len(got["hidden_states"]) == 7
+        taken["read"].append(clock() - start)
+    print(f"parts of a declared capture, {count} forwards: medians", end="")
+    print(*[f" {name} {statistics.median(values) * 1e6:.0f} µs" for name, values in taken.items()], sep=",")
+
+
 def measure_compiled(blocks: int) -> None:
     print(f"compiled with inductor; width 256, 4 layers, batch 2, 56 tokens; {blocks * PAIRS_PER_BLOCK} pairs a case")
     model, inputs = llama(256, 4), torch.randint(0, 1000, (2, 56))
@@ -260,13 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=40, help=f"of {PAIRS_PER_BLOCK} pairs")
     parser.add_argument("--case", help="one of the small and large ones, for instance off")
-    parser.add_argument("--only", choices=("small", "large", "bystander", "compiled"))
+    parser.add_argument("--only", choices=("small", "large", "bystander", "parts", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}, load {os.getloadavg()[0]:.1f}", end="; ")
     print(f"torch {torch.__version__}, Python {platform.python_version()}")
     cases: dict[str, Callable[[], None]] = {
         "bystander": lambda: measure_bystander(arguments.blocks),
+        "parts": lambda: measure_parts(arguments.blocks * PAIRS_PER_BLOCK),
         "small": lambda: measure(256, 6, 56, arguments.blocks, arguments.case),
         "large": lambda: measure(768, 4, 128, max(arguments.blocks // 4, 4), arguments.case),
         "compiled": lambda: measure_compiled(arguments.blocks),

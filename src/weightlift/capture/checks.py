@@ -55,7 +55,7 @@ def _as_usual(session: Session, template: Template) -> bool:
         return False
     seen = set()
     for entry in session.entries:
-        if entry.version >= 0 and isinstance(entry.value, torch.Tensor) and entry.value._version != entry.version:
+        if _is_written(entry):
             return False
         seen.add(entry.tap)
     return len(seen) == len(template.taps)
@@ -175,10 +175,16 @@ def _declared(session: Session, root: nn.Module, number: int, tap: Declared, tem
     ]
 
 
+def _is_written(entry: Entry) -> bool:
+    """Whether somebody wrote to a value since it was taken."""
+    value = entry.value
+    return entry.version >= 0 and isinstance(value, torch.Tensor) and value._version != entry.version
+
+
 def _written(entries: Sequence[Entry], template: Template) -> list[Problem]:
     problems = []
     for entry in entries:
-        if entry.version >= 0 and isinstance(entry.value, torch.Tensor) and entry.value._version != entry.version:
+        if _is_written(entry):
             name = template.names[entry.tap]
             hint = "give clone=True: the model works in place, so this is no longer what the module returned"
             problems.append(Problem(f"tap {name!r} was written to after it was taken", fqn=entry.fqn, hint=hint))

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.session import Forward, Session, backward_id, open_sessions, running
-
-if TYPE_CHECKING:
-    from weightlift.capture.template import Template
+from weightlift.capture.session import Forward, Session, Work, backward_id, open_sessions, running
 
 HOOK_ID = -770_310
 _NOTHING = object()
 
 # The template of each open capture. The captures hold the modules whose ids these know, so an id is its owner's.
 # Replaced as a whole, under the lock: whoever looks at it needs none.
-_open: tuple[Template, ...] = ()
+_open: tuple[Work, ...] = ()
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
 _lock = threading.Lock()
 _abandoned: deque[Session] = deque()

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,14 +17,25 @@ from torch import nn
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
-if TYPE_CHECKING:
-    from weightlift.capture.template import Template
-
 # Re-entrant: what the collector runs meanwhile may capture, too.
 _lock = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 _NOTHING: dict[int, Any] = {}
 _NOWHERE: deque[Any] = deque(maxlen=0)  # keeps nothing of what is appended
+
+
+class Work(Protocol):
+    """What was worked out for a model and a choice of taps, as far as sessions and hooks look at it: what is done at
+    which module (by ids), and at which places of a session's modules hooks are to stand."""
+
+    before: dict[int, list[Any]]
+    after: dict[int, list[Any]]
+    with_kwargs: frozenset[int]
+    sites: dict[tuple[int, str], int]
+    awaited: dict[tuple[int, str], int] | None
+    hooked_before: tuple[int, ...]
+    hooked_after: tuple[int, ...]
+    hooked_with_kwargs: tuple[int, ...]
 
 
 class Stopped(BaseException):
@@ -137,7 +148,7 @@ class Session:
 
     def __init__(
         self,
-        template: Template,
+        template: Work,
         held: Sequence[nn.Module],  # the template says which is which
     ) -> None:
         self.closed = False

@@ -78,7 +78,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     missing_extra = tuple(
         name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
     )
-    missing = [row for row in ordered if row.missing and not row.excused]
+    missing = [row for row in ordered if row.lacking]
     if options.strict:
         problems += _missing_problems(missing, unexpected_keys)
         problems += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]

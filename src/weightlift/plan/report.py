@@ -85,7 +85,7 @@ def report(decisions: Decisions) -> LoadReport:
         tied=names(Action.TIED),
         initialised=names(Action.INITIALISED),
         kept=names(Action.KEPT),
-        missing_keys=(*(row.fqn for row in rows if row.missing and not row.excused), *decisions.hook_missing),
+        missing_keys=(*(row.fqn for row in rows if row.lacking), *decisions.hook_missing),
         unexpected_keys=decisions.unexpected_keys,
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape)
