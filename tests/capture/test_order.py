@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -177,3 +179,18 @@ def test_hooks_of_another_context_add_nothing(name: str) -> None:
     layers = [f"layers.{n}" for n in range(4)]
     assert list(got.named("taken")) == (["layers.0:input", *layers] if name == "hidden_states" else layers)
     assert hooks_on(model) == 0
+
+
+@torch.no_grad()
+def test_a_layer_that_did_not_run_is_not_waited_for_afterwards() -> None:
+    net, contexts = Net(), []
+    net.layers = InOrder(net.layers)
+    net.layers.order = (0, 1)
+    net.layers._modules["1"].register_forward_hook(lambda *_: contexts.append(contextvars.copy_context()))
+    with wl.capture(net, hidden=wl.Output("layers.*", expect="maybe")) as got:
+        net(x())
+    assert len(got["hidden"]) == 2 and len(contexts) == 1
+    last = weakref.ref(net.layers._modules["2"])
+    del net
+    gc.collect()
+    assert last() is None

@@ -61,32 +61,35 @@ def in_order(actions: Mapping[int, Any]) -> list[int]:
 
 
 class Root(Action):
-    """The captured model itself: marks its forwards, and those of its own declared outputs."""
+    """The captured model itself: marks its forwards, which are those of its own declared outputs, too."""
 
-    __slots__ = ("gather", "likely", "simple")
+    __slots__ = ("expected", "expected_first", "gather", "likely", "simple")
+    gathers = False
     attached = True
-    first_at = -1
 
     def __init__(self, gather: Gather | None) -> None:
         self.gather = gather
         self.simple: dict[int, Action] = {}  # see `Forward`
         self.likely: Likely | None = None
+        self.expected: list[Any] = []
+        self.expected_first: list[Any] = []
 
     def simplify(self, sole: dict[int, Action], places: Mapping[int, int]) -> None:
         """``sole``: by the ids of modules, what is done at those where one thing is done. ``places``: see `likely`."""
         self.simple = {key: action for key, action in sole.items() if isinstance(action, TakeWhole)}
-        self.likely = likely([places[key] for key in in_order(self.simple)])
+        keys = in_order(self.simple)
+        self.likely = likely([places[key] for key in keys])
+        self.expected = [self.simple[key] for key in keys]
+        self.expected_first = [None] * len(keys)
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() != -1 and session.recomputing(""):
             return
-        frame = sys._getframe(2)
-        forward = session.begin(self, frame, gathers=False)
-        if self.gather is not None:
-            session.begin(self.gather, frame, gathers=True, within=forward)
+        session.begin(self.gather or self, sys._getframe(2), is_root=True)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        session.end(self)
+        if self.gather is None:  # else that has just ended it
+            session.end(self)
         return output
 
 

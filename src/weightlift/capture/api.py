@@ -76,20 +76,6 @@ class Capture:
             hooks.abandon(session)
 
 
-def _make(model: nn.Module, declared: tuple[str | Declared, ...], taps: dict[str, Any]) -> Capture:
-    key: Any = declared, tuple(taps.items())
-    try:
-        hash(key)
-        known = kept_for(model, key)
-    except TypeError:  # a list among the options: not to be looked up
-        key = known = None
-    if known is not None:
-        return Capture(model, None, known, key)
-    if not (all(map(lasting, declared)) and all(map(lasting, taps.values()))):
-        key = None
-    return Capture(model, collect_taps(declared, taps), None, key)
-
-
 def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capture:
     """Records what modules of ``model`` take or return, in the forwards that run within the ``with`` block.
 
@@ -110,4 +96,13 @@ def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capt
     unless they run in a copy of this context (``contextvars.copy_context``, ``asyncio.to_thread``, tasks made within
     the block). Any number of captures can be open, in any threads and within each other.
     """
-    return _make(model, declared, taps)
+    key: Any = (declared, *taps.items())
+    try:
+        known = kept_for(model, key)
+        if known is not None:
+            return Capture(model, None, known, key)
+        hash(key)
+        lasts = all(map(lasting, declared)) and all(map(lasting, taps.values()))
+    except TypeError:  # a list among the options: not to be looked up
+        lasts = False
+    return Capture(model, collect_taps(declared, taps), None, key if lasts else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from weightlift.capture.result import Entry, Recorded, no_such_calls, no_such_layers, places
@@ -19,7 +18,8 @@ _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(mod
 
 def settle(session: Session, root: nn.Module, template: Template) -> list[Problem]:
     """Keeps of the entries what was asked for, and returns what is wrong."""
-    session.settle_raw()
+    if session.raw:
+        session.settle_raw()
     if _as_usual(session, template):
         return []
     problems = list(session.problems)
@@ -53,12 +53,9 @@ def _as_usual(session: Session, template: Template) -> bool:
         return False
     if template.counting or not template.giving <= session.gave:
         return False
-    seen = set()
-    for entry in session.entries:
-        if _is_written(entry):
-            return False
-        seen.add(entry.tap)
-    return len(seen) == len(template.taps)
+    if _written_to(session.entries):
+        return False
+    return len({entry.tap for entry in session.entries}) == len(template.taps)
 
 
 def _drop_failed(session: Session) -> None:
@@ -175,20 +172,17 @@ def _declared(session: Session, root: nn.Module, number: int, tap: Declared, tem
     ]
 
 
-def _is_written(entry: Entry) -> bool:
-    """Whether somebody wrote to a value since it was taken."""
-    value = entry.value
-    return entry.version >= 0 and isinstance(value, torch.Tensor) and value._version != entry.version
+def _written_to(entries: Sequence[Entry]) -> list[Entry]:
+    """Those whose value somebody wrote to since it was taken."""
+    return [entry for entry in entries if entry.version >= 0 and entry.value._version != entry.version]
 
 
 def _written(entries: Sequence[Entry], template: Template) -> list[Problem]:
-    problems = []
-    for entry in entries:
-        if _is_written(entry):
-            name = template.names[entry.tap]
-            hint = "give clone=True: the model works in place, so this is no longer what the module returned"
-            problems.append(Problem(f"tap {name!r} was written to after it was taken", fqn=entry.fqn, hint=hint))
-    return problems
+    hint = "give clone=True: the model works in place, so this is no longer what the module returned"
+    return [
+        Problem(f"tap {template.names[entry.tap]!r} was written to after it was taken", fqn=entry.fqn, hint=hint)
+        for entry in _written_to(entries)
+    ]
 
 
 def _detached(session: Session) -> list[Problem]:

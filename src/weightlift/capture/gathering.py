@@ -24,6 +24,8 @@ _LAST = frozenset({"hidden_states"})  # the key whose last value may be an attri
 class Gather(Action):
     """A (sub-)model with declared outputs: what its sites gave becomes entries when its forward ends."""
 
+    gathers = True
+
     def __init__(
         self, scope: Scope, pairs: tuple[tuple[str, int], ...], taps: dict[int, Declared], sites: Sequence[int] = ()
     ) -> None:
@@ -44,9 +46,8 @@ class Gather(Action):
         self.simple: dict[int, Action] = {}
         self.simple_later: dict[int, Action] = {}
         self.likely: Likely | None = None
-        self.fqns: list[str] = []  # of what is due
-        self.first_at = -1
-        self.first: GiveFirst | None = None
+        self.expected: list[GiveDeclared] = []
+        self.expected_first: list[GiveFirst | None] = []
 
     def simplify(self, sole: dict[int, Action], places: Mapping[int, int]) -> None:
         """``sole``: by the ids of modules, what is done at those where one thing is done. ``places``: see `likely`."""
@@ -59,15 +60,17 @@ class Gather(Action):
         begun = {action.key for action in whole.values() if action.first is not None}
         self.simple_later = dict(whole if len(begun) == 1 else self.simple)
         due = in_order({id_: action for id_, action in self.own.items() if action is whole.get(id_)})
-        actions = [self.own[id_] for id_ in due]
-        self.fqns = [action.fqn for action in actions]
-        self.first_at = next((n for n, action in enumerate(actions) if action.first is not None), -1)
-        self.first = actions[self.first_at].first if actions else None
         self.likely = likely([places[id_] for id_ in due])
+        self.expected = [self.own[id_] for id_ in due]
+        self.expected_first = [None] * len(due)
+        for place, action in enumerate(self.expected):
+            if action.first is not None:
+                self.expected_first[place] = action.first
+                break
 
     def enter(self, session: Session, module: nn.Module, args: Any, kwargs: Any) -> None:
         if backward_id() == -1 or not session.recomputing(self.scope.fqn):
-            session.begin(self, sys._getframe(2), gathers=True)
+            session.begin(self, sys._getframe(2), is_root=False)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = session.end(self)
@@ -78,8 +81,7 @@ class Gather(Action):
         if self.only is not None:
             self._give(session, forward, given, output)
             return output
-        for noted, value, version, number in given:
-            action = self.action_of(session, noted)
+        for action, value, version, number in given:
             lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
             session.gave.add(action.fqn)
         for tap, entries, lacking in self.gathered(lists, output):
@@ -92,30 +94,17 @@ class Gather(Action):
         return output
 
     def _give(self, session: Session, forward: Forward, given: Sequence[Any], output: Any) -> None:
-        """The usual case, at one go: one tap takes all as it is, most of it in the order in which it was due."""
+        """The usual case: one tap takes all as it is."""
         tap, number = self.only, forward.number
         assert tap is not None
-        due = () if self.likely is None else self.likely(session.held)
-        entries: list[Entry] = []
-        place = 0
-        for noted, value, version, _ in given:
-            if place < len(due) and noted is due[place]:
-                fqn = self.fqns[place]
-                place += 1
-            else:
-                fqn = self.action_of(session, noted).fqn
-            session.gave.add(fqn)
-            entries.append(Entry(tap, fqn, value, number, version))
+        entries = [Entry(tap, action.fqn, value, number, version) for action, value, version, _ in given]
+        session.gave.update([entry.fqn for entry in entries])
         if entries and self.keys == _LAST:
-            self._put_last(entries, output)
+            last = self._last_of(output)
+            if last is not _NONE:
+                entries[-1] = Entry(tap, entries[-1].fqn, last, number, _version_now(last))
         session.entries.extend(entries)
         session.fired[self.sites[tap]].append(forward.root)
-
-    def action_of(self, session: Session, noted: Any) -> Any:
-        """What took a value. The hook notes the module, or None for what the first of them was given."""
-        if noted is None:
-            return self.first
-        return session.after[id(noted)][0] if isinstance(noted, nn.Module) else noted
 
     def _lacks(self, session: Session, number: int, missing: list[int], count: int) -> None:
         key = next(key for key, other, _, _ in self.taps if other == number)
@@ -130,8 +119,9 @@ class Gather(Action):
         result = []
         for key, number, tap, recipe in self.taps:
             entries = lists.get(key, [])
-            if self.scope.last and key == "hidden_states" and entries:
-                self._put_last(entries, output)
+            if key in _LAST and entries and (value := self._last_of(output)) is not _NONE:
+                last = entries[-1]
+                entries[-1] = Entry(last.tap, last.fqn, value, last.forward, _version(value))
             lacking = None
             if tap.layers is not None:
                 count = len(entries)
@@ -146,13 +136,12 @@ class Gather(Action):
             result.append((number, entries, lacking))
         return result
 
-    def _put_last(self, entries: list[Entry], output: Any) -> None:
+    def _last_of(self, output: Any) -> Any:
         for attribute in self.scope.last:
             value = getattr(output, attribute, _NONE)
             if value is not _NONE:
-                last = entries[-1]
-                entries[-1] = Entry(last.tap, last.fqn, value, last.forward, _version(value))
-                return
+                return value
+        return _NONE
 
 
 def _work(recipe: Recipe) -> Recipe | None:
@@ -234,14 +223,13 @@ class GiveDeclared(Action):
             session.notice_checkpoint(self.fqn, edits=False)
         version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
         forward.raw.append((self, value, version, forward.number))
+        forward.passed(module)
         return output
 
     def begin(self, forward: Forward, first: Any) -> None:
         """Notes the first argument, unless a value of the key has come."""
-        gather, session = forward.owner, forward.session
-        if self.key not in [gather.action_of(session, noted).key for noted, *_ in forward.raw]:
+        if self.key not in [action.key for action, *_ in forward.raw]:
             forward.raw.append((self.first, first, _version(first), forward.number))
-            forward.start += 1
         forward.has_begun()
 
     def _select(self, session: Session, forward: Forward, args: Any, kwargs: Any, output: Any) -> None:
@@ -301,10 +289,13 @@ def _let_go(values: list[Entry], limits: tuple[frozenset[int], int]) -> None:
     late = len(values) - 1 - from_end
     if late >= 0 and late not in front:
         values[late].value = None
+        values[late].version = -1
 
 
 def _version(value: Any) -> int:
     """Counts in-place writes; -1 where torch does not, and in code that is being traced."""
-    if not is_dynamo_compiling() and isinstance(value, torch.Tensor) and not value.is_inference():
-        return value._version
-    return -1
+    return -1 if is_dynamo_compiling() else _version_now(value)
+
+
+def _version_now(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.session import Forward, Session, Work, backward_id, open_sessions, running
+from weightlift.capture.session import NONE_DUE, Forward, Session, Work, backward_id, open_sessions, running
 
 HOOK_ID = -770_310
 _NOTHING = object()
@@ -64,12 +64,14 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
         return None  # a bystander, as before
     if forward is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
         value = kwargs if output is _NOTHING else output
-        raw, due = forward.raw, forward.due
-        place = len(raw) - forward.start
-        if 0 <= place < len(due) and due[place] is module and type(value) is Tensor:
+        due = forward.due
+        if due[0] is module and type(value) is Tensor:
             try:
-                if place != forward.first_at or _begin(forward, place, args):
-                    raw.append((module, value, value._version, forward.number))
+                if due[2] is None or _begin(forward, due[2], args):
+                    forward.raw.append((due[1], value, value._version, forward.number))
+                    forward.due = next(forward.rest, NONE_DUE)
+                    if forward.asks_all:  # since this was asked above
+                        forward.due = NONE_DUE
                     return None
             except RuntimeError:  # an inference tensor, which counts no writes, in an ordinary forward
                 pass
@@ -79,18 +81,16 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
                 value = value[action.index] if -len(value) <= action.index < len(value) else None
             if value is not None:
                 version = value._version if isinstance(value, Tensor) and not value.is_inference() else -1
-                raw.append((action, value, version, forward.number))
+                forward.raw.append((action, value, version, forward.number))
                 return None
     return _after_forward(module, args, kwargs, output)
 
 
-def _begin(forward: Forward, place: int, args: tuple[Any, ...]) -> bool:
+def _begin(forward: Forward, action: Any, args: tuple[Any, ...]) -> bool:
     """Notes the first argument of the first layer, before its output, where that is all that came."""
-    if place or not args or type(args[0]) is not Tensor:
+    if forward.raw or not args or type(args[0]) is not Tensor:
         return False
-    forward.raw.append((None, args[0], args[0]._version, forward.number))
-    forward.start = 1
-    forward.first_at = -1
+    forward.raw.append((action, args[0], args[0]._version, forward.number))
     return True
 
 
@@ -142,9 +142,11 @@ def remove(session: Session) -> None:
 def _remove(session: Session) -> None:
     global _open
     template, held = session.template, session.held
-    others = list(_open)
-    others.remove(template)
-    _open = tuple(others)
+    others: tuple[Work, ...] = ()
+    if len(_open) > 1:
+        place = _open.index(template)
+        others = (*_open[:place], *_open[place + 1 :])
+    _open = others
     if template in others:
         return
     before, after, with_kwargs = template.hooked_before, template.hooked_after, template.hooked_with_kwargs

@@ -31,6 +31,8 @@ class _Settles(Protocol):
 
 
 class _Open(Protocol):
+    raw: list[Any]
+
     def settle_raw(self) -> None: ...
 
 
@@ -61,7 +63,8 @@ class Records(Mapping[str, tuple[Any, ...]]):
             KeyError: there is no tap of that name.
             CaptureError: several sub-models recorded it; a recorder's tap did not fire.
         """
-        return tuple(entry.value for entry in self._of(name))
+        entries = self._of(name)
+        return tuple([entry.value for entry in entries])
 
     def named(self, name: str) -> dict[str, Any]:
         """The values of a tap by the names of their modules.
@@ -112,13 +115,15 @@ class Records(Mapping[str, tuple[Any, ...]]):
             raise CaptureError("the capture is not complete", problems)
         if name not in self._names:
             raise KeyError(f"no tap is called {name!r}; there are {', '.join(map(repr, self._names))}")
+        if len(self._names) == 1:
+            return entries
         number = self._names.index(name)
         return [entry for entry in entries if entry.tap == number]
 
     def _entries(self) -> tuple[list[Entry], Sequence[Problem]]:
         """A recorder's values are looked through when they are first read: not in compiled code."""
         if self._recorder is None:
-            if self._session is not None:  # the capture may still be open
+            if self._session is not None and self._session.raw:  # the capture may still be open
                 self._session.settle_raw()
             return self._raw, ()
         if self._settled is None:

@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 import weakref
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,9 +103,9 @@ class Watch:
     def _died(self, _: object) -> None:
         self.broken = True
 
-    def _look(self) -> array[int]:
-        """How many children each parent has, and their identities, side by side in memory."""
-        seen = array("Q")
+    def _look(self) -> list[int]:
+        """How many children each parent has, and their identities."""
+        seen = []
         for parent in self._parents:
             names = parent()._modules  # type: ignore[union-attr]
             seen.append(len(names))

@@ -6,13 +6,13 @@ import itertools
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import is_grad_enabled, is_inference_mode_enabled, nn
 
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
@@ -21,6 +21,9 @@ from weightlift.errors import Problem
 _lock = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 _NOTHING: dict[int, Any] = {}
+Due: TypeAlias = "tuple[nn.Module | None, Any, Any]"
+NONE_DUE: Due = (None, None, None)
+_NONE_LEFT: Iterator[Due] = iter(())
 _NOWHERE: deque[Any] = deque(maxlen=0)  # keeps nothing of what is appended
 
 
@@ -48,57 +51,66 @@ class Stopped(BaseException):
 class Forward:
     """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs.
 
-    ``number`` tells forwards of the model apart. What came is known by it, so that nothing that is kept refers back to
-    a forward. ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is.
-    ``due``: those of them in the order in which they are likely to run, the one at ``first_at`` gives its first
-    argument as well. Both are empty as soon as there is another capture to be asked. ``start``: how many of ``raw``
-    were there before what is due.
+    ``is_root``: of the captured model, which may gather, too. ``number`` tells its forwards apart, and ``root`` is that
+    of the one it belongs to, if any. What came is known by it, so that nothing that is kept refers back to a forward.
+    ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is.
+    ``due``: that of them which is likely to run next, what is done there, and what is done with its first argument
+    before; ``rest``: those after it. Nothing is in either as soon as there is another capture to be asked.
     """
 
     __slots__ = (
-        "around", "attached", "done", "due", "first_at", "gathered", "number", "outer", "owner", "raw",
-        "root", "session", "simple", "start", "thread",
+        "around", "asks_all", "attached", "done", "due", "gathered", "is_root", "number", "outer", "owner", "raw",
+        "rest", "root", "session", "simple", "thread",
     )  # fmt: skip
 
-    def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, gathers: bool) -> None:
+    def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, is_root: bool) -> None:
         self.session = session
         self.owner = owner
         self.outer = outer
         self.thread = thread
+        self.is_root = is_root
+        self.asks_all = False
         self.done = False
         self.around = False  # another forward of the same model runs within it
         self.attached: bool = session.grad and owner.attached
         self.simple: dict[int, Any] = _NOTHING
-        self.due: Sequence[nn.Module] = ()
-        self.first_at: int = owner.first_at
+        self.due: Due = NONE_DUE
+        self.rest: Iterator[Due] = _NONE_LEFT
         if len(open_sessions.get()) == 1:
             self.simple = owner.simple
-            if owner.likely is not None and not torch.is_inference_mode_enabled():
-                self.due = owner.likely(session.held)
-        self.gathered: dict[str, list[Entry]] | None = None
-        self.raw: Any = session.raw
-        self.start = len(session.raw)
-        self.root: int | None = None
-        if gathers:
-            self.gathered = {}
-            self.raw = []
-            self.start = 0
-            root = _running_root(session, outer)
-            self.root = None if root is None else root.number
-        self.number: int = next(session.numbers) if self.root is None else self.root
+            if owner.likely is not None and not is_inference_mode_enabled():
+                self.rest = zip(owner.likely(session.held), owner.expected, owner.expected_first)
+                self.due = next(self.rest)
+        self.raw: Any
+        self.gathered: dict[str, list[Entry]] | None
+        if owner.gathers:
+            self.gathered, self.raw = {}, []
+        else:
+            self.gathered, self.raw = None, session.raw
+        root = None if is_root else _running_root(session, outer)
+        self.number: int = next(session.numbers) if root is None else root.number
+        self.root = self.number if is_root or root is not None else None
 
     def ask_all(self) -> None:
         """From now on every hook asks all open captures, and nothing is noted before."""
-        with _lock:
-            self.simple = _NOTHING
-            self.due = ()
+        self.asks_all = True
+        self.simple = _NOTHING
+        self.due = NONE_DUE
+        self.rest = _NONE_LEFT
+
+    def passed(self, module: nn.Module) -> None:
+        """A module that may have been due was seen to elsewhere."""
+        if self.due[0] is module:
+            self.due = next(self.rest, NONE_DUE)
+            if self.asks_all:
+                self.due = NONE_DUE
 
     def has_begun(self) -> None:
         """The first of its values has come: with the others there is less to be done, if nobody else is to be asked."""
-        with _lock:
-            self.first_at = -1
-            if self.simple is self.owner.simple:
-                self.simple = self.owner.simple_later
+        if self.simple is self.owner.simple:
+            self.simple = self.owner.simple_later
+            if self.asks_all:  # another thread said so between the two lines above
+                self.simple = _NOTHING
 
     def forget(self) -> None:
         """It keeps nothing from now on, whatever a context that was copied while it ran still brings."""
@@ -125,7 +137,7 @@ def _running(wanted: FrameType | None) -> bool:
 
 def _running_root(session: Session, forward: Forward | None) -> Forward | None:
     while forward is not None:
-        if forward.session is session and forward.gathered is None:
+        if forward.session is session and forward.is_root:
             return forward
         forward = forward.outer
     return None
@@ -157,8 +169,7 @@ class Session:
         self.after: dict[int, list[Any]] = template.after
         self.held = held
         self.numbers = itertools.count()
-        # What came since, not yet among the entries: what took it (or the module, where the hook did not look for it),
-        # the value, its version, the number of its forward.
+        # What came since, not yet among the entries: what took it, the value, its version, the number of its forward.
         self.raw: list[tuple[Any, Any, int, int | None]] = []
         self.entries: list[Entry] = []
         # For each site the numbers of the forwards that its calls were in.
@@ -178,12 +189,13 @@ class Session:
         self.checkpointed: frozenset[str] = frozenset()
         self.problems: list[Problem] = []
         self.stopped = False
-        self.grad = torch.is_grad_enabled()
+        self.grad = is_grad_enabled()
 
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
         for forward in (*self.forwards, *self.frames):
-            forward.forget()
+            if forward.raw is not _NOWHERE:
+                forward.forget()
         self.raw.clear()
         self.entries = []
         self.forwards = []
@@ -193,29 +205,24 @@ class Session:
         self.before = self.after = _NOTHING
         self.held = ()
 
-    def begin(self, owner: Any, frame: FrameType, *, gathers: bool, within: Forward | None = None) -> Forward:
+    def begin(self, owner: Any, frame: FrameType, *, is_root: bool) -> None:
         """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.
 
-        ``frame``: that of torch which calls the module and its hooks. ``within``: what the same call of the same module
-        has just begun.
+        ``frame``: that of torch which calls the module and its hooks.
         """
-        if within is None:
-            thread = threading.get_ident()
-            outer = running.get()
-            while outer is not None and outer.session is self and outer.thread == thread:
-                if _running(self.frames.get(outer)):
-                    outer.around = outer.around or (not gathers and outer.gathered is None)
-                    break
-                self.drop(outer)
-                outer = outer.outer
-        else:
-            thread, outer = within.thread, within
-        forward = Forward(self, owner, outer, thread, gathers)
+        thread = threading.get_ident()
+        outer = running.get()
+        while outer is not None and outer.session is self and outer.thread == thread:
+            if _running(self.frames.get(outer)):
+                outer.around = outer.around or (is_root and outer.is_root)
+                break
+            self.drop(outer)
+            outer = outer.outer
+        forward = Forward(self, owner, outer, thread, is_root)
         self.frames[forward] = frame
-        if not gathers:
+        if is_root:
             self.forwards.append(forward)
         running.set(forward)
-        return forward
 
     def end(self, owner: object) -> Forward | None:
         """A forward of ``owner`` ends. Those of other captures of the same model may stand above it in the chain."""
@@ -237,7 +244,7 @@ class Session:
     def drop(self, forward: Forward) -> None:
         forward.forget()
         self.frames.pop(forward, None)
-        if forward.gathered is None:
+        if forward.is_root:
             self.settle_raw()
             self.entries[:] = [entry for entry in self.entries if entry.forward != forward.number]
             self.forwards[:] = [other for other in self.forwards if other is not forward]
@@ -252,8 +259,6 @@ class Session:
             came = self.raw[:]
             del self.raw[: len(came)]  # no more than that: other threads may go on
             for action, value, version, number in came:
-                if isinstance(action, nn.Module):
-                    action = self.after[id(action)][0]
                 fired = self.fired[action.site]
                 self.entries.append(Entry(action.tap.number, action.fqn, value, number, version, len(fired)))
                 fired.append(number)
@@ -270,7 +275,7 @@ class Session:
     def root(self) -> int | None:
         """The number of the forward that runs."""
         forward = running.get()
-        if forward is None or forward.session is not self or forward.gathered is not None:
+        if forward is None or forward.session is not self or not forward.is_root:
             forward = _running_root(self, forward)
         return None if forward is None else forward.number
 
@@ -296,7 +301,7 @@ class Session:
 
     def notice_checkpoint(self, fqn: str, *, edits: bool) -> None:
         """Reentrant checkpointing runs without autograd: what is captured there is cut off. Edits are not repeated."""
-        if not self.grad or (not edits and torch.is_grad_enabled()):
+        if not self.grad or (not edits and is_grad_enabled()):
             return
         region = _checkpoint_region()
         with _lock:

@@ -58,7 +58,8 @@ class Template:
         self.hooked_before = tuple(self.places[key] for key in self.before)
         self.hooked_after = tuple(self.places[key] for key in self.after)
         self.hooked_with_kwargs = tuple(self.places[key] for key in self.with_kwargs)
-        self._references = tuple((weakref.ref(module), key in ways) for key, module in every.items())
+        self._references = tuple(map(weakref.ref, every.values()))
+        self._ways = tuple(self.places[key] for key in ways)
         self._modules.clear()
         self._simplify()
 
@@ -126,11 +127,14 @@ class Template:
             if not watch.stands():
                 return None
         held: list[nn.Module] = []
-        for reference, on_the_way in self._references:
+        for reference in self._references:
             module = reference()
-            if module is None or (on_the_way and module._compiled_call_impl is not None):
+            if module is None:
                 return None
             held.append(module)
+        for place in self._ways:
+            if held[place]._compiled_call_impl is not None:
+                return None
         return Session(self, held)
 
 
