@@ -22,6 +22,10 @@ The cases:
   on, standing  the same, beside hooks written by hand that stay on their model for ever
   declared      ``wl.capture(model, "hidden_states")`` beside Transformers' own ``output_hidden_states=True``
   parts         entering, leaving and reading a declared capture of the small forward, each by itself (wall time)
+  around        the small forward without what its embedding, layers and last norm take: plain, with ``wl.capture`` and
+                with Transformers' own flag (wall time). All sides carry the same hooks that read the clock. The model's
+                own work, which is 95 % of a forward and nearly all of the noise, is left out; so this sees differences
+                that pairs of whole forwards can't see
   compiled      ``torch.compile(wl.recorder(…))`` beside ``torch.compile(model)``, and beside Transformers' own flag
 """
 
@@ -264,6 +268,64 @@ def measure_parts(count: int) -> None:
     print(*[f" {name} {statistics.median(values) * 1e6:.0f} µs" for name, values in taken.items()], sep=",")
 
 
+class Clocked:
+    """A model whose parts note when they begin and end; the time between them is what is looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.stamps: list[float] = []
+        for part in (model.embed_tokens, *model.layers, model.norm):
+            part.register_forward_pre_hook(self._note)
+            part.register_forward_hook(self._note)
+
+    def _note(self, *_: object) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def seconds_between(self, call: Callable[[nn.Module], object]) -> float:
+        self.stamps.clear()
+        start = time.perf_counter()
+        kept = call(self.model)
+        edges = [start, *self.stamps, time.perf_counter()]
+        del kept
+        return sum(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
+
+
+def measure_around(blocks: int) -> None:
+    model, inputs = llama(256, 6), torch.randint(0, 1000, (2, 56))
+    sides: dict[str, Callable[[nn.Module], object]] = {
+        "plain": lambda tree: tree(inputs),
+        "wl.capture": lambda tree: declared(tree, inputs),
+        "their flag": lambda tree: their_flag(tree, inputs),
+    }
+    draw = random.Random("around")
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(blocks):
+        trees = {name: Clocked(tree_of(model)) for name in sides}
+        for name, call in sides.items():
+            for _ in range(3):
+                trees[name].seconds_between(call)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(PAIRS_PER_BLOCK):
+                for name in draw.sample(list(sides), len(sides)):
+                    taken[name].append(trees[name].seconds_between(sides[name]))
+        finally:
+            gc.enable()
+    print(f"between the parts of the small forward, {blocks * PAIRS_PER_BLOCK} of each: medians, and beside plain")
+    for name, values in taken.items():
+        more = [(value - other) * 1e6 for value, other in zip(values, taken["plain"], strict=True)]
+        low, high = interval(more, draw)
+        middle = statistics.median(values) * 1e6
+        print(f"  {name:12} {middle:7.0f} µs   +{statistics.median(more):.0f} [{low:.0f}, {high:.0f}]")
+
+
+def interval(values: list[float], draw: random.Random) -> tuple[float, float]:
+    """The ends of the median's 95 % interval."""
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(1000))
+    return medians[25], medians[974]
+
+
 def measure_compiled(blocks: int) -> None:
     print(f"compiled with inductor; width 256, 4 layers, batch 2, 56 tokens; {blocks * PAIRS_PER_BLOCK} pairs a case")
     model, inputs = llama(256, 4), torch.randint(0, 1000, (2, 56))
@@ -282,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=40, help=f"of {PAIRS_PER_BLOCK} pairs")
     parser.add_argument("--case", help="one of the small and large ones, for instance off")
-    parser.add_argument("--only", choices=("small", "large", "bystander", "parts", "compiled"))
+    parser.add_argument("--only", choices=("small", "large", "bystander", "parts", "around", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}, load {os.getloadavg()[0]:.1f}", end="; ")
@@ -290,6 +352,7 @@ def main() -> None:
     cases: dict[str, Callable[[], None]] = {
         "bystander": lambda: measure_bystander(arguments.blocks),
         "parts": lambda: measure_parts(arguments.blocks * PAIRS_PER_BLOCK),
+        "around": lambda: measure_around(arguments.blocks),
         "small": lambda: measure(256, 6, 56, arguments.blocks, arguments.case),
         "large": lambda: measure(768, 4, 128, max(arguments.blocks // 4, 4), arguments.case),
         "compiled": lambda: measure_compiled(arguments.blocks),
