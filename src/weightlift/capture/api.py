@@ -60,6 +60,11 @@ class Capture:
             running.set(without(session, running.get()))
         hooks.remove(session)
         own = isinstance(error, Stopped) and error.session is session
+        if own:
+            forward = running.get()
+            while forward is not None:
+                forward.session.stop_with(forward)
+                forward = forward.outer
         try:
             if error is None or own:
                 problems = settle(session, self._model, self._template)

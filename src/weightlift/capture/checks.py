@@ -51,7 +51,7 @@ def _as_usual(session: Session, template: Template) -> bool:
         return False
     if session.problems or session.stopped or session.detached or session.checkpointed:
         return False
-    if template.counting or not template.giving <= session.gave:
+    if template.counting or not template.giving <= _gave(session):
         return False
     if _written_to(session.entries):
         return False
@@ -60,10 +60,12 @@ def _as_usual(session: Session, template: Template) -> bool:
 
 def _drop_failed(session: Session) -> None:
     """Forwards that did not end, because they failed, leave nothing."""
-    failed = {forward.number for forward in session.forwards if not forward.done}
-    if failed:
-        session.entries[:] = [entry for entry in session.entries if entry.forward not in failed]
-        session.forwards[:] = [forward for forward in session.forwards if forward.done]
+    for forward in [forward for forward in session.forwards if not forward.done]:
+        session.drop(forward)
+
+
+def _gave(session: Session) -> set[str]:
+    return set().union(*session.gave.values())
 
 
 def _calls(session: Session, number: int, name: str, tap: Output, fired: dict[str, list[int | None]]) -> list[Problem]:
@@ -161,7 +163,8 @@ def _declared(session: Session, root: nn.Module, number: int, tap: Declared, tem
         return [Problem(f"{tap.key!r} was not recorded", fqn=fqn, hint=hint)]
     if tap.expect == "some":
         return []
-    missing = [(name, key) for name, key in template.givers[number] if name not in session.gave]
+    gave = _gave(session)
+    missing = [(name, key) for name, key in template.givers[number] if name not in gave]
     return [
         Problem(
             f"{tap.key!r} lacks what this module should give",

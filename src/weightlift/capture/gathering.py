@@ -73,17 +73,26 @@ class Gather(Action):
             session.begin(self, sys._getframe(2), is_root=False)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = session.end(self)
+        forward = None if backward_id() != -1 else session.end(self)
         if forward is None or forward.gathered is None or not self.taps:
             return output
-        lists, given = forward.gathered, forward.raw
+        try:
+            self._keep(session, forward, forward.gathered, output)
+        except BaseException:  # what is done to the values failed, and with it the forward
+            session.drop(forward)
+            raise
+        return output
+
+    def _keep(self, session: Session, forward: Forward, lists: dict[str, list[Entry]], output: Any) -> None:
+        """Makes entries of what was gathered."""
+        given = forward.raw
         forward.forget()
         if self.only is not None:
             self._give(session, forward, given, output)
-            return output
+            return
         for action, value, version, number in given:
             lists.setdefault(action.key, []).append(Entry(-1, action.fqn, value, number, version))
-            session.gave.add(action.fqn)
+            session.gives(action.fqn, number)
         for tap, entries, lacking in self.gathered(lists, output):
             if lacking is not None:
                 self._lacks(session, tap, *lacking)
@@ -91,14 +100,13 @@ class Gather(Action):
                 entry.forward = forward.number
             session.entries.extend(entries)
             session.fired[self.sites[tap]].append(forward.root)
-        return output
 
     def _give(self, session: Session, forward: Forward, given: Sequence[Any], output: Any) -> None:
         """The usual case: one tap takes all as it is."""
         tap, number = self.only, forward.number
         assert tap is not None
         entries = [Entry(tap, action.fqn, value, number, version) for action, value, version, _ in given]
-        session.gave.update([entry.fqn for entry in entries])
+        session.gave.setdefault(number, set()).update([entry.fqn for entry in entries])
         if entries and self.keys == _LAST:
             last = self._last_of(output)
             if last is not _NONE:
@@ -217,7 +225,7 @@ class GiveDeclared(Action):
             session.problems.append(absent(self.key, self.fqn, self.index, found_in(args, kwargs, output)))
             return output
         if value is None and (self.hidden or output is not None):
-            session.gave.add(self.fqn)
+            session.gives(self.fqn, forward.number)
             return output
         if session.grad and gather.attached and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
@@ -241,7 +249,7 @@ class GiveDeclared(Action):
         except Absent as error:
             session.problems.append(absent(self.key, self.fqn, self.index, str(error)))
             return
-        session.gave.add(self.fqn)
+        session.gives(self.fqn, forward.number)
         if gave and session.grad and gather.attached and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
 

@@ -62,7 +62,11 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
     forward = running.get()
     if forward is None and id(module) in _elsewhere and not open_sessions.get():
         return None  # a bystander, as before
-    if forward is not None and not (forward.attached if not is_grad_enabled() else backward_id() != -1):
+    if (
+        forward is not None
+        and not forward.asks_all
+        and not (forward.attached if not is_grad_enabled() else backward_id() != -1)
+    ):
         value = kwargs if output is _NOTHING else output
         due = forward.due
         if due[0] is module and type(value) is Tensor:
@@ -70,8 +74,6 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
                 if due[2] is None or _begin(forward, due[2], args):
                     forward.raw.append((due[1], value, value._version, forward.number))
                     forward.due = next(forward.rest, NONE_DUE)
-                    if forward.asks_all:  # since this was asked above
-                        forward.due = NONE_DUE
                     return None
             except RuntimeError:  # an inference tensor, which counts no writes, in an ordinary forward
                 pass
@@ -82,6 +84,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
             if value is not None:
                 version = value._version if isinstance(value, Tensor) and not value.is_inference() else -1
                 forward.raw.append((action, value, version, forward.number))
+                forward.passed(module)
                 return None
     return _after_forward(module, args, kwargs, output)
 
@@ -142,10 +145,10 @@ def remove(session: Session) -> None:
 def _remove(session: Session) -> None:
     global _open
     template, held = session.template, session.held
-    others: tuple[Work, ...] = ()
-    if len(_open) > 1:
-        place = _open.index(template)
-        others = (*_open[:place], *_open[place + 1 :])
+    if template not in _open:  # it was interrupted before it got so far
+        return
+    place = _open.index(template)
+    others = (*_open[:place], *_open[place + 1 :])
     _open = others
     if template in others:
         return

@@ -55,7 +55,7 @@ class Forward:
     of the one it belongs to, if any. What came is known by it, so that nothing that is kept refers back to a forward.
     ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is.
     ``due``: that of them which is likely to run next, what is done there, and what is done with its first argument
-    before; ``rest``: those after it. Nothing is in either as soon as there is another capture to be asked.
+    before; ``rest``: those after it. ``asks_all``: another capture has to be asked, too, so nothing of that counts.
     """
 
     __slots__ = (
@@ -69,17 +69,19 @@ class Forward:
         self.outer = outer
         self.thread = thread
         self.is_root = is_root
-        self.asks_all = False
+        self.asks_all: bool = len(open_sessions.get()) != 1
         self.done = False
         self.around = False  # another forward of the same model runs within it
         self.attached: bool = session.grad and owner.attached
         self.simple: dict[int, Any] = _NOTHING
         self.due: Due = NONE_DUE
         self.rest: Iterator[Due] = _NONE_LEFT
-        if len(open_sessions.get()) == 1:
+        held = session.held  # nothing if it is being closed by another thread
+        if held and not self.asks_all:
             self.simple = owner.simple
             if owner.likely is not None and not is_inference_mode_enabled():
-                self.rest = zip(owner.likely(session.held), owner.expected, owner.expected_first)
+                # Made now: threads that share a zip could get a module with what is done at another.
+                self.rest = iter([*zip(owner.likely(held), owner.expected, owner.expected_first)])
                 self.due = next(self.rest)
         self.raw: Any
         self.gathered: dict[str, list[Entry]] | None
@@ -94,28 +96,21 @@ class Forward:
     def ask_all(self) -> None:
         """From now on every hook asks all open captures, and nothing is noted before."""
         self.asks_all = True
-        self.simple = _NOTHING
-        self.due = NONE_DUE
-        self.rest = _NONE_LEFT
 
     def passed(self, module: nn.Module) -> None:
         """A module that may have been due was seen to elsewhere."""
         if self.due[0] is module:
             self.due = next(self.rest, NONE_DUE)
-            if self.asks_all:
-                self.due = NONE_DUE
 
     def has_begun(self) -> None:
         """The first of its values has come: with the others there is less to be done, if nobody else is to be asked."""
-        if self.simple is self.owner.simple:
-            self.simple = self.owner.simple_later
-            if self.asks_all:  # another thread said so between the two lines above
-                self.simple = _NOTHING
+        self.simple = self.owner.simple_later
 
     def forget(self) -> None:
         """It keeps nothing from now on, whatever a context that was copied while it ran still brings."""
-        if not self.done:  # else all are asked already
-            self.ask_all()
+        self.ask_all()
+        self.due = NONE_DUE
+        self.rest = _NONE_LEFT
         self.raw = _NOWHERE
         if self.gathered is not None:
             self.gathered = {}
@@ -154,8 +149,9 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forwards", "frames",
-        "gave", "grad", "held", "last", "numbers", "problems", "raw", "recomputed", "stopped", "template", "wanted",
+        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forgotten",
+        "forwards", "frames", "gave", "grad", "held", "last", "numbers", "problems", "raw", "recomputed", "stopped",
+        "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -164,6 +160,7 @@ class Session:
         held: Sequence[nn.Module],  # the template says which is which
     ) -> None:
         self.closed = False
+        self.forgotten = False
         self.template = template
         self.before: dict[int, list[Any]] = template.before
         self.after: dict[int, list[Any]] = template.after
@@ -181,7 +178,7 @@ class Session:
         self.frames: dict[Forward, FrameType] = {}
         # What is still to come before the forward is left.
         self.wanted = None if template.awaited is None else dict(template.awaited)
-        self.gave: set[str] = set()  # modules that gave something declared
+        self.gave: dict[int, set[str]] = {}  # by forwards' numbers the modules that gave something declared
         # What is rare gets no sets of its own until it happens.
         self.recomputed: frozenset[str] = frozenset()
         self.elsewhere: frozenset[int] = frozenset()  # ids of modules that ran where nobody captures
@@ -193,6 +190,7 @@ class Session:
 
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
+        self.forgotten = True
         for forward in (*self.forwards, *self.frames):
             if forward.raw is not _NOWHERE:
                 forward.forget()
@@ -200,7 +198,6 @@ class Session:
         self.entries = []
         self.forwards = []
         self.frames = {}
-        self.fired = []
         self.last = {}
         self.before = self.after = _NOTHING
         self.held = ()
@@ -242,19 +239,39 @@ class Session:
         return forward
 
     def drop(self, forward: Forward) -> None:
+        """As if it had not been: it failed."""
         forward.forget()
         self.frames.pop(forward, None)
-        if forward.is_root:
-            self.settle_raw()
-            self.entries[:] = [entry for entry in self.entries if entry.forward != forward.number]
-            self.forwards[:] = [other for other in self.forwards if other is not forward]
+        if not forward.is_root:
+            return
+        self.settle_raw()
+        number = forward.number
+        self.entries[:] = [entry for entry in self.entries if entry.forward != number]
+        self.forwards[:] = [other for other in self.forwards if other is not forward]
+        for calls in self.fired:
+            calls[:] = [call for call in calls if call != number]
+        for site, last in self.last.items():
+            self.last[site] = deque(entry for entry in last if entry.forward != number)
+        self.gave.pop(number, None)
+        if self.template.awaited is not None:
+            left = {key: n - len(self.fired[self.template.sites[key]]) for key, n in self.template.awaited.items()}
+            self.wanted = {key: n for key, n in left.items() if n > 0}
+
+    def stop_with(self, forward: Forward) -> None:
+        """Another capture has stopped this forward, if it does not run any more: that is no failure."""
+        if not forward.done and not _running(self.frames.get(forward)):
+            self.stopped = True
+
+    def gives(self, fqn: str, number: int) -> None:
+        """Notes that a module gave something declared."""
+        self.gave.setdefault(number, set()).add(fqn)
 
     def settle_raw(self) -> None:
         """Makes entries of what came since, in its order."""
         if not self.raw:
             return
         with _lock:
-            if not self.fired:  # it came in the moment of closing
+            if self.forgotten:  # it came in the moment of closing
                 self.raw.clear()
             came = self.raw[:]
             del self.raw[: len(came)]  # no more than that: other threads may go on

@@ -13,6 +13,7 @@ import torch
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import Call, tensors_in
+from weightlift.deferred.schema import is_bounded
 
 _DIMS = 6  # of which a small tensor has more than one element each
 _MASKED = {"aten::masked_fill_"}
@@ -56,7 +57,7 @@ def _repeated(tensor: torch.Tensor) -> list[bool]:
 def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any) -> bool:
     """False where ``copy_`` or a pointwise call in place is one that torch would refuse, for its shapes or dtypes."""
     name = func._schema.name
-    if name == "aten::clamp_" and all(bound is None for bound in (*args[1:], *kwargs.values())):
+    if name == "aten::clamp_" and not is_bounded(args, kwargs):
         return False
     if not call.pointwise and name not in _MASKED and name != "aten::copy_":
         return True

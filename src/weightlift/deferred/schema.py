@@ -15,6 +15,11 @@ def is_plain(kind: type) -> bool:
     return kind.__torch_dispatch__ in plain  # type: ignore[attr-defined]
 
 
+def is_bounded(args: Any, kwargs: Any) -> bool:
+    """Whether a ``clamp`` of these arguments has a bound; without any torch refuses it."""
+    return any(bound is not None for bound in (*args[1:], *kwargs.values()))
+
+
 def result_of(func: Any, targets: list[torch.Tensor]) -> Any:
     """What an in-place call on ``targets`` returns, by its schema."""
     returns = func._schema.returns

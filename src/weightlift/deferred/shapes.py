@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from weightlift.deferred.schema import is_bounded
+
 _Tensor = torch.Tensor
 _aten = torch.ops.aten
 _FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
@@ -85,8 +87,7 @@ def _elementwise(args: Any, kwargs: Any) -> list[Result] | None:
 
 
 def _clamped(args: Any, kwargs: Any) -> list[Result] | None:
-    """None without a bound, which torch refuses."""
-    return _elementwise(args, kwargs) if any(bound is not None for bound in args[1:]) else None
+    return _elementwise(args, kwargs) if is_bounded(args, kwargs) else None
 
 
 def _comparison(args: Any, kwargs: Any) -> list[Result] | None:
