@@ -1,7 +1,9 @@
 """What a load did and when: spans, one list a load, made only where somebody asked for them.
 
 A `Trace` is written to by all workers at once: appending to a list is atomic, with and without an interpreter lock,
-and nothing is read until the load is over. Times are seconds since the trace began (``time.perf_counter``).
+and nothing is read until the load is over. Times are seconds since the trace began (``time.perf_counter``). Large
+weights come in thousands of blocks, each with two spans, so what happens at one is no more than a tuple; the rest is
+done when the trace is written.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+_clock = time.perf_counter
+_thread = threading.get_ident
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One stretch of work of one thread. ``kind``: open, construct, plan, check, map, read, convert, copy, init,
     hash, assign. ``nbytes`` is what it moved (0 for none)."""
 
@@ -41,8 +44,9 @@ class Trace:
     """The record of one load. `add` and `sample` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._zero = time.perf_counter()
-        self.spans: list[Span] = []
+        self._zero = _clock()
+        self._added: list[tuple[str, str, int, float, float, int]] = []  # by threads' numbers, in the clock's seconds
+        self._workers: dict[int, str] = {}
         self.samples: list[Sample] = []
         self.choices: dict[str, Any] = {}
         self._next_sample = 0.0
@@ -50,11 +54,26 @@ class Trace:
 
     def now(self) -> float:
         """Seconds since the trace began."""
-        return time.perf_counter() - self._zero
+        return _clock() - self._zero
 
     def add(self, kind: str, name: str, start_s: float, nbytes: int = 0) -> None:
         """A span of this thread that ends now."""
-        self.spans.append(Span(kind, name, threading.current_thread().name, start_s, self.now(), nbytes))
+        self._add(kind, name, start_s + self._zero, nbytes)
+
+    def _add(self, kind: str, name: str, start: float, nbytes: int) -> None:
+        worker = _thread()
+        self._added.append((kind, name, worker, start, _clock(), nbytes))
+        if worker not in self._workers:
+            self._workers[worker] = threading.current_thread().name
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those that have ended, in the order in which they did."""
+        zero, workers = self._zero, self._workers
+        return [
+            Span(kind, name, workers[worker], start - zero, end - zero, nbytes)
+            for kind, name, worker, start, end, nbytes in self._added
+        ]
 
     def sample(self, *, every_s: float = 0.0) -> None:
         """Look at the memory, at most once in ``every_s`` seconds."""
@@ -66,18 +85,14 @@ class Trace:
         if found is not None:
             self.samples.append(Sample(now, *found))
 
-    @contextmanager
-    def span(self, kind: str, name: str, nbytes: int = 0) -> Iterator[None]:
+    def span(self, kind: str, name: str, nbytes: int = 0) -> AbstractContextManager[None]:
         """Time a block of code, also one that raises."""
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.add(kind, name, start, nbytes)
+        return _Timed(self, kind, name, nbytes)
 
     def chrome_events(self) -> dict[str, Any]:
         """The Chrome trace-event format ("X" and "C", microseconds), as Perfetto and chrome://tracing read it."""
-        workers = {name: number for number, name in enumerate(dict.fromkeys(span.worker for span in self.spans))}
+        spans = self.spans
+        workers = {name: number for number, name in enumerate(dict.fromkeys(span.worker for span in spans))}
         process = os.getpid()
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": process, "tid": number, "args": {"name": name}}
@@ -89,7 +104,7 @@ class Trace:
                 "pid": process, "tid": workers[span.worker],
                 "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6, "args": {"bytes": span.nbytes},
             }
-            for span in self.spans
+            for span in spans
         ]  # fmt: skip
         events += [
             {
@@ -99,6 +114,22 @@ class Trace:
             for sample in self.samples
         ]  # fmt: skip
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": self.choices}
+
+
+class _Timed(AbstractContextManager[None]):
+    __slots__ = ("_kind", "_name", "_nbytes", "_start", "_trace")
+
+    def __init__(self, trace: Trace, kind: str, name: str, nbytes: int) -> None:
+        self._trace = trace
+        self._kind = kind
+        self._name = name
+        self._nbytes = nbytes
+
+    def __enter__(self) -> None:
+        self._start = _clock()
+
+    def __exit__(self, *_: object) -> None:
+        self._trace._add(self._kind, self._name, self._start, self._nbytes)
 
 
 def timed(trace: Trace | None, kind: str, name: str, nbytes: int = 0) -> AbstractContextManager[None]:

@@ -38,15 +38,16 @@ def page(trace: Trace, *, title: str) -> str:
 
 
 def _data(trace: Trace, title: str) -> dict[str, Any]:
-    workers = list(dict.fromkeys(span.worker for span in trace.spans))
+    spans = trace.spans
+    workers = list(dict.fromkeys(span.worker for span in spans))
     number = {name: index for index, name in enumerate(workers)}
     return {
         "title": title,
         "choices": {name: str(value) for name, value in trace.choices.items()},
         "workers": workers,
         "spans": [
-            [span.kind, span.name, number[span.worker], round(span.start_s, 6), round(span.end_s, 6), span.nbytes]
-            for span in trace.spans
+            [kind, name, number[worker], round(start_s * 1e6), round(end_s * 1e6), nbytes]  # microseconds
+            for kind, name, worker, start_s, end_s, nbytes in spans
         ],
         "memory": [[round(s.at_s, 6), s.resident_bytes, s.own_bytes] for s in trace.samples],
         "copy_bytes_per_s": copy_bandwidth(),
