@@ -8,7 +8,7 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Absent, edit, finish, put, recipe_of, take, untouched
-
-if TYPE_CHECKING:
-    from weightlift.capture.gathering import Gather
 
 
 class Action:
@@ -67,8 +64,8 @@ class Root(Action):
     gathers = False
     attached = True
 
-    def __init__(self, gather: Gather | None) -> None:
-        self.gather = gather
+    def __init__(self, gather: Action | None) -> None:
+        self.gather = gather  # where the model's own class declares something
         self.simple: dict[int, Action] = {}  # see `Forward`
         self.likely: Likely | None = None
         self.expected: list[Any] = []
