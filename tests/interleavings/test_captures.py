@@ -72,21 +72,31 @@ def test_hooks_come_and_go(kinds):
 
 def test_a_capture_opened_while_a_forward_begins_is_asked():
     def scene():
-        open_one = SimpleNamespace(grad=False, raw=[], held=[None, None], numbers=itertools.count())
+        modules, x = [nn.Identity(), nn.Identity()], torch.zeros(1)
+        later = {id(module): SimpleNamespace(index=None) for module in modules}
+        open_one = SimpleNamespace(grad=False, closed=False, raw=[], held=modules, numbers=itertools.count(), after={})
         owner = SimpleNamespace(
-            attached=False, simple={1: None}, simple_later={1: None, 2: None}, likely=tuple, first_at=0
-        )
+            attached=False, gathers=False, simple={}, simple_later=later, likely=tuple, expected=["one", "two"],
+            expected_first=[None, None],
+        )  # fmt: skip
         context = contextvars.Context()
         context.run(session.open_sessions.set, (open_one,))
         forward = context.run(session.Forward, open_one, owner, None, 0, True)
-        assert forward.simple is owner.simple and forward.due
+        context.run(session.running.set, forward)
+        assert forward.due[1] == "one"
+
+        def begin():
+            context.run(hooks.after_forward, modules[0], (), x)
+            forward.has_begun()
 
         def check():
-            assert not forward.simple and not forward.due
+            noted = len(open_one.raw)
+            context.run(hooks.after_forward, modules[1], (), x)
+            assert len(open_one.raw) == noted, "it was noted without asking the other capture"
 
-        return [forward.has_begun, forward.ask_all], check
+        return [begin, forward.ask_all], check
 
-    assert explore(scene, inside=[session], preemptions=2).complete
+    assert explore(scene, inside=[hooks, session], preemptions=2).complete
 
 
 def test_a_recorder_that_two_threads_find_out_of_date():
