@@ -1,4 +1,4 @@
-"""examples/fsdp2.py under torchrun, as its first lines say."""
+"""examples/fsdp2.py under torchrun, as its first lines say, but for how a process ends (`tests.distributed.ending`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def test_the_example_runs_under_torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
-        [*command, "examples/fsdp2.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
+        [*command, "-m", "tests.distributed.ending", "examples/fsdp2.py"], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -18,8 +18,12 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(script: Path, folder: Path) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [str(script)]
+    if "torch.distributed" in script.read_text(encoding="utf-8"):
+        command = ["-m", "tests.distributed.ending", *command]
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -47,12 +51,12 @@ def test_snippets(document: Path, tmp_path: Path) -> None:
         pytest.skip("no snippet")
     path = tmp_path / f"snippets_of_{document.stem}.py"  # not transformers.py, which would be imported
     path.write_text(script, encoding="utf-8")
-    run([str(path)], tmp_path)
+    run(path, tmp_path)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples(example: Path, tmp_path: Path) -> None:
-    printed = run([str(example)], tmp_path)
+    printed = run(example, tmp_path)
     assert printed
     assert list(tmp_path.iterdir()) == []
     if example.name == "threads.py":  # what the README shows of it, but for how the first program fails
@@ -74,4 +78,4 @@ def test_the_plan_in_the_documentation_is_the_plan(tmp_path: Path) -> None:
     assert snippet is not None
     assert shown is not None
     (tmp_path / "plan_snippet.py").write_text(snippet[1], encoding="utf-8")
-    assert run(["plan_snippet.py"], tmp_path) == shown[1]
+    assert run(tmp_path / "plan_snippet.py", tmp_path) == shown[1]
