@@ -5,9 +5,11 @@ Everything here hands out ordinary CPU tensors on memory that goes back to the s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +60,7 @@ class FileMapping:
     """
 
     def __init__(self, fd: int, size_bytes: int, path: Path) -> None:
+        _read_in_order(fd)
         self.buffer = _map(fd, size_bytes)
         address = _address(self.buffer)
         # A counter and not the address: another mapping may lie there before this one's entry is gone.
@@ -82,6 +85,13 @@ def _map(fd: int, size_bytes: int) -> mmap.mmap | ctypes.Array[ctypes.c_char]:
         return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
     flags = pages.MAP_PRIVATE | pages.MAP_NORESERVE
     return pages.owned(pages.map_pages(size_bytes, access=pages.READ_WRITE, flags=flags, fd=fd), size_bytes)
+
+
+def _read_in_order(fd: int) -> None:
+    """Have the system read further ahead than it does for accesses it can't foresee: twice as far, by whole windows."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # it is a hint, which not every file system takes
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
