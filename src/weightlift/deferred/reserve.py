@@ -50,7 +50,7 @@ class Block:
         if not _GUARD or not pages.AVAILABLE:
             try:
                 return _map_plainly(size_bytes)
-            except (OSError, ValueError):
+            except (OSError, ValueError, OverflowError):
                 if not pages.AVAILABLE:
                     raise MemoryError(f"the system refuses {size_bytes:,} bytes of memory") from None
         try:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.tape import Record
 
 
-def resized(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+class Reserving(Protocol):
+    """What this needs of the recorder that asks."""
+
+    def record_of(self, tensor: torch.Tensor) -> Record | None:
+        """What is known of the tensor's storage, if it is a deferred one."""
+        ...
+
+    def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
+        """New reserved memory."""
+        ...
+
+    def force(self, records: list[Record], why: Any) -> None:
+        """Give storages their values now."""
+        ...
+
+
+def resized(recorder: Reserving, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """Answer ``resize_``: reserved storages can't grow, so the tensor moves to a new one and takes its values along.
 
     None for memory that is somebody else's, which torch grows itself.

@@ -94,6 +94,12 @@ def test_an_arena_that_is_refused_is_made_smaller(monkeypatch):
     assert len(buffer) == 100 and asked == [16 << 20, 4096]
 
 
+@pytest.mark.parametrize("elements", [2**45, 2**61, 2**62])
+def test_more_than_any_system_has_is_a_lack_of_memory(elements):
+    with pytest.raises(MemoryError, match=f"{4 * elements:,} bytes"):
+        wl.defer(lambda: nn.ParameterList([torch.empty(elements)]))
+
+
 def test_threads_get_disjoint_memory():
     reservations, made = Reservations(), []
 
