@@ -17,6 +17,7 @@ from weightlift.deferred.tape import Record
 
 Kind = Literal["parameter", "buffer"]
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_AS_IT_LIES, _CONJUGATED = (False, False), (True, False)
 _storage_address: Callable[[torch.Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
 
@@ -24,6 +25,7 @@ class TensorSpec(NamedTuple):
     """One name of a module's state. Names with the same ``tensor`` share one tensor object (a tie); names with the
     same ``storage`` but another ``tensor`` are views of the same memory. ``offset`` and ``stride`` count elements.
     Names with the same ``slot`` are one attribute of one module, which is known under several names.
+    ``lazily``: whether what is shown is conjugated and negated beside what the memory holds (torch's lazy views).
     ``in_place``: the memory has to stay, because something outside these names uses it too, or because it is the
     user's; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
     """
@@ -42,6 +44,7 @@ class TensorSpec(NamedTuple):
     lazy: bool = False
     in_place: bool = False
     slot: int = -1
+    lazily: tuple[bool, bool] = (False, False)
 
     @property
     def numel(self) -> int:
@@ -142,6 +145,7 @@ class Inventory:
                     address < 0 and is_lazy(tensor),
                     in_place,
                     place,
+                    shown(tensor) if address >= 0 else _AS_IT_LIES,
                 )
             )
         return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
@@ -152,6 +156,11 @@ class Inventory:
             return range(len(self.slots))
         places: dict[tuple[int, str], int] = {}
         return [places.setdefault((id(slot.owner), slot.attribute), len(places)) for slot in self.slots]
+
+
+def shown(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """Whether a tensor shows its memory conjugated, and negated."""
+    return (tensor.is_conj(), True) if tensor.is_neg() else _CONJUGATED if tensor.is_conj() else _AS_IT_LIES
 
 
 def users_of(slots: Iterable[Slot], addresses: Iterable[int]) -> dict[int, int]:

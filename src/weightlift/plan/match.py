@@ -149,7 +149,7 @@ def _tie_groups(group: list[TensorSpec]) -> list[list[TensorSpec]]:
         return [group]
     ties: dict[object, list[TensorSpec]] = defaultdict(list)
     for item in group:
-        ties[(item.offset, item.shape, item.stride, item.dtype)].append(item)
+        ties[(item.offset, item.shape, item.stride, item.dtype, item.lazily)].append(item)
     return list(ties.values())
 
 
@@ -230,7 +230,10 @@ def _decide(
         problems += [_mismatch(item, misfits[item.fqn]) for item in wanted if item.fqn in misfits]
     if group.over is not None:
         over, part = group.over
-        checks += [Check(over.fqn, part, item.fqn, offer, can_untie=False) for item, offer in fitting]
+        checks += [
+            Check(over.fqn, part, item.fqn, offer, can_untie=False, lazily=_between(over, item))
+            for item, offer in fitting
+        ]
         fitting = []
     owner = fitting[0] if fitting else None
     if owner is not None:
@@ -260,6 +263,11 @@ def _decide(
             parts=offer.parts if offer is not None and action is Action.LOADED else (),
             missing=item.persistent and action in (Action.INITIALISED, Action.KEPT),
         )
+
+
+def _between(one: TensorSpec, other: TensorSpec) -> tuple[bool, bool]:
+    """What makes ``other`` of what ``one`` shows of the same memory: a conjugation, a negation, both or neither."""
+    return one.lazily[0] != other.lazily[0], one.lazily[1] != other.lazily[1]
 
 
 def _action(

@@ -37,7 +37,7 @@ def overlays(
         return {}
     found: dict[int, tuple[TensorSpec, Offer]] = {}
     written: list[tuple[TensorSpec, Offer]] = []
-    for number in sorted(fitting, key=lambda number: -ties[number][0].nbytes):
+    for number in sorted(fitting, key=lambda number: _says_less(ties[number][0])):
         item, offer = fitting[number]
         under = [pair for pair in written if _overlap(pair[0], item)]
         if not under:
@@ -48,6 +48,11 @@ def overlays(
             problems.append(_both(item, offer, under[0][0]))
         found[number] = under[0][0], part or under[0][1]
     return found
+
+
+def _says_less(item: TensorSpec) -> tuple[int, bool, tuple[bool, bool]]:
+    """The larger of two tensors can say what the other one is; of equals the one that shows the memory as it lies."""
+    return -item.nbytes, not is_row_major(item.shape, item.stride), item.lazily
 
 
 def _range(item: TensorSpec) -> tuple[int, int]:

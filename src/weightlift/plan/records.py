@@ -118,7 +118,8 @@ class Check:
     """Two names of the same memory that are both in the checkpoint: only their bytes tell whether they can stay so.
 
     ``offer`` is that of ``fqn``, or its part that ``other_fqn`` is a view of. ``can_untie``: they can be given tensors
-    of their own; names of one module, and views, cannot.
+    of their own; names of one module, and views, cannot. ``lazily``: whether the one shows the conjugate, and the
+    negative, of what the other shows.
     """
 
     fqn: str
@@ -126,6 +127,7 @@ class Check:
     other_fqn: str
     other: Offer
     can_untie: bool = True
+    lazily: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,15 +15,23 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.transfer import chunks
-from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
+from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory, shown_as
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 
-Pair = tuple[TensorEntry, TensorEntry]
+_PLAIN = (False, False)
 _LARGEST_ELEMENT_BYTES = 16
 _UNIT_BYTES = 32 << 20
 _WIDE = torch.int64
+
+
+class Pair(NamedTuple):
+    """Two entries; ``lazily``: whether the second one is to be conjugated, and negated, before it is compared."""
+
+    one: TensorEntry
+    other: TensorEntry
+    lazily: tuple[bool, bool] = _PLAIN
 
 
 def same_values(
@@ -46,16 +55,16 @@ def same_values(
     """
     known = {file.path: file for file in files}
     checker = source or FileSource()
-    used = dict.fromkeys(entry.file for pair in pairs for entry in pair if entry.file is not None)
+    used = dict.fromkeys(entry.file for pair in pairs for entry in pair[:2] if entry.file is not None)
     problems = [problem for path in used if (problem := checker.check(known[path])) is not None]
     if problems:
         raise CheckpointChanged("the checkpoint changed since it was opened", problems)
-    results: list[bool | None] = [_without_reading(a, b) for a, b in pairs]
+    results: list[bool | None] = [_without_reading(pair) for pair in pairs]
     open_pairs = [index for index, result in enumerate(results) if result is None]
-    units = [(index, unit) for index in open_pairs for unit in _units(*pairs[index])]
+    units = [(index, unit) for index in open_pairs for unit in _units(pairs[index])]
     total_bytes = sum(_bytes(unit) for _, unit in units)
     limit = chunks.limits(total_bytes, workers, memory_budget_bytes)
-    uses = [entry.file for _, unit in units for entry in unit if entry.file is not None]
+    uses = [entry.file for _, unit in units for entry in unit[:2] if entry.file is not None]
     reader = _Reader(OpenFiles(checker, known, uses), tensors, limit, cancel)
     differ: set[int] = set()
 
@@ -79,28 +88,30 @@ def same_values(
     return [index not in differ if result is None else result for index, result in enumerate(results)]
 
 
-def _without_reading(a: TensorEntry, b: TensorEntry) -> bool | None:
+def _without_reading(pair: Pair) -> bool | None:
     """The answer that the headers alone give, if they do."""
+    a, b, lazily = pair
     if a.shape != b.shape:
         return False
     if a.numel == 0:
         return True
     # A tensor in memory has no place but its key.
     a_place, b_place = a.file or a.key, b.file or b.key
-    if (a_place, a.start, a.dtype, _stride(a)) == (b_place, b.start, b.dtype, _stride(b)):
+    if lazily == _PLAIN and (a_place, a.start, a.dtype, _stride(a)) == (b_place, b.start, b.dtype, _stride(b)):
         return True
     return None
 
 
-def _units(a: TensorEntry, b: TensorEntry) -> Iterator[Pair]:
+def _units(pair: Pair) -> Iterator[Pair]:
     """A pair in parts for several workers, where both lie in files as one run of bytes."""
+    a, b, lazily = pair
     if a.file is None or b.file is None or a.stride is not None or b.stride is not None:
-        yield a, b
+        yield pair
         return
     step = max(_UNIT_BYTES // max(a.dtype.itemsize, b.dtype.itemsize), 1)
     for low in range(0, a.numel, step):
         high = min(low + step, a.numel)
-        yield _cut(a, low, high), _cut(b, low, high)
+        yield Pair(_cut(a, low, high), _cut(b, low, high), lazily)
 
 
 def _cut(entry: TensorEntry, low: int, high: int) -> TensorEntry:
@@ -114,7 +125,7 @@ def _stride(entry: TensorEntry) -> tuple[int, ...]:
 
 
 def _bytes(pair: Pair) -> int:
-    return pair[0].nbytes + pair[1].nbytes
+    return pair.one.nbytes + pair.other.nbytes
 
 
 class _Reader:
@@ -139,7 +150,7 @@ class _Reader:
 
     def same(self, pair: Pair) -> bool:
         """Read both, a part at a time, until they differ."""
-        a, b = pair
+        a, b, _ = pair
         # Converting to a common dtype makes up to 16 bytes of an element.
         spread = 1 if a.dtype == b.dtype else _LARGEST_ELEMENT_BYTES // min(a.dtype.itemsize, b.dtype.itemsize)
         block_bytes = max(self._block_bytes // spread, _LARGEST_ELEMENT_BYTES)
@@ -154,7 +165,7 @@ class _Reader:
 
     def skip(self, pair: Pair) -> None:
         """Say that a pair needs its files no more."""
-        for entry in pair:
+        for entry in pair[:2]:
             if entry.file is not None:
                 self._files.done(entry.file)
 
@@ -163,7 +174,9 @@ class _Reader:
     ) -> bool:
         if self._cancel is not None and self._cancel.is_set():
             raise LoadCancelled
-        return _equal(self._part(pair[0], starts, sizes, blocks[0]), self._part(pair[1], starts, sizes, blocks[1]))
+        one = self._part(pair.one, starts, sizes, blocks[0])
+        other = self._part(pair.other, starts, sizes, blocks[1])
+        return _equal(one, shown_as(other, pair.lazily).resolve_conj().resolve_neg())
 
     def _part(
         self, entry: TensorEntry, starts: tuple[int, ...], sizes: tuple[int, ...], block: Staging

@@ -17,6 +17,7 @@ from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, Transfe
 from weightlift.forked import settle
 from weightlift.transfer import chunks, headroom
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
+from weightlift.transfer.apart import apart
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.hashing import Hashing
 from weightlift.transfer.jobs import Job, Task
@@ -64,6 +65,8 @@ def run(
     assert workers >= 1, workers
     settle()
     source = source or FileSource()
+    with outside_modes():
+        tensors = apart(jobs, tensors)
     load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.deferred.inventory import Slot, is_lazy, shown
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
-from weightlift.transfer.memory import new_tensor
+from weightlift.transfer.memory import new_tensor, shown_as
 
 
 class Member(NamedTuple):
@@ -40,13 +40,15 @@ class Home:
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """What becomes of ``tensor``: the same view, of the new memory."""
-        return self.flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset() - self.start)
+        plain = self.flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset() - self.start)
+        return shown_as(plain, shown(tensor))
 
     def take_over(self) -> None:
         """Convert what the storage holds, once."""
         tensor = self.members[0].slot.tensor.detach()
         if not tensor.is_meta:
-            self.flat.copy_(tensor.as_strided(self.flat.size(), (1,), self.start))
+            lies = shown_as(tensor, shown(tensor))
+            self.flat.copy_(lies.as_strided(self.flat.size(), (1,), self.start))
 
 
 def fits(row: Row, tensor: torch.Tensor) -> bool:

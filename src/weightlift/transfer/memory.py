@@ -130,6 +130,13 @@ def in_memory(entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> torch.
     return tensor.resolve_conj().resolve_neg()
 
 
+def shown_as(tensor: torch.Tensor, lazily: tuple[bool, bool]) -> torch.Tensor:
+    """A view of the same memory that is conjugated, and negated, once more: twice is not at all."""
+    conjugated, negated = lazily
+    tensor = tensor.conj() if conjugated else tensor
+    return torch._neg_view(tensor) if negated else tensor
+
+
 def memory_of(tensor: torch.Tensor, at: int, nbytes: int) -> memoryview:
     """Bytes of a contiguous CPU tensor, from its byte ``at`` on. The caller keeps the tensor alive."""
     return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr() + at)).cast("B")

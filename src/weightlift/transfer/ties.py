@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import PlanError, Problem
 from weightlift.options import LoadOptions
-from weightlift.plan.records import Action, Check, Decisions, Offer, Row
-from weightlift.transfer.compare import same_values
+from weightlift.plan.records import Action, Check, Decisions, Row
+from weightlift.transfer.compare import Pair, same_values
 from weightlift.transfer.subject import Bytes
 
 _log = logging.getLogger("weightlift")
@@ -88,10 +87,10 @@ def _agreeing(conflicts: list[Check], source: Bytes, options: LoadOptions) -> li
 
 def _compared(checks: Sequence[Check], source: Bytes, options: LoadOptions) -> list[tuple[Check, bool]]:
     """Each check, and whether its two values agree."""
-    pairs: list[tuple[TensorEntry, TensorEntry]] = []
+    pairs: list[Pair] = []
     counts = []
     for check in checks:
-        found = _pairs(check.offer, check.other)
+        found = _pairs(check)
         counts.append(None if found is None else len(found))
         pairs += found or ()
     if not checks:
@@ -112,14 +111,15 @@ def _compared(checks: Sequence[Check], source: Bytes, options: LoadOptions) -> l
     ]
 
 
-def _pairs(one: Offer, other: Offer) -> list[tuple[TensorEntry, TensorEntry]] | None:
+def _pairs(check: Check) -> list[Pair] | None:
     """What to compare: part by part where both are made alike. None: not comparable, which counts as different."""
+    one, other = check.offer, check.other
     if not one.parts and not other.parts:
-        return [(one.entry, other.entry)]
+        return [Pair(one.entry, other.entry, check.lazily)]
     places = [[(part.shape, part.stride, part.offset) for part in offer.parts] for offer in (one, other)]
     if places[0] != places[1]:
         return None
-    return list(zip(one.entries, other.entries, strict=True))
+    return [Pair(a, b, check.lazily) for a, b in zip(one.entries, other.entries, strict=True)]
 
 
 def _problem(check: Check) -> Problem:

@@ -400,3 +400,76 @@ def test_a_mismatched_tie_gives_a_meta_tensor_no_value():
     with pytest.raises(wl.PlanError):
         plan.execute()
     assert torch.equal(module.n, torch.zeros(2))
+
+
+class Mirrored(nn.Module):
+    """A weight, and a parameter that shows its memory another way; ``first``: that one is registered before."""
+
+    def __init__(self, show, dtype, first=False):
+        super().__init__()
+        weight = torch.randn(6, 4, dtype=dtype)
+        if first:
+            self.mirror = nn.Parameter(show(weight))
+        self.weight = nn.Parameter(weight)
+        if not first:
+            self.mirror = nn.Parameter(show(weight))
+
+
+MIRRORS = {
+    "conj": (torch.conj, torch.complex64),
+    "adjoint": (torch.adjoint, torch.complex64),
+    "neg": (torch._neg_view, torch.float32),
+    "neg of conj": (lambda weight: torch._neg_view(weight.conj()), torch.complex64),
+    "transposed": (torch.t, torch.float32),
+    "negative transposed": (lambda weight: torch._neg_view(weight.t()), torch.float32),
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("name", MIRRORS)
+@pytest.mark.parametrize("keys", ["both", "weight", "mirror"])
+def test_a_view_that_shows_a_weight_another_way_stays_that(tmp_path, name, existing, first, keys):
+    show, dtype = MIRRORS[name]
+    wanted = torch.randn(6, 4, dtype=dtype)
+    state = {"weight": wanted, "mirror": show(wanted).resolve_conj().resolve_neg().contiguous()}
+    if keys != "both":
+        state = {keys: state[keys]}
+    wl.save(state, tmp_path / "saved")
+    model = Mirrored(show, dtype, first) if existing else lambda: Mirrored(show, dtype, first)
+    loaded = wl.load(model, tmp_path / "saved")
+    assert torch.equal(loaded.weight, wanted) and torch.equal(loaded.mirror, show(wanted))
+    loaded.weight.data[0, 0] = 5 + 0 * wanted[0, 0]
+    assert torch.equal(loaded.mirror, show(loaded.weight.detach())), "no longer a view"
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_a_view_that_disagrees_with_its_weight_is_refused(name):
+    show, dtype = MIRRORS[name]
+    wanted = torch.randn(6, 4, dtype=dtype)
+    state = {"weight": wanted, "mirror": show(wanted).resolve_conj().resolve_neg().clone()}
+    state["mirror"][0, 0] += 1
+    with pytest.raises(wl.PlanError, match="two different values"):
+        wl.load(lambda: Mirrored(show, dtype), state)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, dtype) in MIRRORS.items() if not dtype.is_complex])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_view_that_shows_a_weight_another_way_is_cast_with_it(name, existing):
+    show, dtype = MIRRORS[name]
+    wanted = torch.randn(6, 4)
+    build = lambda: Mirrored(show, dtype)  # noqa: E731
+    loaded = wl.load(build() if existing else build, {"weight": wanted}, dtype=torch.bfloat16)
+    assert loaded.weight.dtype == loaded.mirror.dtype == torch.bfloat16
+    assert torch.equal(loaded.mirror, show(wanted.bfloat16()))
+    loaded.weight.data.fill_(3)
+    assert torch.equal(loaded.mirror, show(loaded.weight.detach())), "no longer a view"
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_a_view_that_shows_a_weight_another_way_is_saved_as_what_it_shows(tmp_path, name):
+    show, dtype = MIRRORS[name]
+    model = Mirrored(show, dtype)
+    wl.save(model, tmp_path / "saved")
+    again = wl.load(lambda: Mirrored(show, dtype), tmp_path / "saved")
+    assert torch.equal(again.weight, model.weight) and torch.equal(again.mirror, model.mirror)

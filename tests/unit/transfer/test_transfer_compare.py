@@ -9,12 +9,12 @@ from transfer_helpers import FaultySource, Saved, random_bits, union_bytes
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.memory import entry_of
 from weightlift.errors import CheckpointChanged, LoadCancelled, TransferError
-from weightlift.transfer.compare import same_values
+from weightlift.transfer.compare import Pair, same_values
 
 
 def compare(saved, *pairs, tensors=None, workers=2, budget=None, **options):
     entries = saved.entries if saved else {}
-    found = [tuple(entries[x] if isinstance(x, str) else x for x in pair) for pair in pairs]
+    found = [Pair(*(entries[x] if isinstance(x, str) else x for x in pair)) for pair in pairs]
     files = [saved.shard] if saved else []
     return same_values(
         found, files=files, tensors=tensors or {}, workers=workers, memory_budget_bytes=budget, **options
@@ -48,6 +48,22 @@ def test_answers(pairs, workers, budget):
         ("e8", "e8w"): True, ("e8", "small"): False, ("nanb", "nanf"): True, ("c", "c"): True,
     }  # fmt: skip
     assert compare(pairs, *cases, workers=workers, budget=budget) == list(cases.values())
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_one_that_shows_the_other_conjugated_or_negated(tmp_path, workers):
+    c, f = torch.randn(700_003, dtype=torch.complex64), torch.randn(90_000)
+    saved = Saved(tmp_path / "p.safetensors", {
+        "c": c, "conj": c.conj().resolve_conj(), "neg": -c, "both": -c.conj().resolve_conj(), "f": f, "nf": -f,
+    })  # fmt: skip
+    conjugated, negated, both = (True, False), (False, True), (True, True)
+    cases = [
+        ("c", "conj", conjugated, True), ("c", "neg", negated, True), ("c", "both", both, True),
+        ("f", "nf", negated, True), ("f", "f", negated, False), ("c", "c", conjugated, False),
+        ("c", "conj", negated, False), ("c", "neg", both, False),
+    ]  # fmt: skip
+    pairs = [Pair(saved.entries[a], saved.entries[b], lazily) for a, b, lazily, _ in cases]
+    assert compare(saved, *pairs, workers=workers) == [wanted for *_, wanted in cases]
 
 
 def test_the_same_place_is_not_read(pairs):
