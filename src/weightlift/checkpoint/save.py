@@ -115,7 +115,8 @@ def _untied(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     ties: dict[str, str] = {}
     for key, tensor in tensors.items():
         if tensor.numel():
-            mark = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+            lazily = tensor.is_conj(), tensor.is_neg()
+            mark = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), lazily)
             owner = first.setdefault(mark, key)
             if owner != key:
                 ties[key] = owner
