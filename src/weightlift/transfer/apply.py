@@ -118,20 +118,11 @@ class _Application:
         tasks = self._initialisers(supplied)
         filled = self._move_in(loaded)
         made_here = [order.into for order in orders if order.into is not None and not order.in_place]
-        values = run(
-            jobs,
-            tasks,
-            reserved_bytes=_cpu_bytes((*made_here, *filled)),
-            files=self._source.files,
-            tensors=self._source.tensors,
-            copy=self._options.copy,
-            workers=self._options.workers,
-            memory_budget_bytes=self._options.memory_budget_bytes,
-            progress=self._options.progress,
-            cancel=self._options.cancel,
-            trace=self._trace,
-            digests=self._source.digests,
-        )
+        try:
+            values = self._read(jobs, tasks, reserved_bytes=_cpu_bytes((*made_here, *filled)))
+        except BaseException:
+            self._tell_autograd(loaded)  # some may have been written
+            raise
         began = 0.0 if self._trace is None else self._trace.now()
         for record in supplied:
             record.last = None  # the values are there; what the constructor would have done is history
@@ -147,8 +138,31 @@ class _Application:
             self._assign(member, None if order.in_place or place is not None else value)
         for member in rest:
             self._own(member)
+        self._tell_autograd(loaded)
         if self._trace is not None:
             self._trace.add("assign", "the module", began)
+
+    def _read(self, jobs: list[Job], tasks: list[Task], *, reserved_bytes: int) -> list[torch.Tensor]:
+        return run(
+            jobs,
+            tasks,
+            reserved_bytes=reserved_bytes,
+            files=self._source.files,
+            tensors=self._source.tensors,
+            copy=self._options.copy,
+            workers=self._options.workers,
+            memory_budget_bytes=self._options.memory_budget_bytes,
+            progress=self._options.progress,
+            cancel=self._options.cancel,
+            trace=self._trace,
+            digests=self._source.digests,
+        )
+
+    def _tell_autograd(self, loaded: Iterable[Member]) -> None:
+        """What is written below torch is no change to it: a backward of an earlier forward would take the new values."""
+        if self._subject.existing:
+            tied = (self._tied.get(member.row.target, (member,)) for member in loaded)
+            torch.autograd.graph.increment_version([member.slot.tensor for members in tied for member in members])
 
     def _split(self) -> tuple[list[Member], list[Member]]:
         """The rows that are read (one a target), and for every other target one row."""

@@ -285,3 +285,43 @@ def test_a_file_that_changes_after_the_plan(big_ckpt, copy, existing, change):
     with pytest.raises((wl.CheckpointChanged, wl.TransferError), match=str(big_ckpt)):
         plan.execute()
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("kind", ["file", "mapping"])
+def test_a_backward_of_a_forward_before_the_load_is_refused_as_after_load_state_dict(ckpt, kind, dtype):
+    module = build()
+    out = module[0](torch.ones(2, 6, requires_grad=True)).sum()  # its backward needs the weight of then
+    wl.load(module, ckpt if kind == "file" else fresh_state(), dtype=dtype)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_view_of_a_filled_weight_counts_as_changed_too():
+    tied = nn.Module()
+    tied.emb = nn.Embedding(6, 4)
+    tied.head = nn.Linear(4, 6, bias=False)
+    tied.head.weight = nn.Parameter(tied.emb.weight)
+    out = tied.head(torch.ones(2, 4, requires_grad=True)).sum()
+    wl.load(tied, {"emb.weight": torch.ones(6, 4)})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_load_that_stops_half_way_counts_as_a_change(big_ckpt):
+    module, cancel = big(), threading.Event()
+    out = module(torch.ones(2, 128, requires_grad=True)).sum()
+    with pytest.raises(wl.LoadCancelled) as error:
+        wl.load(module, big_ckpt, cancel=cancel, workers=1, memory_budget_bytes=1 << 16,
+                progress=lambda done, total: cancel.set() if done else None)  # fmt: skip
+    assert error.value.written
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_a_plan_that_is_refused_is_no_change():
+    module = big(1)
+    out = module(torch.ones(2, 128, requires_grad=True)).sum()
+    with pytest.raises(wl.PlanError):
+        wl.load(module, {"0.weight": torch.ones(128, 128)})
+    out.backward()
