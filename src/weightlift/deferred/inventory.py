@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from weightlift.deferred.tape import Record
+from weightlift.strides import has_overlap
 
 Kind = Literal["parameter", "buffer"]
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
@@ -26,8 +27,8 @@ class TensorSpec(NamedTuple):
     same ``storage`` but another ``tensor`` are views of the same memory. ``offset`` and ``stride`` count elements.
     Names with the same ``slot`` are one attribute of one module, which is known under several names.
     ``lazily``: whether what is shown is conjugated and negated beside what the memory holds (torch's lazy views).
-    ``in_place``: the memory has to stay, because something outside these names uses it too, or because it is the
-    user's; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
+    ``in_place``: the memory has to stay, because something outside these names uses it too, because it is the user's,
+    or for its strides; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
     """
 
     fqn: str
@@ -125,8 +126,8 @@ class Inventory:
             in_place = not tensor.is_meta and (
                 record is None
                 or users[address] > 1
-                or not tensor.is_contiguous()
                 or has_other_users(tensor, address, users[address])
+                or not (tensor.is_contiguous() or has_overlap(shape, stride))
             )
             tensors.append(
                 # By position, which takes half the time, in the order of the fields.

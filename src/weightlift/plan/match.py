@@ -16,6 +16,7 @@ from weightlift.plan.nearest import nearest_names
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
+from weightlift.strides import has_overlap, is_row_major
 
 _HINTS = 20
 
@@ -67,7 +68,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         dtype, device = _shared_setting(ties, covering, supply.offers, options)
         over = overlays(ties, _fitting(ties, supply.offers), problems)
         for number, names in enumerate(ties):
-            one = _Group(tuple(names), target, covering, over.get(number), dtype, device, existing)
+            one = _Group(tuple(names), target, covering, over.get(number), dtype, device, existing, len(ties) > 1)
             _decide(one, supply, options, rows, checks, problems)
             target += 1
     ordered = tuple(rows[item.fqn] for item in spec.tensors)
@@ -107,7 +108,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
 def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions) -> Row | None:
     """The row of a tensor that is alone in its storage and offered in its shape, as nearly all are. None for others."""
     offer = supply.offers.get(item.fqn)
-    if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape:
+    if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape or _folded(item):
         return None
     # By position, in the order of the fields: it takes half the time, and this is done for every tensor.
     return Row(
@@ -125,6 +126,11 @@ def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions)
         item.fqn in supply.excused,
         offer.parts,
     )
+
+
+def _folded(item: TensorSpec) -> bool:
+    """Whether elements of a tensor that has to be filled in place share memory: it can't hold any value."""
+    return item.in_place and not is_row_major(item.shape, item.stride) and has_overlap(item.shape, item.stride)
 
 
 def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ...]:
@@ -201,7 +207,8 @@ def _shared_setting(
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Names with one value, and what their storage says about it: a name that provides for the whole storage, the
-    offer of a tensor that they are a view of (``over``), one dtype and device for all that overlap."""
+    offer of a tensor that they are a view of (``over``), one dtype and device for all that overlap. ``shares``: it has
+    other names' tensors too."""
 
     names: tuple[TensorSpec, ...]
     target: int
@@ -210,6 +217,7 @@ class _Group:
     dtype: torch.dtype | None
     device: str | None
     existing: bool
+    shares: bool
 
 
 def _decide(
@@ -244,6 +252,9 @@ def _decide(
     source_dtype = owner[1].entry.dtype if owner else None
     dtype = group.dtype or dtype_of([item.fqn for item in names], names[0].dtype, source_dtype, options.dtype)
     device = group.device or device_of(names[0].fqn, names[0].device, options)
+    stays = (dtype, device) == (names[0].dtype, names[0].device) or group.shares
+    if owner is not None and stays and _folded(owner[0]):
+        problems.append(_unfit(*owner))
     provider = owner[0] if owner else group.over[0] if group.over else group.covering
     for item in names:
         action, offer, tied_to = _action(item, group, owner, provider, misfits)
@@ -288,6 +299,17 @@ def _action(
         # Its value is that of the mismatched name; the checkpoint has it, only not in this shape.
         return Action.TIED, None, next(iter(misfits))
     return (Action.KEPT if group.existing or not item.persistent else Action.INITIALISED), None, None
+
+
+def _unfit(item: TensorSpec, offer: Offer) -> Problem:
+    return Problem(
+        f"elements of the {item.kind} share memory (it is expanded), so that it cannot be filled",
+        key=offer.key,
+        fqn=item.fqn,
+        file=offer.entry.file,
+        found=f"strides {list(item.stride)} for shape {list(item.shape)}",
+        hint="clone() it where the module makes it, as load_state_dict would need it, too",
+    )
 
 
 def _mismatch(item: TensorSpec, offer: Offer) -> Problem:

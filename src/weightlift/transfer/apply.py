@@ -159,7 +159,7 @@ class _Application:
         )
 
     def _tell_autograd(self, loaded: Iterable[Member]) -> None:
-        """What is written below torch is no change to it: a backward of an earlier forward would take the new values."""
+        """What is written below torch is no change to it: a backward of an earlier forward would take new values."""
         if self._subject.existing:
             tied = (self._tied.get(member.row.target, (member,)) for member in loaded)
             torch.autograd.graph.increment_version([member.slot.tensor for members in tied for member in members])

@@ -129,21 +129,45 @@ def test_planning_changes_nothing(ckpt):
     assert (identity(module), bits(module)) == before
 
 
-def test_an_expanded_buffer_is_right_or_refused():
-    class Expanded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("position", torch.arange(8).expand((1, -1)))
-            self.register_buffer("same", torch.zeros(1).expand(4))
+class Expanded(nn.Module):
+    def __init__(self, view=False):
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.register_buffer("position", torch.arange(8).expand((1, -1)))
+        one = torch.zeros(2)
+        self.same = nn.Parameter(one[:1].expand(4))
+        self.window = nn.Parameter(torch.zeros(5).unfold(0, 3, 1))
+        if view:
+            self.register_buffer("one", one, persistent=False)
 
-    state = {"position": torch.arange(8).view(1, 8) + 5, "same": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    for subject in (Expanded, Expanded()):
-        try:
-            got = wl.load(subject, state)
-        except wl.WeightliftError as error:
-            assert "same" in str(error)
-            continue
-        assert torch.equal(got.position, state["position"]) and torch.equal(got.same, state["same"])
+
+def of_expanded():
+    return {
+        "first.weight": torch.ones(2, 2), "first.bias": torch.ones(2), "position": torch.arange(8).view(1, 8) + 5,
+        "same": torch.tensor([1.0, 2.0, 3.0, 4.0]), "window": torch.arange(9.0).view(3, 3),
+    }  # fmt: skip
+
+
+def test_an_expanded_parameter_of_a_callable_gets_memory_for_all_its_elements():
+    loaded = wl.load(Expanded, of_expanded())
+    assert all(torch.equal(tensor, of_expanded()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.same.is_contiguous() and loaded.window.is_contiguous()
+
+
+@pytest.mark.parametrize("make", [Expanded, lambda: lambda: Expanded(view=True)], ids=["existing", "with a view"])
+def test_an_expanded_parameter_that_has_to_keep_its_memory_is_refused_before_anything_is_written(make):
+    subject = make()
+    plan = wl.plan(subject, of_expanded())
+    assert any(problem.fqn == "same" and "expanded" in str(problem) for problem in plan.problems)
+    before = bits(subject) if isinstance(subject, nn.Module) else None
+    with pytest.raises(wl.PlanError, match="same: elements of the parameter share memory"):
+        plan.execute()
+    assert before is None or bits(subject) == before
+
+
+def test_an_expanded_parameter_that_is_cast_has_new_memory_anyway():
+    loaded = wl.load(Expanded(), {**of_expanded()}, dtype=torch.bfloat16)
+    assert torch.equal(loaded.same, of_expanded()["same"].bfloat16())
 
 
 # -- meta -------------------------------------------------------------------------------------------------------------
