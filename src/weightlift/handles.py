@@ -31,7 +31,7 @@ from weightlift.supply import decide
 from weightlift.transfer import trace_page
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Given, Subject
 from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
 
@@ -57,6 +57,7 @@ class LoadPlan:
         take: Callable[[], Subject] | None = None,
         trace: Trace | None = None,
         together: Together | None = None,
+        given: Given | None = None,
     ) -> None:
         self.decisions = decisions
         self._subject: Subject | None = subject
@@ -65,6 +66,7 @@ class LoadPlan:
         self._take = take  # uses up the handle that the plan was made from
         self._trace = trace
         self._together = together  # what there is to do besides when the module is spread over ranks
+        self._given = given  # a user's module, as it was planned for
         self.ranks: MeshReport | None = None
         self._once = threading.Lock()
         self._final: Decisions | None = None
@@ -96,8 +98,8 @@ class LoadPlan:
     def execute(self) -> nn.Module:
         """Carry the plan out and return the module, whole.
 
-        Raises PlanError when ``problems`` speak against it or tied names turn out to differ (nothing was changed),
-        TransferError when reading fails, LoadCancelled, RuntimeError on a second call.
+        Raises PlanError when ``problems`` speak against it, tied names turn out to differ, or a module that existed is
+        another one than was planned for (nothing was changed), TransferError when reading fails, LoadCancelled, RuntimeError on a second call.
         """
         if self.problems:
             raise PlanError(
@@ -106,6 +108,8 @@ class LoadPlan:
         with self._once:
             if self._subject is None:
                 raise RuntimeError("this plan was executed already: its module has its values")
+        if self._given is not None and (stale := self._given.changes()):
+            raise PlanError(f"{self.decisions.module} is not what was planned for; nothing was changed", stale)
         with contextlib.nullcontext() if self._together is None else self._together.loading():
             with outside_modes(), timed(self._trace, "check", "devices and tied names"):
                 # Both may refuse; until then nothing is used up, so that the plan can be executed again.
@@ -114,6 +118,8 @@ class LoadPlan:
                 final = settle(self.decisions, self._source, self._options)
             module = self._apply(final, self._used())
         self._final = final
+        if self._given is not None:
+            self._given = Given.of(module)
         _log_outcome(final)
         return module
 
@@ -259,13 +265,15 @@ def opened(ckpt: CheckpointSource, options: LoadOptions, *, seed: int | None, **
 def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] | None = None) -> LoadPlan:
     """The plan of filling ``subject``."""
     checkpoint, options, trace = opening.checkpoint, opening.options, opening.trace
+    given = Given.of(subject.inventory.module) if subject.existing else None
     with timed(trace, "plan", "headers against names"):
         supplied = decide(subject, checkpoint, options)
     decisions, subject = supplied.decisions, supplied.subject
     digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
     source = replace(supplied.source, digests=digests)
     spread = opening.together.settle(decisions, subject)
-    return LoadPlan(decisions, subject, source, options, take, trace, opening.together if spread else None)
+    together = opening.together if spread else None
+    return LoadPlan(decisions, subject, source, options, take, trace, together, given)
 
 
 def _log_outcome(decisions: Decisions) -> None:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from weightlift.checkpoint.entry import ShardFile
 from weightlift.checkpoint.integrity import Digest
 from weightlift.deferred.doubles import Change
-from weightlift.deferred.inventory import Inventory, is_lazy
+from weightlift.deferred.inventory import Inventory, is_lazy, tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
+from weightlift.errors import Problem
+
+
+_Form = tuple[torch.dtype, torch.Size | None]  # None: uninitialised
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,44 @@ class Subject:
         """The tapes of all parameters and buffers, each once."""
         found = (self.record_of(slot.tensor) for slot in self.inventory.slots if not is_lazy(slot.tensor))
         return list(dict.fromkeys(record for record in found if record is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A user's module as it was at some moment: by name each tensor, its shape and dtype."""
+
+    module: nn.Module
+    tensors: Mapping[str, tuple[torch.Tensor, _Form]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Given:
+        """Look at a module now."""
+        return cls(module, {fqn: (tensor, _form(tensor)) for fqn, tensor in tensors_of(module)})
+
+    def changes(self) -> list[Problem]:
+        """What is another one by now. Values may be: a plan does not depend on them."""
+        now, problems = dict(tensors_of(self.module)), []
+        for fqn, (tensor, was) in self.tensors.items():
+            found = now.pop(fqn, None)
+            if found is not tensor:
+                problems.append(_stale(fqn, "is gone" if found is None else "is another tensor"))
+            elif (form := _form(tensor)) != was:
+                problems.append(_stale(fqn, "has changed", _described(was), _described(form)))
+        return problems + [_stale(fqn, "is new") for fqn in now]
+
+
+def _form(tensor: torch.Tensor) -> _Form:
+    return tensor.dtype, None if is_lazy(tensor) else tensor.shape
+
+
+def _described(form: _Form) -> str:
+    dtype, shape = form
+    return "uninitialised" if shape is None else f"{list(shape)} of {dtype}"
+
+
+def _stale(fqn: str, what: str, expected: str | None = None, found: str | None = None) -> Problem:
+    what = f"{what} since the plan was made"
+    return Problem(what, fqn=fqn, expected=expected, found=found, hint="make the plan again")
 
 
 @dataclass(frozen=True, slots=True)

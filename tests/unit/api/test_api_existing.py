@@ -349,3 +349,55 @@ def test_a_plan_that_is_refused_is_no_change():
     with pytest.raises(wl.PlanError):
         wl.load(module, {"0.weight": torch.ones(128, 128)})
     out.backward()
+
+
+# -- a module that is no longer what was planned for ------------------------------------------------------------------
+
+
+def other_weight(module):
+    module[0].weight = nn.Parameter(torch.ones(5, 6))
+
+
+def other_module(module):
+    module[0] = nn.Linear(6, 5)
+
+
+def cast(module):
+    module.half()
+
+
+def grown(module):
+    module[0].register_buffer("more", torch.ones(3))
+
+
+def shrunk(module):
+    del module[2]
+
+
+def reshaped(module):
+    module[0].weight.data = torch.ones(6, 5)
+
+
+@pytest.mark.parametrize("change", [other_weight, other_module, cast, grown, shrunk, reshaped])
+def test_a_module_that_changed_since_the_plan_is_refused_and_left(ckpt, change):
+    module = build()
+    plan = wl.plan(module, ckpt)
+    change(module)
+    before = bits(module)
+    with pytest.raises(wl.PlanError, match=r"since the plan was made.* — make the plan again"):
+        plan.execute()
+    assert bits(module) == before
+    if change in (other_weight, other_module, cast):
+        wl.plan(module, ckpt).execute()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"copy": True}])
+@pytest.mark.parametrize("make", [build, on_meta])
+def test_a_plan_for_a_module_that_existed_can_be_executed_again(ckpt, options, make):
+    module = make()
+    plan = wl.plan(module, ckpt, **options)
+    plan.execute()
+    wanted = bits(module)
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert bits(plan.execute()) == wanted
