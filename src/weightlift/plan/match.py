@@ -292,7 +292,7 @@ def _action(
     if owner is not None and item.fqn == owner[0].fqn:
         return Action.LOADED, owner[1], None
     if item.fqn in misfits:
-        return Action.MISMATCHED, misfits[item.fqn], None
+        return Action.MISMATCHED, misfits[item.fqn], None if provider is None else provider.fqn
     if provider is not None:
         return Action.TIED, None, provider.fqn
     if item.persistent and misfits:

@@ -20,7 +20,8 @@ class LoadReport:
     ``missing_keys`` are names of the module that nothing provides, as torch counts them but without tied names that
     another name provides, and without those that a state-dict hook excused. They are ``initialised``, or in an
     ``existing`` module ``kept``. ``left_out`` holds (fqn, fqn of the same memory whose value was taken instead), once a
-    plan was executed without ``strict``.
+    plan was executed without ``strict``. ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value)
+    of those mismatched keys that have one.
     """
 
     loaded: tuple[str, ...]
@@ -34,6 +35,7 @@ class LoadReport:
     read_bytes: int
     left_out: tuple[tuple[str, str], ...] = ()
     existing: bool = False
+    mismatched_ties: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         left_out = [f"{fqn} (that of {kept})" for fqn, kept in self.left_out]
@@ -59,10 +61,15 @@ class LoadReport:
         done = "kept as it was" if self.existing else "initialised"
         lines = _listing(f"missing in the checkpoint, {done}", self.missing_keys)
         lines += _listing("in the checkpoint, not in the module", self.unexpected_keys)
-        return lines + _listing(
-            f"of another shape, {done}",
-            [f"{fqn} {list(found)} ≠ {list(wanted)}" for fqn, found, wanted in self.mismatched_keys],
-        )
+        provided = dict(self.mismatched_ties)
+        lone = [_unequal(*item) for item in self.mismatched_keys if item[0] not in provided]
+        tied = [f"{_unequal(*item)} = {provided[item[0]]}" for item in self.mismatched_keys if item[0] in provided]
+        lines += _listing(f"of another shape, {done}", lone)
+        return lines + _listing("of another shape, with the value of a tied name", tied)
+
+
+def _unequal(fqn: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"{fqn} {list(found)} ≠ {list(wanted)}"
 
 
 def _listing(title: str, names: Sequence[str]) -> list[str]:
@@ -96,6 +103,9 @@ def report(decisions: Decisions) -> LoadReport:
         read_bytes=sum([nbytes_of(entry) for row in loaded for entry in row.entries]),
         left_out=decisions.left_out,
         existing=decisions.existing,
+        mismatched_ties=tuple(
+            (row.fqn, row.tied_to) for row in rows if row.action is Action.MISMATCHED and row.tied_to is not None
+        ),
     )
 
 
@@ -135,10 +145,11 @@ def _cells(members: Sequence[Row]) -> tuple[str, str, str]:
         if row.cast:
             dtype = f"{dtypes}→{dtype}"
         source = _source(row) if len(members) == 1 else _sources(members)
-    elif row.tied_to is not None:
-        source = f"= {row.tied_to}"
     elif row.action is Action.MISMATCHED and row.offer is not None:
         source = f"found {'×'.join(map(str, row.offer.entry.shape))} as {row.offer.key}"
+        source += "" if row.tied_to is None else f" = {row.tied_to}"
+    elif row.tied_to is not None:
+        source = f"= {row.tied_to}"
     if row.device != "cpu":
         source = f"{source} → {row.device}"
     return shape, dtype, source

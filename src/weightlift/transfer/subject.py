@@ -18,7 +18,6 @@ from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem
 
-
 _Form = tuple[torch.dtype, torch.Size | None]  # None: uninitialised
 
 

@@ -473,3 +473,16 @@ def test_a_view_that_shows_a_weight_another_way_is_saved_as_what_it_shows(tmp_pa
     wl.save(model, tmp_path / "saved")
     again = wl.load(lambda: Mirrored(show, dtype), tmp_path / "saved")
     assert torch.equal(again.weight, model.weight) and torch.equal(again.mirror, model.mirror)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_mismatched_name_whose_tie_has_the_value_is_not_told_as_initialised(existing):
+    state = {"emb.weight": torch.ones(6, 4), "head.weight": torch.zeros(2, 2)}
+    plan = wl.plan(Tied() if existing else Tied, state, ignore_mismatched=True)
+    assert plan.report.mismatched_keys == (("head.weight", (2, 2), (6, 4)),)
+    assert plan.report.mismatched_ties == (("head.weight", "emb.weight"),)
+    told = "of another shape, with the value of a tied name: head.weight [2, 2] ≠ [6, 4] = emb.weight"
+    assert told in str(plan.report) and "of another shape, kept" not in str(plan)
+    assert "of another shape, initialised" not in str(plan)
+    assert any(line.startswith("mismatched") and line.endswith("= emb.weight") for line in str(plan).splitlines())
+    assert torch.equal(plan.execute().head.weight, torch.ones(6, 4))
