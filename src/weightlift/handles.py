@@ -99,7 +99,8 @@ class LoadPlan:
         """Carry the plan out and return the module, whole.
 
         Raises PlanError when ``problems`` speak against it, tied names turn out to differ, or a module that existed is
-        another one than was planned for (nothing was changed), TransferError when reading fails, LoadCancelled, RuntimeError on a second call.
+        another one than was planned for (nothing was changed), TransferError when reading fails, LoadCancelled,
+        RuntimeError on a second call.
         """
         if self.problems:
             raise PlanError(

@@ -62,8 +62,9 @@ class Row(NamedTuple):
     """One name of the module (``fqn``) and what is done with it.
 
     ``dtype`` and ``device`` are those of the result; ``own_dtype`` is what the module was built with. ``tied_to`` is
-    the name that provides the value of a tied one, or of one that is mismatched itself. ``in_place``: the existing memory is filled, because other tensors
-    share it; otherwise the tensor object gets new memory. ``target`` numbers the groups of names with one value.
+    the name that provides the value of a tied one, or of one that is mismatched itself. ``in_place``: the existing
+    memory is filled, because other tensors share it; otherwise the tensor object gets new memory. ``target`` numbers
+    the groups of names with one value.
     A loaded one has an ``offer``, or ``parts`` that fill it without overlap and without a hole; with both, ``parts``
     are what is read. ``missing``: it is persistent and nothing provides it; ``excused``: a state-dict hook says that
     this is meant. ``untied``: it gets a tensor object of its own, as its tie turned out not to hold.
