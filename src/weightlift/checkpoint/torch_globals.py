@@ -60,9 +60,11 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Something that torch could rebuild but that isn't a plain run of bytes; ``what`` says what it is."""
+    """Something that torch could rebuild but that isn't a plain run of bytes; ``what`` says what it is, ``hint`` what
+    to do about it."""
 
     what: str
+    hint: str | None = None
 
 
 _ALIASES = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
@@ -131,7 +133,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metad
     if metadata and not isinstance(metadata, dict):
         raise BrokenPickleError("a tensor's metadata that are not a mapping")
     if metadata and any(metadata.values()):
-        return Opaque("a conjugated or negated view")
+        return Opaque("a conjugated or negated view", "save tensor.resolve_conj().resolve_neg()")
     return TensorRef(storage, dtype, offset, _integers(size), _integers(stride))
 
 

@@ -81,7 +81,8 @@ class StateDict:
                 if entry is not None:
                     self.entries.append(entry)
             elif isinstance(value, Opaque):
-                self._problem(key, f"is {value.what}, which weightlift cannot read", expected="a dense, strided tensor")
+                wanted = "a dense, strided tensor"
+                self._problem(key, f"is {value.what}, which weightlift cannot read", expected=wanted, hint=value.hint)
             else:
                 self.extras[key] = self._extra(key, value, {}, 0)
         if self.problems:
