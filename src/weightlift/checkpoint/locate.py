@@ -21,7 +21,7 @@ _LOOKED_FOR = (
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # What trainers leave beside the weights.
 _NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|sampler|dl_state|trainer_state).*"
+    r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|sampler|dl_state|trainer_state)(?![a-z]).*"
 )
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.[A-Za-z]+)")
 

@@ -266,7 +266,9 @@ class _Run:
     def _share(self, shared: list[int]) -> None:
         for index in shared:
             entry = self._jobs[index].entry
-            self._results[index] = in_memory(entry, self._tensors)
+            value = in_memory(entry, self._tensors)
+            # A parameter that is an inference tensor could not be trained.
+            self._results[index] = alias(value, value.dtype) if value.is_inference() else value
             self._done_bytes += nbytes_of(entry)
 
     def _transfer(

@@ -82,3 +82,19 @@ def test_a_models_own_state_is_not_copied(model, monkeypatch):
     wl.load(model, model.state_dict())
     assert not copies
     assert all(torch.equal(parameter, old[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_tensors_made_in_inference_mode_give_parameters_that_can_be_trained(existing, within):
+    with torch.inference_mode():
+        state = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
+    build = lambda: nn.Linear(3, 3)  # noqa: E731
+    with torch.inference_mode(within):
+        model = wl.load(build() if existing and not within else build, state)
+    if not existing:
+        assert model.weight.data_ptr() == state["weight"].data_ptr(), "copied without need"
+    model(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert model.weight.grad is not None and not model.weight.is_inference()

@@ -300,7 +300,7 @@ def test_folder_preference(tmp_path: Path) -> None:
 
     for ignored in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "._model.safetensors"):
         (tmp_path / ignored).write_bytes(b"x")
-    torch.save({"pt": torch.ones(1)}, tmp_path / "b.pt")
+    torch.save({"pt": torch.ones(1)}, tmp_path / "samplernet.pt")  # no word of a trainer's
     assert key() == ["pt"]
     torch.save({"bin": torch.ones(1)}, tmp_path / "a.bin")
     assert key() == ["bin", "pt"]
