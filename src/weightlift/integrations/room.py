@@ -30,7 +30,7 @@ def unwrapped(function: Any) -> FunctionType:
     """The innermost function of a method or of functions that wrap one another."""
     inner = getattr(function, "__func__", function)
     while hasattr(inner, "__wrapped__"):
-        inner = inner.__wrapped__
+        inner = getattr(inner.__wrapped__, "__func__", inner.__wrapped__)
     assert isinstance(inner, FunctionType), inner
     return inner
 
