@@ -143,9 +143,13 @@ def own_code(found: list[str]) -> None:
     folder, by_hand = (Path(os.environ["HF_HUB_CACHE"]) / name for name in ("local", "by_hand"))
     write_own_code(folder)
     write_own_code(repository("org/own-code")[0])
+    trusted: dict[str, Any] = {"trust_remote_code": True, "code_revision": "main", "_commit_hash": FIRST}
     with ThreadPoolExecutor(4) as pool, native_only():
         names = [str(folder), "org/own-code"] * 6
-        models = list(pool.map(lambda name: wl.from_pretrained(AutoModel, name, trust_remote_code=True), names))
+        models = list(pool.map(lambda name: wl.from_pretrained(AutoModel, name, **trusted), names))
+    for model in models[:2]:
+        if type(model.config) not in AutoModel._model_mapping or type(model)._auto_class != "AutoModel":
+            found.append(f"{model.name_or_path}: its class is not registered")
     for name, model in zip(names, models):
         theirs = AutoModel.from_pretrained(name, trust_remote_code=True)
         found += [f"{name}: {item}" for item in differences(model, theirs)]

@@ -72,6 +72,13 @@ def test_an_adapter_and_its_base(adapter: Path, cls: Any, dtype: torch.dtype) ->
     assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.parametrize("options", [{}, {"revision": "main", "adapter_kwargs": {"revision": "main"}}], ids=str)
+def test_an_adapter_of_a_base_whose_code_is_trusted(adapter: Path, options: dict[str, Any]) -> None:
+    ours, theirs = adapted(AutoModelForCausalLM, adapter, trust_remote_code=True, **options)
+    assert differences(ours, theirs) == []
+    assert any("lora_A.default" in name for name, _ in ours.named_parameters())
+
+
 def test_adapters_by_name_and_from_threads(adapter: Path) -> None:
     ours, theirs = adapted(LlamaForCausalLM, adapter, adapter_name="mine")
     assert differences(ours, theirs) == []
