@@ -89,6 +89,38 @@ def test_what_the_checkpoint_lacks_is_initialised_and_written(tmp_path: Path) ->
     assert ours(TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("places", [SOME, HEADS], ids=["layers", "tied heads too"])
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_no_folder_is_needed_where_nothing_is_written(
+    tmp_path: Path, kind: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = save(tmp_path / "saved", kind)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with native_only():
+        ours = wl.from_pretrained(cls, tmp_path / "saved", device_map=places)
+    theirs = cls.from_pretrained(tmp_path / "saved", device_map=places)
+    assert [p.device for p in ours.parameters()] == [p.device for p in theirs.parameters()]
+    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pickle", "experts", "lacking"])
+def test_a_folder_is_asked_for_where_something_is_written(tmp_path: Path, kind: str) -> None:
+    cls = save(tmp_path / "saved", kind)
+    if kind == "lacking":
+        state = load_file(tmp_path / "saved" / "model.safetensors")
+        del state["model.norm.weight"]
+        save_file(state, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    else:  # with the other, Transformers gives a model that cannot run
+        with pytest.raises(ValueError, match="provide an `offload_folder`"):
+            cls.from_pretrained(tmp_path / "saved", device_map=SOME)
+    with pytest.raises(ValueError, match="has to be written anew") as caught:
+        wl.from_pretrained(cls, tmp_path / "saved", device_map=SOME)
+    assert isinstance(caught.value, wl.PlanError)
+    assert "offload_folder=" in str(caught.value)
+
+
 def test_an_offloaded_model_is_saved_as_it_was(tmp_path: Path) -> None:
     cls = save(tmp_path / "saved", "experts")
     ours, _ = both(cls, tmp_path / "saved", SOME, tmp_path)

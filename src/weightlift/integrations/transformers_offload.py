@@ -18,7 +18,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload, expand
 
 from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.inventory import Inventory, Slot
-from weightlift.errors import Problem, TransferError
+from weightlift.errors import PlanError, Problem, TransferError
 from weightlift.integrations.exclusive import NotNative
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Decisions, Row
@@ -26,6 +26,10 @@ from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
 
 Group = list[tuple[Row, Slot]]
+
+
+class NoFolder(PlanError, ValueError):
+    """A `PlanError` that is also the ValueError which Transformers raises where an offload folder is needed."""
 
 
 class Offload:
@@ -69,10 +73,13 @@ class Offload:
     ) -> None:
         """Bring everything that stays on disk into files that accelerate can read.
 
-        Raises TransferError, before anything is written, where the folder's disk has no room for it.
+        Raises, before anything is written, NoFolder where none was named, and TransferError where its disk has no room.
         """
         named = [(group, *self._name(group, checkpoint)) for group in self._on_disk]
-        self._require_room(sum(group[0][0].nbytes for group, _, lies in named if not lies))
+        written = {name: group[0][0].nbytes for group, name, lies in named if not lies}
+        if written:
+            self._require_folder(list(written))
+            self._require_room(sum(written.values()))
         for group, name, lies in named:
             if not lies:
                 value = _value(decisions, group, subject, source, options)
@@ -92,9 +99,18 @@ class Offload:
             return group[0][0].fqn, False
         return reading.fqn, reading.fqn in self.index and _as_it_lies(reading, checkpoint)
 
+    def _require_folder(self, names: list[str]) -> None:
+        """For what lies in no safetensors file as the model wants it."""
+        if self._config.disk_offload_folder is not None:
+            return
+        where = f"{self._config.pretrained_model_name_or_path} cannot be offloaded to disk; nothing was changed"
+        what = "it has to be written anew: it is converted, initialised, or not in a safetensors file"
+        hint = "pass offload_folder=, or a device_map without \"disk\" for it"
+        raise NoFolder(where, [Problem(what, fqn=name, hint=hint) for name in names])
+
     def _require_room(self, nbytes: int) -> None:
         folder = Path(self._config.disk_offload_folder)
-        if not nbytes or (free := shutil.disk_usage(folder).free) >= nbytes:
+        if (free := shutil.disk_usage(folder).free) >= nbytes:
             return
         problem = Problem(
             "there is not enough room on the disk for what is offloaded",
