@@ -147,9 +147,11 @@ def own_code(found: list[str]) -> None:
     with ThreadPoolExecutor(4) as pool, native_only():
         names = [str(folder), "org/own-code"] * 6
         models = list(pool.map(lambda name: wl.from_pretrained(AutoModel, name, **trusted), names))
-    for model in models[:2]:
-        if type(model.config) not in AutoModel._model_mapping or type(model)._auto_class != "AutoModel":
-            found.append(f"{model.name_or_path}: its class is not registered")
+    found += [
+        f"{model.name_or_path}: its class is not registered"
+        for model in models[:2]
+        if type(model.config) not in AutoModel._model_mapping or type(model)._auto_class != "AutoModel"
+    ]
     for name, model in zip(names, models):
         theirs = AutoModel.from_pretrained(name, trust_remote_code=True)
         found += [f"{name}: {item}" for item in differences(model, theirs)]

@@ -194,6 +194,20 @@ def test_what_is_not_native_is_left_to_diffusers(vae: Path, tmp_path: Path) -> N
         wl.from_pretrained(AutoencoderKL, vae, **given)
 
 
+META: list[Any] = ["meta", torch.device("meta"), {"": "meta"}, {"encoder": "cpu", "": "meta"}]
+
+
+@pytest.mark.parametrize("places", META, ids=str)
+def test_the_meta_device_is_left_to_diffusers(vae: Path, places: Any) -> None:
+    with pytest.raises(FellBack, match="meta device"), native_only():
+        ours = wl.from_pretrained(AutoencoderKL, vae, device_map=places)
+    theirs = AutoencoderKL.from_pretrained(vae, device_map=places)
+    assert {name: p.device for name, p in ours.named_parameters()} == {
+        name: p.device for name, p in theirs.named_parameters()
+    }
+    assert ours.hf_device_map == theirs.hf_device_map
+
+
 def test_constructors_of_transformers_within_are_kept_from_patching(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

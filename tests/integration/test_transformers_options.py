@@ -81,6 +81,23 @@ def test_an_option_means_the_same(llama: Path, options: dict[str, Any]) -> None:
     assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
 
 
+META: list[Any] = ["meta", torch.device("meta"), {"": "meta"}, {"model": "meta", "lm_head": "cpu"}]
+
+
+@pytest.mark.parametrize("places", META, ids=str)
+def test_the_meta_device_is_left_to_transformers(llama: Path, places: Any) -> None:
+    with pytest.raises(FellBack, match="meta device"), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, llama, device_map=places)
+    theirs = LlamaForCausalLM.from_pretrained(llama, device_map=places)
+    assert differences(ours, theirs, values=False) == []
+    assert [p.device for p in ours.parameters()] == [p.device for p in theirs.parameters()]
+
+
+def test_a_device_map_whose_keys_are_no_names(llama: Path) -> None:
+    with pytest.raises(TypeError, match=r"device_map: expected names of modules as keys, found 0 \(a int\); map names"):
+        wl.from_pretrained(AutoModelForCausalLM, llama, device_map={0: "cpu"})
+
+
 def test_an_auto_class_picks_the_class(llama: Path, bert: Path) -> None:
     with native_only():
         assert type(wl.from_pretrained(AutoModelForCausalLM, llama)) is LlamaForCausalLM

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from weightlift.integrations.device_maps import refuse_meta
 from weightlift.integrations.exclusive import NotNative
 
 QUANTISER = "its quantiser replaces modules and makes tensors of its own"
@@ -26,6 +27,8 @@ def refuse(kwargs: Mapping[str, Any]) -> None:
         if kwargs.get(name):
             raise NotNative(f"{name}=", why)
     device_map = kwargs.get("device_map")
+    refuse_meta(device_map)
+    refuse_meta(kwargs.get("device"))
     if isinstance(device_map, Mapping) and "disk" in device_map.values():
         raise NotNative("offloading to disk", OFFLOAD)
 

@@ -9,6 +9,7 @@ from transformers import monkey_patching
 from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from weightlift.integrations.device_maps import refuse_meta, require_names
 from weightlift.integrations.exclusive import NotNative
 
 _PARALLEL = "its tensors are distributed while they load"
@@ -29,7 +30,10 @@ REASONS: Mapping[str, str] = {
 
 
 def refuse(name: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise `NotNative` for what can be told from the arguments and the process."""
+    """Raise `NotNative` for what can be told from the arguments and the process, and TypeError for a ``device_map``
+    that Transformers would fail on."""
+    require_names(kwargs.get("device_map"))
+    refuse_meta(kwargs.get("device_map"))
     where = (kwargs.get("subfolder") or "", kwargs.get("gguf_file"), kwargs.get("state_dict"))
     if get_distributed_checkpoint_dir(name, *where) is not None:
         raise NotNative("a distributed checkpoint", "torch.distributed reads it")
