@@ -24,7 +24,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, extend
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import Inventory, modules_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
@@ -32,6 +32,7 @@ from weightlift.errors import CheckpointError, PlanError, Problem
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.misfits import shapes_differ
 from weightlift.integrations.transformers_conversion import Conversion, convert
+from weightlift.integrations.transformers_hooks import refuse_hooks, refuse_parts
 from weightlift.integrations.transformers_init import build, initialise, tie
 from weightlift.integrations.transformers_offload import Offload
 from weightlift.integrations.transformers_options import refuse
@@ -54,6 +55,7 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
 
     def native() -> Any:
         refuse(name, kwargs)
+        refuse_hooks(cls)
         return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
 
     return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, *args, **kwargs))
@@ -91,6 +93,7 @@ class StandIn:
             refuse_quantised(config)
         self._load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
         model, self._recorder = build(lambda: self._cls(config, *args, **kwargs), config, self._dtype, self._load)
+        refuse_parts(modules_of(model))
         if self._quantiser is not None:
             self._quantiser.show(model, self._recorder, self._load)
         return model

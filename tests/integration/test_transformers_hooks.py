@@ -1,0 +1,107 @@
+"""Steps of the loading that a class overrides: all of them run, natively or in Transformers' own way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.parity.compare import FellBack, differences, native_only
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
+
+import weightlift as wl
+from weightlift.integrations.transformers_hooks import LOADING_HOOKS, PART_HOOKS
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+CALLED = ("_init_weights", "init_weights", "post_init", "_adjust_missing_and_unexpected_keys", "eval", "train",
+          "_get_dtype_plan", "get_expanded_tied_weights_keys", "set_use_kernels")  # fmt: skip
+OF_THE_CLASS = ("get_init_context", "_load_pretrained_model", "_finalize_model_loading")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A checkpoint that lacks the pooler."""
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def overriding(base: Any, name: str) -> tuple[Any, list[str]]:
+    """A class that notes the calls of a method, and the notes."""
+    notes: list[str] = []
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        notes.append(name)
+        return getattr(super(made, self), name)(*args, **kwargs)
+
+    def noted_of_class(*args: Any, **kwargs: Any) -> Any:
+        notes.append(name)
+        return getattr(base, name)(*args, **kwargs)
+
+    method: Any = staticmethod(noted_of_class) if name in OF_THE_CLASS else noted
+    made = type(f"With{name}", (base,), {name: method, "__module__": __name__})
+    return made, notes
+
+
+@pytest.mark.parametrize("name", [*LOADING_HOOKS, *PART_HOOKS])
+def test_a_step_that_is_not_called_here_runs_in_transformers_own_way(bert: Path, name: str) -> None:
+    if not hasattr(BertModel, name):
+        BertModel(BertConfig(**SMALL))  # which puts it into torch
+    cls, notes = overriding(BertModel, name)
+    theirs = cls.from_pretrained(bert)
+    called = len(notes)
+    notes.clear()
+    with pytest.raises(FellBack, match=name), native_only():
+        ours = wl.from_pretrained(cls, bert)
+    assert len(notes) == called > 0
+    assert differences(ours, theirs, values=False) == []
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_step_that_is_called_stays_native(bert: Path, name: str) -> None:
+    cls, notes = overriding(BertModel, name)
+    cls.from_pretrained(bert)
+    assert notes
+    notes.clear()
+    with native_only():
+        assert type(wl.from_pretrained(cls, bert)) is cls
+    assert notes
+
+
+def test_transformers_own_classes_and_those_that_only_derive_from_them_stay_native(bert: Path) -> None:
+    class Derived(BertForMaskedLM):
+        pass
+
+    with native_only():
+        wl.from_pretrained(Derived, bert)
+
+
+class Counting(BertModel):
+    seen = 0
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        type(self).seen += 1
+        super()._initialize_weights(module, is_custom_code)
+
+
+class Around(PreTrainedModel):
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.inner = Counting(config)
+        self.post_init()
+
+
+def test_a_step_of_a_model_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Around(BertConfig(**SMALL)).save_pretrained(tmp_path)
+    monkeypatch.setattr(Counting, "seen", 0)
+    theirs = Around.from_pretrained(tmp_path)
+    called, Counting.seen = Counting.seen, 0
+    with pytest.raises(FellBack, match=r"Counting\._initialize_weights"), native_only():
+        ours = wl.from_pretrained(Around, tmp_path)
+    assert Counting.seen == called > 0
+    assert differences(ours, theirs) == []
