@@ -21,7 +21,9 @@ from transformers import (
     KyutaiSpeechToTextForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
+from transformers.models.timm_backbone import modeling_timm_backbone
 
 import weightlift as wl
 
@@ -187,3 +189,12 @@ def test_transformers_own_overrides_are_native(cls: Any, tmp_path: Path) -> None
     assert type(ours) is cls
     assert differences(ours, theirs) == []
     assert not info["missing_keys"]
+
+
+def test_an_override_of_transformers_that_builds_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbones of timm: they are made from a name, and timm (which need not be there) fills them."""
+    made = object()
+    monkeypatch.setattr(modeling_timm_backbone, "requires_backends", lambda *_: None)
+    monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(lambda *_, **__: made))
+    with pytest.raises(FellBack, match=r"super\(\)\._from_config"), native_only():
+        assert wl.from_pretrained(modeling_timm_backbone.TimmBackbone, "resnet18") is made
