@@ -79,7 +79,7 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
         recorder.give_up(tensors, "a load within the constructor")
     matching = _Matching(subject, checkpoint, options)
     decisions = matching.decisions()
-    if options.strict and decisions.problems and any(has_post_hooks(module) for _, module in subject.inventory.modules):
+    if options.strict and decisions.problems and any(has_post_hooks(module) for module in subject.inventory.modules):
         decisions = matching.forgiven(decisions)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **matching.early}, matching.extras, matching.changes)
     return Supplied(decisions, replace(subject, inventory=matching.inventory), source)

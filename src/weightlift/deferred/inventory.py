@@ -88,24 +88,31 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """A module with all its slots, names of shared modules and tensors repeated as ``state_dict`` repeats them."""
+    """A module with all its slots, names of shared modules and tensors repeated as ``state_dict`` repeats them.
+
+    ``modules`` are all within it, and ``prefixes`` their names with a dot: not in pairs, each of which would be one
+    more object for the collector.
+    """
 
     module: nn.Module
-    modules: tuple[tuple[str, nn.Module], ...]
+    modules: tuple[nn.Module, ...]
+    prefixes: tuple[str, ...]
     slots: tuple[Slot, ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> Inventory:
         """Walk the module once, in ``state_dict`` order."""
-        modules: list[tuple[str, nn.Module]] = []
+        modules: list[nn.Module] = []
+        prefixes: list[str] = []
         slots: list[Slot] = []
-        _walk(module, "", modules, slots)
-        return cls(module, tuple(modules), tuple(slots))
+        _walk(module, "", modules, prefixes, slots)
+        return cls(module, tuple(modules), tuple(prefixes), tuple(slots))
 
     @property
     def extra_state(self) -> tuple[str, ...]:
         """The keys of the modules' extra state."""
-        return tuple([f"{prefix}_extra_state" for prefix, module in self.modules if has_extra_state(module)])
+        named = zip(self.prefixes, self.modules)
+        return tuple([f"{prefix}_extra_state" for prefix, module in named if has_extra_state(module)])
 
     def spec(self, record_of: Callable[[torch.Tensor, int], Record | None]) -> ModuleSpec:
         """The module as data. ``record_of`` (a tensor, its `storage_address`) knows memory that was born in the
@@ -153,7 +160,7 @@ class Inventory:
 
     def _places(self) -> Sequence[int]:
         """A number for every slot; the same for one that a module has under several of its names."""
-        if len({id(module) for _, module in self.modules}) == len(self.modules):
+        if len({id(module) for module in self.modules}) == len(self.modules):
             return range(len(self.slots))
         places: dict[tuple[int, str], int] = {}
         return [places.setdefault((id(slot.owner), slot.attribute), len(places)) for slot in self.slots]
@@ -200,8 +207,11 @@ def has_other_users(tensor: torch.Tensor, address: int, holders: int) -> bool:
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > holders)
 
 
-def _walk(module: nn.Module, prefix: str, modules: list[tuple[str, nn.Module]], slots: list[Slot]) -> None:
-    modules.append((prefix, module))
+def _walk(
+    module: nn.Module, prefix: str, modules: list[nn.Module], prefixes: list[str], slots: list[Slot]
+) -> None:
+    modules.append(module)
+    prefixes.append(prefix)
     for name, parameter in module._parameters.items():
         if parameter is not None:
             slots.append(Slot(prefix + name, "parameter", module, name, parameter, True))
@@ -211,7 +221,7 @@ def _walk(module: nn.Module, prefix: str, modules: list[tuple[str, nn.Module]], 
             slots.append(Slot(prefix + name, "buffer", module, name, buffer, name not in transient))
     for name, child in module._modules.items():
         if child is not None:
-            _walk(child, f"{prefix}{name}.", modules, slots)
+            _walk(child, f"{prefix}{name}.", modules, prefixes, slots)
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -55,7 +55,7 @@ def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed:
     None when no module has hooks, which is the common case and costs one look at each module. Must not be called with
     torch functions disabled.
     """
-    special = [module for _, module in inventory.modules if has_state_hooks(module)]
+    special = [module for module in inventory.modules if has_state_hooks(module)]
     if not special:
         return None
     with _Rehearsal(inventory, state, recorder, seed, special) as rehearsal:
@@ -64,7 +64,7 @@ def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed:
 
 def forgiven(inventory: Inventory, state: State, recorder: Recorder | None, seed: int) -> tuple[list[str], list[str]]:
     """The names that are missing and unexpected once the post hooks, too, have been asked; on doubles again."""
-    special = [module for _, module in inventory.modules if has_state_hooks(module) or has_post_hooks(module)]
+    special = [module for module in inventory.modules if has_state_hooks(module) or has_post_hooks(module)]
     with _Rehearsal(inventory, state, recorder, seed, special, post=True) as rehearsal:
         return rehearsal.missing, rehearsal.unexpected
 
@@ -277,10 +277,10 @@ class _Rehearsal:
         """Everything that was found, free of stand-ins."""
         result = self._result
         with _scope(self._recorder):
-            slots, modules = self._slots_after()
+            slots, modules, prefixes = self._slots_after()
             result.extras = {name: self._plain(value) for name, value in result.extras.items()}
             result.changes = self._doubles.changes(lambda tensor: self._memory(tensor) in self._held)
-        result.inventory = Inventory(self._inventory.module, tuple(modules), tuple(slots))
+        result.inventory = Inventory(self._inventory.module, tuple(modules), tuple(prefixes), tuple(slots))
         for name, load in self._loads.items():
             if isinstance(load, Offered):
                 result.names[name] = load
@@ -292,24 +292,26 @@ class _Rehearsal:
             (name, self._origins.get(name, name if name in given else None)) for name in self.unexpected
         ]
         wanted = [slot.fqn for slot in slots if slot.persistent]
-        wanted += [f"{prefix}_extra_state" for prefix, module in modules if has_extra_state(module)]
+        wanted += [f"{prefix}_extra_state" for prefix, module in zip(prefixes, modules) if has_extra_state(module)]
         result.excused = set(wanted) - set(self._loads) - set(result.extras) - set(self.missing)
         result.early = self._stand_ins.early
         return result
 
-    def _slots_after(self) -> tuple[list[Slot], list[tuple[str, nn.Module]]]:
+    def _slots_after(self) -> tuple[list[Slot], list[nn.Module], list[str]]:
         slots: list[Slot] = []
-        modules: list[tuple[str, nn.Module]] = []
-        known = {id(module) for _, module in self._inventory.modules}
+        modules: list[nn.Module] = []
+        prefixes: list[str] = []
+        known = {id(module) for module in self._inventory.modules}
         for prefix, module in _walk(self._inventory.module, "", self._doubles.find):
             original = self._doubles.original(module)
-            modules.append((prefix, original))
+            modules.append(original)
+            prefixes.append(prefix)
             for name, kind, tensor, persistent in _slots(module):
                 fqn = prefix + name
                 if module is not original or id(module) not in known:
                     persistent = self._look_at(fqn, tensor, prefix) or persistent
                 slots.append(Slot(fqn, kind, original, name, self._doubles.original(tensor), persistent))
-        return slots, modules
+        return slots, modules, prefixes
 
     def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str) -> bool:
         """Note a slot of a double that is another than it was. True if it gets a value that was written into it."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.deferred.inventory import Inventory, is_lazy
+from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.replay import label_samples
 from weightlift.deferred.tape import Record
 from weightlift.distributed.fill import Local, assign_locals, loaded_rows, locals_of, read_locals
@@ -68,7 +68,7 @@ def apply_sharded(
         kept = _records(whole, subject)
         read_locals(shards, offered, kept, subject, source, options, trace, read=not receives)
         assign_locals(shards)
-        inventory = Inventory(homes.inventory.module, homes.inventory.modules, tuple(home.slot for home in whole))
+        inventory = replace(homes.inventory, slots=tuple(home.slot for home in whole))
         left = replace(decisions, rows=rest, checks=())
         apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False), trace)
         return homes.module

@@ -71,7 +71,7 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
         _tie_again(inventory, rows, module)
     homes: list[Home] = []
     problems: list[Problem] = []
-    inside = {id(owner) for _, owner in Inventory.of(module).modules}
+    inside = {id(owner) for owner in Inventory.of(module).modules}
     fsdp = _has_fsdp(module)
     for slot, row in zip(inventory.slots, rows, strict=True):
         try:

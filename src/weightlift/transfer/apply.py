@@ -50,7 +50,7 @@ def apply(
         _Application(decisions, subject, source, options, trace).run()
     inventory = subject.inventory
     # A walk that finds nothing to do is left out; what a state-dict hook changed may have hooks of its own.
-    if extras or source.changes or any(module._load_state_dict_post_hooks for _, module in inventory.modules):
+    if extras or source.changes or any(module._load_state_dict_post_hooks for module in inventory.modules):
         finish(inventory.module, decisions, extras)
     _audit(subject)
     return inventory.module

@@ -128,8 +128,7 @@ def test_a_deferred_parameter_costs_the_collector_three_objects():
     count = len(list(plain.parameters()))
     more = deferred.total() - ordinary.total() - (ordinary.total() - before.total())
     slots = len(made._subject.inventory.slots)
-    modules = len(made._subject.inventory.modules)
-    assert more <= 3 * count + slots + modules + 100
+    assert more <= 3 * count + slots + 100
 
 
 def test_a_plan_makes_no_storage_objects():
