@@ -96,7 +96,7 @@ def test_an_element_that_does_not_exist() -> None:
     with pytest.raises(wl.CaptureError) as caught, wl.capture(net, **taps):
         net(x())
     text = str(caught.value)
-    for part in ("value, extra", "2 elements", "Answer", "no positions", "1 arguments"):
+    for part in ("value, extra", "2 elements", "Answer", "no positions", "1 positional argument"):
         assert part in text, part
 
 

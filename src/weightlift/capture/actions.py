@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from weightlift.capture.result import Entry, absent
+from weightlift.capture.result import Entry
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Absent, edit, finish, put, recipe_of, take, untouched
+from weightlift.capture.values import Lack, edit, finish, pick, put, recipe_of, untouched
 
 
 class Action:
@@ -122,18 +122,27 @@ class TakeOutput(Action):
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
         value = output
         if not tap.whole:
-            try:
-                value = take(output, tap.recipe.index)
-                if tap.recipe.replace is not None:
-                    session.notice_checkpoint(self.fqn, edits=True)
-                    value = edit(value, tap.recipe)
-                    output = put(output, tap.recipe.index, value)
-            except Absent as error:
-                session.problems.append(absent(tap.name, self.fqn, tap.recipe.index, str(error)))
+            value = pick(output, tap.recipe.index)
+            if isinstance(value, Lack):
+                if not recomputing:
+                    self.lack(session, value)
                 return output
+            if tap.recipe.replace is not None:
+                session.notice_checkpoint(self.fqn, edits=True)
+                value = edit(value, tap.recipe)
+                output = put(output, tap.recipe.index, value)
         if not recomputing:
             self.record(session, value)
         return output
+
+    def lack(self, session: Session, lack: Lack) -> None:
+        """The module ran, and did not give what the tap takes."""
+        root = session.root()
+        fired = session.fired[self.site]
+        session.lacks.append(Entry(self.tap.number, self.fqn, lack, root, call=len(fired)))
+        fired.append(root)
+        if session.wanted is not None:
+            session.arrived(self.tap.number, self.fqn)
 
     def record(self, session: Session, value: Any) -> None:
         # A model's own work drives this out of the caches between any two calls: few functions, few lookups.
@@ -192,10 +201,10 @@ class TakeInput(TakeOutput):
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
-        try:
-            place = argument_place(original(module), tap.recipe.index, args, kwargs)
-        except Absent as error:
-            session.problems.append(absent(tap.name, self.fqn, tap.recipe.index, str(error)))
+        place = argument_place(original(module), tap.recipe.index, args, kwargs)
+        if isinstance(place, Lack):
+            if not recomputing:
+                self.lack(session, place)
             return None
         edited = None
         value = take_argument(place, args, kwargs)
@@ -209,7 +218,7 @@ class TakeInput(TakeOutput):
 
 
 def argument_place(module: nn.Module, index: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where an argument stands: its position or its key; a callable index sees all of them. Raises `Absent`."""
+    """Where an argument stands: its position or its key; a callable index sees all of them. Else a `Lack`."""
     if callable(index):
         return index
     names = _parameters(type(module).forward)
@@ -226,7 +235,8 @@ def argument_place(module: nn.Module, index: Any, args: tuple[Any, ...], kwargs:
         return index
     elif index in names and names.index(index) < len(args):
         return names.index(index)
-    raise Absent(f"{len(args)} arguments" + (f" and {', '.join(kwargs)}" if kwargs else ""))
+    count = f"{len(args)} positional argument" + ("" if len(args) == 1 else "s")
+    return Lack(f"a call with {count}" + (f" and {', '.join(kwargs)}" if kwargs else ""))
 
 
 def take_argument(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from weightlift.capture.result import Entry, Recorded, no_such_calls, no_such_layers, places
+from weightlift.capture.result import Entry, Recorded, lacking, no_such_calls, no_such_layers, places
 from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template
+from weightlift.capture.values import Lack
 from weightlift.errors import Problem
 
 _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
@@ -30,10 +31,11 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         if isinstance(tap, Declared):
             problems += _declared(session, root, number, tap, template)
             continue
-        if once and tap.calls is None:
+        if once and tap.calls is None and not session.lacks:
             continue  # the usual case: one forward, and every module ran
         fired = {fqn: session.fired[template.sites[number, fqn]] for fqn, _ in template.chosen[number]}
         problems += _calls(session, number, name, tap, fired)
+        problems += _lacking(number, name, tap, session.lacks, session.entries)
         chosen = [Selected(fqn, session.held[template.places[key]]) for fqn, key in template.chosen[number]]
         problems += _fired(session, root, name, tap, chosen, fired)
     problems += _written(session.entries, template)
@@ -49,7 +51,7 @@ def _as_usual(session: Session, template: Template) -> bool:
     """Whether nothing needs a second look: one forward, in which all ran and gave, and nobody wrote to it since."""
     if len(session.forwards) != 1 or not session.forwards[0].done or not all(session.fired):
         return False
-    if session.problems or session.stopped or session.detached or session.checkpointed:
+    if session.problems or session.lacks or session.stopped or session.detached or session.checkpointed:
         return False
     if template.counting or not template.giving <= _gave(session):
         return False
@@ -77,8 +79,25 @@ def _calls(session: Session, number: int, name: str, tap: Output, fired: dict[st
         wanted[fqn], missing = places(tap.calls, len(calls))
         if missing and calls and tap.expect != "maybe":
             problems.append(no_such_calls(name, fqn, missing, len(calls)))
-    session.entries[:] = [entry for entry in session.entries if entry.tap != number or entry.call in wanted[entry.fqn]]
+    session.entries[:] = _wanted(session.entries, number, wanted)
+    if tap.replace is None:  # else every call is edited
+        session.lacks[:] = _wanted(session.lacks, number, wanted)
     return problems
+
+
+def _wanted(entries: Sequence[Entry], number: int, calls: dict[str, set[int]]) -> list[Entry]:
+    """Of the entries of a tap only those of the wanted ``calls`` of each module."""
+    return [entry for entry in entries if entry.tap != number or entry.call in calls[entry.fqn]]
+
+
+def _lacking(
+    number: int, name: str, tap: Output, lacks: Sequence[Entry], entries: Sequence[Entry]
+) -> list[Problem]:
+    """What modules did not give that a tap takes, once for each. None is for ``expect`` to allow."""
+    own = {entry.fqn: entry.value for entry in reversed(lacks) if entry.tap == number}
+    if tap.expect == "maybe" or (tap.expect == "some" and any(entry.tap == number for entry in entries)):
+        own = {fqn: lack for fqn, lack in own.items() if not lack.none}
+    return [lacking(name, tap, fqn, own[fqn]) for fqn in reversed(own)]
 
 
 def _fired(
@@ -202,6 +221,7 @@ def settle_recorded(
     """The same for one call of a recorder: ``raw`` is in call order, ``expected`` names each tap's modules."""
     counts: dict[tuple[int, str], int] = {}
     entries = []
+    lacks = []
     problems = []
     for number, fqn, value in raw:
         if fqn is None:  # not a value, but what a declared tap lacks
@@ -209,7 +229,11 @@ def settle_recorded(
             continue
         call = counts.get((number, fqn), 0)
         counts[number, fqn] = call + 1
-        entries.append(Entry(number, fqn, value, call=call))
+        entry = Entry(number, fqn, value, call=call)
+        if isinstance(value, Lack):
+            lacks.append(entry)
+        else:
+            entries.append(entry)
     for number, name, tap, fqns in expected:
         if isinstance(tap, Declared):
             if tap.expect != "maybe" and tap.layers is None and not any(entry.tap == number for entry in entries):
@@ -226,5 +250,7 @@ def settle_recorded(
                 wanted[fqn], missing = places(tap.calls, counts.get((number, fqn), 0))
                 if missing and (number, fqn) in counts and tap.expect != "maybe":
                     problems.append(no_such_calls(name, fqn, missing, counts[number, fqn]))
-            entries = [entry for entry in entries if entry.tap != number or entry.call in wanted[entry.fqn]]
+            entries = _wanted(entries, number, wanted)
+            lacks = lacks if tap.replace is not None else _wanted(lacks, number, wanted)
+        problems += _lacking(number, name, tap, lacks, entries)
     return entries, problems

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.actions import Action, Likely, in_order, likely
 from weightlift.capture.declared import Scope, Site
-from weightlift.capture.result import Entry, absent, no_such_layers, places
+from weightlift.capture.result import Entry, no_such_layers, places, undeclared
 from weightlift.capture.session import Forward, Session, backward_id
 from weightlift.capture.taps import Declared
 from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
@@ -222,7 +222,7 @@ class GiveDeclared(Action):
             if isinstance(output, tuple):
                 value = output[self.index]
         except (Absent, IndexError):
-            session.problems.append(absent(self.key, self.fqn, self.index, found_in(args, kwargs, output)))
+            session.problems.append(undeclared(self.key, self.fqn, self.index, found_in(args, kwargs, output)))
             return output
         if value is None and (self.hidden or output is not None):
             session.gives(self.fqn, forward.number)
@@ -247,7 +247,7 @@ class GiveDeclared(Action):
         try:
             gave = gather_site(self.site, lists, gather, args, kwargs, output)
         except Absent as error:
-            session.problems.append(absent(self.key, self.fqn, self.index, str(error)))
+            session.problems.append(undeclared(self.key, self.fqn, self.index, str(error)))
             return
         session.gives(self.fqn, forward.number)
         if gave and session.grad and gather.attached and not torch.is_grad_enabled():

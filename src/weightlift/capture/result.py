@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from weightlift.capture.taps import Input, Output
+from weightlift.capture.values import Lack
 from weightlift.errors import CaptureError, Problem
 
 
@@ -158,11 +160,32 @@ def no_such_layers(key: str, fqn: str, missing: Sequence[int], count: int) -> Pr
     )
 
 
-def absent(name: str, fqn: str, index: object, found: str) -> Problem:
+def lacking(name: str, tap: Output, fqn: str, lack: Lack) -> Problem:
+    """A module did not give what a tap takes."""
+    what = f"tap {name!r} takes an element that isn't there"
+    hint = "choose another index, or leave it out for the whole output"
+    if isinstance(tap, Input):
+        what = f"tap {name!r} takes an argument that isn't passed"
+        hint = "choose the position or the name of one that is"
+    elif lack.none:
+        what = f"tap {name!r} takes an element that is None"
+        hint = "give expect='some' or 'maybe' if a module may leave it out"
+        if "attn" in fqn.lower() or "attention" in fqn.lower():
+            hint = f"{_NO_WEIGHTS}; else {hint}"
+    return Problem(what, fqn=fqn, expected=f"index {tap.index!r}", found=lack.found, hint=hint)
+
+
+_NO_WEIGHTS = (
+    "attention that returns no weights needs attn_implementation='eager' in Transformers, need_weights=True in torch"
+)
+
+
+def undeclared(key: str, fqn: str, index: object, found: str) -> Problem:
+    """A module does not give what the model's class says that it gives."""
     return Problem(
-        f"tap {name!r} takes an element that isn't there",
+        f"{key!r}: the module gives other things than the model's class declares",
         fqn=fqn,
-        expected=f"index {index!r}",
+        expected=f"an argument, and of a tuple element {index!r}",
         found=found,
-        hint="choose another index, or none for the whole output",
+        hint="select modules and elements yourself: name=wl.Output(…, index=…)",
     )

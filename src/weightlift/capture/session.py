@@ -150,8 +150,8 @@ class Session:
 
     __slots__ = (
         "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forgotten",
-        "forwards", "frames", "gave", "grad", "held", "last", "numbers", "problems", "raw", "recomputed", "stopped",
-        "template", "wanted",
+        "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems", "raw", "recomputed",
+        "stopped", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -185,6 +185,7 @@ class Session:
         self.detached: frozenset[str] = frozenset()
         self.checkpointed: frozenset[str] = frozenset()
         self.problems: list[Problem] = []
+        self.lacks: list[Entry] = []  # calls that did not give what a tap takes: the value is a `Lack`
         self.stopped = False
         self.grad = is_grad_enabled()
 
@@ -247,6 +248,7 @@ class Session:
         self.settle_raw()
         number = forward.number
         self.entries[:] = [entry for entry in self.entries if entry.forward != number]
+        self.lacks[:] = [entry for entry in self.lacks if entry.forward != number]
         self.forwards[:] = [other for other in self.forwards if other is not forward]
         for calls in self.fired:
             calls[:] = [call for call in calls if call != number]

@@ -53,7 +53,8 @@ class Output(Options):
     Args:
         select: which modules: a pattern of names (``*`` stands for one or part of one, ``**`` for any number of them),
             a class, a module, a predicate ``(fqn, module) -> bool``, or a list of these.
-        index: an element of the output: a position, a key or attribute, or a callable. None takes it whole.
+        index: an element of the output: a position, a key or attribute, or a callable. None takes it whole. An element
+            that is None is an error, where ``expect`` does not say that a module may leave it out.
         calls: which calls of each module, counted over the capture, as a list is indexed (``[0, -1]``). None: all.
         tokens: a position, slice or list of positions of dimension 1.
         at: any indexing expression, ``at=(slice(None), -1)``. What a slice leaves out is not kept in memory.
@@ -62,7 +63,8 @@ class Output(Options):
         stop: leave the forward once everything that the capture wants has been seen. The ``with`` block ends there.
         replace: ``fn(value) -> value``, edits in flight; with ``tokens`` or ``at`` it is given, and replaces, that
             part. What is recorded is the edited value.
-        expect: 'every' selected module must run in every forward; 'some': at least one once; 'maybe' none.
+        expect: 'every' selected module must run in every forward, and give its element; 'some': at least one once;
+            'maybe' none.
 
     Raises:
         CaptureError: options that contradict each other.
@@ -89,7 +91,7 @@ class Output(Options):
 
 @dataclass(frozen=True)
 class Input(Output):
-    """An argument of modules, before they run. ``index`` is its position (0 by default) or its name.
+    """An argument of modules, before they run. ``index`` is its position (0 by default) or its name. It may be None.
 
     The other fields are those of `Output`.
     """

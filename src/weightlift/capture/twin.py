@@ -21,7 +21,7 @@ from weightlift.capture.declared import Site
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import HOOK_ID
 from weightlift.capture.select import original
-from weightlift.capture.values import Recipe, edit, finish, put, take
+from weightlift.capture.values import Lack, Recipe, edit, finish, pick, put
 
 
 class Left(Exception):  # dynamo follows a plain Exception
@@ -150,12 +150,14 @@ def before_hook(takes: list[Take], gather: Gather | None, cell: Any) -> Callable
         if gather is not None:
             cell.scopes.append((gather, {}))
         for tap in takes:
-            place = argument_place(module, tap.recipe.index, args, kwargs)
-            value = take_argument(place, args, kwargs)
-            if tap.recipe.replace is not None:
-                value = edit(value, tap.recipe)
-                args, kwargs = put_argument(place, args, kwargs, value)
-            cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
+            value = place = argument_place(module, tap.recipe.index, args, kwargs)
+            if not isinstance(place, Lack):
+                value = take_argument(place, args, kwargs)
+                if tap.recipe.replace is not None:
+                    value = edit(value, tap.recipe)
+                    args, kwargs = put_argument(place, args, kwargs, value)
+                value = finish(value, tap.recipe)
+            cell.entries.append((tap.number, tap.fqn, value))
             arrived(cell)
         return args, kwargs
 
@@ -167,11 +169,13 @@ def after_hook(
 ) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         for tap in takes:
-            value = take(output, tap.recipe.index)
-            if tap.recipe.replace is not None:
-                value = edit(value, tap.recipe)
-                output = put(output, tap.recipe.index, value)
-            cell.entries.append((tap.number, tap.fqn, finish(value, tap.recipe)))
+            value = pick(output, tap.recipe.index)
+            if not isinstance(value, Lack):
+                if tap.recipe.replace is not None:
+                    value = edit(value, tap.recipe)
+                    output = put(output, tap.recipe.index, value)
+                value = finish(value, tap.recipe)
+            cell.entries.append((tap.number, tap.fqn, value))
             arrived(cell)
         for site in declared:
             if cell.scopes:

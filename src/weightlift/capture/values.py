@@ -17,6 +17,13 @@ class Absent(LookupError):
     """An ``index`` that a value does not have; the text says what there is."""
 
 
+class Lack(NamedTuple):
+    """Stands for an element that is not there, or is None: ``found`` says what there is. Traced code can't raise."""
+
+    found: str
+    none: bool = False
+
+
 class Recipe(NamedTuple):
     """What to do with a value: one tap's options, flat, as a traced function reads them."""
 
@@ -41,28 +48,45 @@ def recipe_of(tap: Options) -> Recipe:
     )
 
 
-def take(value: Any, index: Any) -> Any:
-    """The element ``index`` of an output: of a tuple, a mapping or an object. Raises `Absent`."""
+def pick(value: Any, index: Any) -> Any:
+    """The element ``index`` of an output: of a tuple, a mapping or an object. A `Lack` where there is none."""
     if index is None:
         return value
+    item = _element(value, index)
+    if item is None:
+        return Lack(f"None, in {_kind(value)}", none=True)
+    return item
+
+
+def take(value: Any, index: Any) -> Any:
+    """The element ``index``, which may be None. Raises `Absent`."""
+    item = _element(value, index)
+    if isinstance(item, Lack):
+        raise Absent(item.found)
+    return item
+
+
+def _element(value: Any, index: Any) -> Any:
     if isinstance(index, int):
+        items = value
         if isinstance(value, dict) and not hasattr(value, "to_tuple"):  # not one of Transformers' outputs
-            value = tuple(value.values())
+            items = tuple(value.values())
         elif isinstance(value, torch.Tensor) or not hasattr(value, "__getitem__"):
-            raise Absent(f"{type(value).__name__} has no positions: leave index out")
-        count = len(value)
-        if not -count <= index < count:
-            raise Absent(f"{type(value).__name__} of {count} elements")
-        return value[index]
+            return Lack(f"{_kind(value)}, which has no positions")
+        return items[index] if -len(items) <= index < len(items) else Lack(_kind(value))
     if isinstance(index, str):
         if isinstance(value, Mapping):
-            if index not in value:
-                raise Absent(f"{type(value).__name__} with {', '.join(map(str, value))}")
-            return value[index]
-        if not hasattr(value, index):
-            raise Absent(f"{type(value).__name__} without that attribute")
-        return getattr(value, index)
+            return value[index] if index in value else Lack(_kind(value))
+        return getattr(value, index) if hasattr(value, index) else Lack(f"{_kind(value)} without that attribute")
     return index(value)
+
+
+def _kind(value: Any) -> str:
+    """What a message says of an output."""
+    name = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{name} of {len(value)} elements ({', '.join([str(key) for key in value])})"
+    return f"{name} of {len(value)} elements" if isinstance(value, (tuple, list)) else name
 
 
 def put(value: Any, index: Any, new: Any) -> Any:
