@@ -113,12 +113,17 @@ def put(value: Any, index: Any, new: Any) -> Any:
 
 
 def edit(value: Any, recipe: Recipe) -> Any:
-    """What ``replace`` makes of a value; only the chosen part is given to it and changed."""
+    """What ``replace`` makes of a value; only the chosen part is given to it and changed. None leaves what it was given,
+    which it may have written to, as torch has it for hooks."""
     assert recipe.replace is not None
+    given = value if recipe.part is None else value[recipe.part]
+    new = recipe.replace(given)
+    if new is None:
+        new = given
     if recipe.part is None:
-        return recipe.replace(value)
+        return new
     changed = value.clone()
-    changed[recipe.part] = recipe.replace(value[recipe.part])
+    changed[recipe.part] = new
     return changed
 
 
