@@ -168,7 +168,8 @@ def load(
             done and bytes in all.
         cancel: an event that stops the load.
         defer: False calls the constructor ordinarily.
-        trace: a file for a timeline of the load: a page (``.html``), else Chrome trace events as JSON.
+        trace: a file for a timeline of the load: a page (``.html``), else Chrome trace events as JSON. Where it can be
+            seen beforehand that it can't be written, OSError; where writing fails in the end, a logged warning.
         verify: also hash every file, while it is read, and compare with what is written down: blob names of the hub's
             cache, or ``SHA256SUMS`` beside the files. False does not look for damaged content.
         parallelize: a function that spreads the module over a mesh (``fully_shard``, ``parallelize_module``), called

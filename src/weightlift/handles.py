@@ -146,7 +146,11 @@ class LoadPlan:
             return carry_out(final, subject, self._source, self._options, trace)
         finally:
             trace.sample()
-            trace_page.write(trace, self._options.trace, title=f"{self.decisions.source} into {self.decisions.module}")
+            title = f"{self.decisions.source} into {self.decisions.module}"
+            try:
+                trace_page.write(trace, self._options.trace, title=title)
+            except OSError as error:  # no reason to lose the module, nor what the load itself raises
+                _log.warning("the trace of %s could not be written to %s: %s", title, self._options.trace, error)
 
 
 class Deferred:

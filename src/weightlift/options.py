@@ -83,7 +83,10 @@ class LoadOptions:
         process_group: Any = None,
         rank_patience_seconds: float = DEFAULT_RANK_PATIENCE_SECONDS,
     ) -> LoadOptions:
-        """Check what a user gave and fill in the defaults. Raises ValueError or TypeError for what can't be meant."""
+        """Check what a user gave and fill in the defaults.
+
+        Raises ValueError or TypeError for what can't be meant, OSError for a trace that can't be written.
+        """
         _check_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
@@ -115,13 +118,28 @@ class LoadOptions:
             progress=progress,
             cancel=cancel,
             defer=bool(defer),
-            trace=None if trace is None else Path(trace),
+            trace=None if trace is None else writable_target("trace", trace),
             verify=bool(verify),
             parallelize=parallelize,
             source_rank=source_rank,
             process_group=process_group,
             rank_patience_seconds=float(rank_patience_seconds),
         )
+
+
+def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
+    """A file to be written after hours of work, maybe. Raises OSError now if that could not be done."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{option} must be a file to write, found the folder {target}")
+    if target.exists():
+        if not os.access(target, os.W_OK):
+            raise PermissionError(f"{option}: the file {target} may not be written to; choose another")
+    elif not target.parent.is_dir():
+        raise FileNotFoundError(f"{option}: there is no folder {target.parent} to write {target.name} to; make it first")
+    elif not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: nothing may be written to the folder {target.parent}; choose another")
+    return target
 
 
 def _check_ranks(parallelize: Parallelize | None, source_rank: int | None, patience: float) -> None:

@@ -113,8 +113,10 @@ def put(value: Any, index: Any, new: Any) -> Any:
 
 
 def edit(value: Any, recipe: Recipe) -> Any:
-    """What ``replace`` makes of a value; only the chosen part is given to it and changed. None leaves what it was given,
-    which it may have written to, as torch has it for hooks."""
+    """What ``replace`` makes of a value; only the chosen part is given to it and changed.
+
+    None leaves what it was given, which it may have written to, as torch has it for hooks.
+    """
     assert recipe.replace is not None
     given = value if recipe.part is None else value[recipe.part]
     new = recipe.replace(given)

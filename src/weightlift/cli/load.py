@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive
+from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, load_options, positive
 
 if TYPE_CHECKING:
     from weightlift import LoadPlan
@@ -31,8 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     import weightlift as wl
     from weightlift.cli.model import builder
     from weightlift.cli.output import add, console, table
+    from weightlift.options import writable_target
     from weightlift.plan.report import human_bytes
 
+    if arguments.trace is not None:
+        try:
+            writable_target("--trace", arguments.trace)
+        except OSError as error:
+            raise UsageError(str(error)) from error
     build, options = builder(arguments.model), load_options(arguments)
     start = time.perf_counter()
     made = wl.plan(

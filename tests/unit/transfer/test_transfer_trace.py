@@ -93,3 +93,52 @@ def test_hashing_is_no_initialiser(folder: Path) -> None:
     wl.load(Net, folder, verify=True, trace=path)
     assert len(_events(path, "hash")) == 1
     assert _events(path, "init") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("none/trace.html", FileNotFoundError, "there is no folder"),
+        ("", IsADirectoryError, "found the folder"),
+        ("model.safetensors/trace.html", FileNotFoundError, "there is no folder"),
+    ],
+)
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_read(
+    folder: Path, name: str, error: type[OSError], said: str
+) -> None:
+    def build() -> nn.Module:
+        raise AssertionError("it was built")
+
+    for call in (wl.load, wl.plan):
+        with pytest.raises(error, match=said):
+            call(build, folder, trace=folder / name)
+    with pytest.raises(error, match=said):
+        wl.defer(Net).load(folder, trace=folder / name)
+
+
+def test_a_trace_without_permission_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "old.json").write_text("")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for name, said in (("old.json", "the file .*may not be written to"), ("new.json", "nothing may be written to")):
+        with pytest.raises(PermissionError, match=said):
+            wl.load(Net, folder, trace=folder / name)
+
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+
+
+@FULL
+def test_a_trace_that_fails_in_the_end_costs_no_module(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = wl.load(Net, folder, trace="/dev/full")
+    assert torch.equal(loaded.wide.weight, wl.load(Net, folder).wide.weight)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.name == "weightlift" and "No space left" in record.getMessage() and "trace" in record.getMessage()
+
+
+@FULL
+def test_a_trace_that_fails_hides_no_error(folder: Path) -> None:
+    plan = wl.plan(Net, folder, copy=True, trace="/dev/full")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(wl.WeightliftError):
+        plan.execute()
