@@ -136,7 +136,7 @@ def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
         if not os.access(target, os.W_OK):
             raise PermissionError(f"{option}: the file {target} may not be written to; choose another")
     elif not target.parent.is_dir():
-        raise FileNotFoundError(f"{option}: there is no folder {target.parent} to write {target.name} to; make it first")
+        raise FileNotFoundError(f"{option}: there is no folder {target.parent} for {target.name}; make it first")
     elif not os.access(target.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{option}: nothing may be written to the folder {target.parent}; choose another")
     return target

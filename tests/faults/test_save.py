@@ -111,6 +111,29 @@ def test_the_manifest_keeps_the_lines_of_others(tmp_path: Path) -> None:
     assert (tmp_path / "SHA256SUMS").read_text() == f"{'0' * 64}  config.json\n"
 
 
+def test_the_manifest_drops_lines_of_files_that_were_not_there(tmp_path: Path) -> None:
+    """Of a checkpoint that was moved away: its hashes are not those of the new files."""
+    for limit, files in ((5_000_000_000, ["model.safetensors"]), (1500, None)):
+        folder = tmp_path / str(limit)
+        paths = wl.save(Net(), folder, max_shard_bytes=limit, manifest=True)
+        for file in files or [*(path.name for path in paths), "model.safetensors.index.json"]:
+            os.rename(folder / file, folder / f"{file}.old")
+        wl.save(Net(), folder, max_shard_bytes=limit)
+        assert not (folder / "SHA256SUMS").exists()
+        with pytest.raises(wl.CheckpointError, match="no hash is written down"):
+            wl.load(Net, folder, verify=True)
+        wl.save(Net(), folder, max_shard_bytes=limit, manifest=True)
+        wl.load(Net, folder, verify=True)
+
+
+def test_the_manifest_keeps_odd_names_of_others(tmp_path: Path) -> None:
+    text = f"\\{'0' * 64}  odd\\nname\\\\\n".encode() + f"{'1' * 64}  ".encode() + b"caf\xe9\n"
+    (tmp_path / "SHA256SUMS").write_bytes(text)
+    wl.save(Net(), tmp_path, manifest=True)
+    kept = (tmp_path / "SHA256SUMS").read_bytes().splitlines(keepends=True)
+    assert sorted(kept) == sorted([*text.splitlines(keepends=True), next(line for line in kept if b"model" in line)])
+
+
 def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     state = {
         "fine": torch.ones(1),

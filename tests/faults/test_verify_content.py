@@ -169,6 +169,44 @@ def test_a_broken_manifest(tmp_path: Path, text: str, what: str) -> None:
         wl.load(Net, tmp_path, verify=True)
 
 
+FORMS = {
+    "bsd": "SHA256 ({name}) = {digest}\n",
+    "openssl 1": "SHA256({name})= {digest}\n",
+    "openssl 3": "SHA2-256({name})= {digest}\n",
+    "in capitals": "{capitals}  {name}\n",
+    "another system's lines": "{digest} *{name}\r\n",
+    "a comment and empty lines": "# made by hand\n\n{digest}  {name}\n\n",
+    "other files": "{digest}  {name}\n\\{zeros}  a\\nb\nSHA256 (c (d) = e) = {zeros}\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_manifest(tmp_path: Path, form: str, encoding: str) -> None:
+    (path,) = wl.save(Net(), tmp_path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    text = FORMS[form].format(name=path.name, digest=digest, capitals=digest.upper(), zeros="0" * 64)
+    (tmp_path / "SHA256SUMS").write_bytes(text.encode(encoding))
+    wl.load(Net, tmp_path, verify=True)
+    flip(path)
+    with pytest.raises(wl.CheckpointCorrupt):
+        wl.load(Net, tmp_path, verify=True)
+
+
+@pytest.mark.parametrize("tag", [(), ("--tag",), ("--binary",)], ids=str)
+@pytest.mark.skipif(not shutil.which("sha256sum") or os.name == "nt", reason="needs sha256sum")
+def test_odd_names_as_sha256sum_writes_them(tmp_path: Path, tag: tuple[str, ...]) -> None:
+    (path,) = wl.save(Net(), tmp_path)
+    odd = path.rename(tmp_path / "odd\\name\nwith (all) = of it.safetensors")
+    done = subprocess.run(["sha256sum", *tag, odd.name], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout.startswith(b"\\")
+    (tmp_path / "SHA256SUMS").write_bytes(done.stdout)
+    wl.load(Net, odd, verify=True)
+    flip(odd)
+    with pytest.raises(wl.CheckpointCorrupt):
+        wl.load(Net, odd, verify=True)
+
+
 def test_progress_and_cancel(tmp_path: Path) -> None:
     folder = manifest(tmp_path)
     seen: list[tuple[int, int]] = []

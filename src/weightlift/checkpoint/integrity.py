@@ -7,6 +7,7 @@ folder, as ``sha256sum *.safetensors > SHA256SUMS`` and `weightlift.save` with `
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 import threading
@@ -22,7 +23,13 @@ from weightlift.errors import CheckpointCorrupt, CheckpointError, LoadCancelled,
 MANIFEST = "SHA256SUMS"
 _MAX_MANIFEST_BYTES = 10_000_000
 _BLOCK_BYTES = 1 << 20
-_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
+_LINES = (
+    re.compile(r"(?P<escaped>\\?)(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)"),  # an odd name is escaped
+    # BSD's sha256 and `sha256sum --tag`; and what openssl writes.
+    re.compile(r"(?P<escaped>\\?)SHA(2-)?256 ?\((?P<name>.+)\) ?= (?P<digest>[0-9a-fA-F]{64})"),
+)
+_ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a shell of Windows redirects to
 _ALGORITHMS: Mapping[int, Literal["sha256", "git-sha1"]] = {64: "sha256", 40: "git-sha1"}
 
 
@@ -180,18 +187,33 @@ def read_manifest(folder: Path) -> dict[str, str]:
         return {}
     with opened(path) as (stream, status):
         size = min(status.st_size, _MAX_MANIFEST_BYTES)
-        text = read_exactly(stream, path, 0, size).decode("utf-8", "replace")
+        raw = read_exactly(stream, path, 0, size)
+    text = raw.decode("utf-16", "replace") if raw[:2] in _UTF_16 else raw.decode("utf-8-sig", "surrogateescape")
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        match = _LINE.fullmatch(line.rstrip())
+    for number, line in enumerate(text.split("\n"), 1):
+        match = next(filter(None, (form.fullmatch(line.rstrip()) for form in _LINES)), None)
         if match is None:
             if line.strip() and not line.startswith("#"):
-                problem = Problem(f"line {number} is not of the form that sha256sum writes", file=path)
+                expected = "a sha256, two spaces and a file name, or SHA256 (name) = sha256"
+                what = f"line {number} is not of the form that sha256sum writes"
+                problem = Problem(what, file=path, expected=expected, found=repr(line[:100]))
                 raise CheckpointError("cannot read the manifest", [problem])
             continue
-        name = match["name"].removeprefix("./")
+        name = match["name"]
+        if match["escaped"]:
+            name = re.sub(r"\\[\\nr]", lambda escape: _ESCAPES[escape[0]], name)
+        name = name.removeprefix("./")
         value = match["digest"].lower()
         if found.setdefault(name, value) != value:
             problem = Problem(f"line {number} gives another hash for {name!r} than a line before", file=path)
             raise CheckpointError("cannot read the manifest", [problem])
     return found
+
+
+def manifest_text(sums: Mapping[str, str]) -> bytes:
+    """The content of ``SHA256SUMS``, as sha256sum writes it."""
+    lines = []
+    for name, digest in sorted(sums.items()):
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        lines.append(f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n")
+    return "".join(lines).encode("utf-8", "surrogateescape")

@@ -21,7 +21,7 @@ from torch import nn
 
 from weightlift import dtypes
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.integrity import MANIFEST, read_manifest
+from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manifest
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
 from weightlift.checkpoint.write import write_safetensors
@@ -214,8 +214,7 @@ class _Saving:
                 if manifest:
                     sums[self._index_name] = digest
             if sums:
-                lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
-                self._write_text(MANIFEST, lines.encode())
+                self._write_text(MANIFEST, manifest_text(sums))
             self._swap([*self._new, *([MANIFEST] if sums else [])])
         except OSError as error:
             raise TransferError("saving failed", [Problem(f"writing failed: {error}", file=self._folder)]) from error
@@ -223,12 +222,12 @@ class _Saving:
             self._clean()
 
     def _sums(self) -> dict[str, str]:
-        """The lines of an existing manifest that speak of other files."""
+        """The lines of an existing manifest that speak of other files, be they there or not."""
         if not (self._folder / MANIFEST).exists():
             return {}
         sums = read_manifest(self._folder)
         self._old.append(MANIFEST)
-        return {file: digest for file, digest in sums.items() if file not in self._old}
+        return {file: digest for file, digest in sums.items() if file not in (*self._old, *self._new)}
 
     def _hidden(self, file: str, suffix: str = "new") -> Path:
         return self._folder / f".{file}.{self._mark}.{suffix}"

@@ -13,7 +13,7 @@ FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Li
 def test_a_trace_in_no_folder(here, run):
     code, out, err = run("load", "ckpt", *TIED, "--trace", "none/trace.html")
     assert (code, out) == (2, "")
-    assert err == "weightlift load: --trace: there is no folder none to write trace.html to; make it first\n"
+    assert err == "weightlift load: --trace: there is no folder none for trace.html; make it first\n"
 
 
 @FULL
