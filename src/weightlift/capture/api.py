@@ -12,7 +12,7 @@ from weightlift.capture.checks import settle
 from weightlift.capture.result import Records
 from weightlift.capture.select import keep_for, kept_for
 from weightlift.capture.session import Session, Stopped, open_sessions, running, without
-from weightlift.capture.taps import Declared, Tap, collect_taps
+from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, lasting
 from weightlift.errors import CaptureError, Problem
 
@@ -94,6 +94,7 @@ def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capt
         A context manager that gives `Records`.
 
     Raises:
+        TypeError, ValueError: ``model`` is no module, or an option of a tap is of a wrong kind.
         CaptureError: on entering, if something does not exist or lies inside compiled code; on leaving, if what was
             recorded is not complete or was changed afterwards. The records are there all the same.
 
@@ -110,4 +111,5 @@ def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capt
         lasts = all(map(lasting, declared)) and all(map(lasting, taps.values()))
     except TypeError:  # a list among the options: not to be looked up
         lasts = False
+    require_module(model)
     return Capture(model, collect_taps(declared, taps), None, key if lasts else None)

@@ -21,7 +21,7 @@ from weightlift.capture.gathering import Gather
 from weightlift.capture.regions import names_of, region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Selected, compiled_wrapper, original
-from weightlift.capture.taps import Declared, Input, Tap, collect_taps
+from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
 from weightlift.capture.template import awaited, resolve_taps
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
 from weightlift.capture.values import recipe_of
@@ -144,11 +144,13 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
         it is read, if a wanted module did not run. With ``stop`` the output is None.
 
     Raises:
+        TypeError, ValueError: as `capture`.
         CaptureError: something that is wanted does not exist.
 
     The function follows changes of parameters, buffers, modes and sub-modules; hooks and other attributes that are set
     later on modules it had to copy (those on the way to what is wanted) are seen after ``record.refresh()``.
     """
+    require_module(model)
     state = State(model, collect_taps(declared, taps))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

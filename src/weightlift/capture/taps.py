@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,6 +30,18 @@ class Options:
     expect: Expect = "every"
 
     def __post_init__(self) -> None:
+        tokens = self.tokens
+        fits = tokens is None or isinstance(tokens, slice) or _is_number(tokens) or _is_numbers(tokens)
+        self._require("tokens", fits, "a position, a slice or a list of positions")
+        self._require("detach", isinstance(self.detach, bool), "True or False")
+        self._require("clone", isinstance(self.clone, bool | None), "True, False or None")
+        self._require("dtype", isinstance(self.dtype, torch.dtype | None), "a torch.dtype, as torch.float32")
+        self._require("device", isinstance(self.device, torch.device | str | int | None), "a torch.device or its name")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(f"wl.{type(self).__name__}: device {self.device!r}: {error}") from None
         problems = []
         if self.tokens is not None and self.at is not None:
             problems.append(Problem("tokens and at both choose a part", hint="give one of them; at takes any index"))
@@ -37,13 +50,18 @@ class Options:
         if problems:
             raise CaptureError(f"this {type(self).__name__} can't be", problems)
 
+    def _require(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            found = _shown(getattr(self, name))
+            raise TypeError(f"wl.{type(self).__name__}: {name} must be {expected}; found {found}")
+
     @property
     def part(self) -> Any:
         """The indexing expression that ``tokens`` or ``at`` stand for; None when the whole is wanted."""
         if self.tokens is None:
             return self.at
-        tokens = self.tokens if isinstance(self.tokens, int | slice) else list(self.tokens)
-        return (slice(None), tokens)
+        tokens: Any = self.tokens
+        return (slice(None), list(tokens) if _is_numbers(tokens) else tokens)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,8 @@ class Output(Options):
 
     Raises:
         CaptureError: options that contradict each other.
+        TypeError: an option, or what selects modules, is of a wrong kind.
+        ValueError: an empty list of selectors, or a device that torch does not know.
     """
 
     select: Selector | Sequence[Selector]
@@ -78,6 +98,14 @@ class Output(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_selector(f"wl.{type(self).__name__}", self.select)
+        index: Any = self.index
+        fits = isinstance(index, str | None) or _is_number(index) or callable(index)
+        self._require("index", fits, "a position, a name or a callable")
+        self._require("replace", self.replace is None or callable(self.replace), "a callable that takes the value")
+        self._require("stop", isinstance(self.stop, bool), "True or False")
+        if _is_number(index):
+            object.__setattr__(self, "index", operator.index(index))
         problems = _not_numbers("calls", self.calls)
         if self.stop and self.calls is not None and any(call < 0 for call in self.calls):
             problems.append(
@@ -114,18 +142,60 @@ class Declared(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("key", isinstance(self.key, str), "a declared name, as 'hidden_states'")
         problems = _not_numbers("layers", self.layers)
         if problems:
             raise CaptureError("this Declared can't be", problems)
 
 
+def _is_numbers(value: Any) -> bool:
+    """Several, not one."""
+    return isinstance(value, Iterable) and not _is_number(value) and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__index__")  # numpy's numbers are no int
+
+
 def _not_numbers(name: str, value: Any) -> list[Problem]:
-    if value is None or (isinstance(value, Sequence) and len(value) and all(hasattr(n, "__index__") for n in value)):
+    if value is None or (isinstance(value, Sequence) and len(value) and _is_numbers(value)):
         return []
     return [Problem(name, expected="a sequence of whole numbers", found=repr(value))]
 
 
+def _require_selector(what: str, value: Any) -> None:
+    """Raises TypeError, or ValueError for an empty list, which would record nothing and say nothing."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{what}: the list of selectors is empty; give at least one, or leave the tap out")
+        for part in value:
+            _require_selector(what, part)
+    elif not (isinstance(value, str | type | nn.Module) or callable(value)):
+        raise TypeError(f"{what}: expected {_SELECTORS}, or a list of these; found {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def require_module(model: object) -> None:
+    """Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        hint = "; build it first" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+        raise TypeError(f"expected the torch.nn.Module whose forwards are captured, found {_shown(model)}{hint}")
+
+
 Tap: TypeAlias = "Output | Declared"
+_SELECTORS = "a pattern, a module class, a module, a predicate"
+_OPTIONS = frozenset(item.name for tap in (Output, Declared) for item in fields(tap)) - {"select", "key"}
+
+
+def no_option(name: str, problem: Problem) -> Problem:
+    """Of a tap that is called as an option is and selects nothing, that is said."""
+    if name not in _OPTIONS:
+        return problem
+    return replace(problem, hint=f'{name} is an option of a tap: hidden=wl.Output("layers.*", {name}=…)')
 
 
 def as_tap(value: object) -> Tap:
@@ -139,8 +209,8 @@ def as_tap(value: object) -> Tap:
         [
             Problem(
                 "this is no selector",
-                expected="a pattern, a module class, a module, a predicate, wl.Output, wl.Input or wl.Declared",
-                found=repr(value),
+                expected=f"{_SELECTORS}, wl.Output, wl.Input or wl.Declared",
+                found=_shown(value),
             )
         ],
     )
@@ -153,9 +223,8 @@ def collect_taps(declared: Sequence[str | Declared], named: dict[str, Any]) -> d
     for item in declared:
         tap = Declared(item) if isinstance(item, str) else item
         if not isinstance(tap, Declared):
-            problems.append(
-                Problem("a positional argument is what a model's class declares", found=repr(item), hint="name=… it")
-            )
+            what = "a positional argument is what a model's class declares"
+            problems.append(Problem(what, found=_shown(item), hint="name it: hidden=…"))
         elif tap.key in taps or tap.key in named:
             problems.append(Problem(f"two taps are called {tap.key!r}", hint="give one of them another name"))
         else:
@@ -164,7 +233,7 @@ def collect_taps(declared: Sequence[str | Declared], named: dict[str, Any]) -> d
         try:
             taps.setdefault(name, as_tap(value))
         except CaptureError as error:
-            problems.extend(error.problems)
+            problems.extend(no_option(name, problem) for problem in error.problems)
     if not taps and not problems:
         problems.append(Problem("no tap was given", hint='for instance hidden="model.layers.*"'))
     if problems:

@@ -14,7 +14,7 @@ from weightlift.capture.gathering import Gather, GiveDeclared
 from weightlift.capture.regions import inside_compiled, names_of
 from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
-from weightlift.capture.taps import Declared, Input, Output, Tap
+from weightlift.capture.taps import Declared, Input, Output, Tap, no_option
 from weightlift.errors import CaptureError, Problem
 
 
@@ -169,14 +169,14 @@ def resolve_taps(
     chosen: dict[int, list[Selected]] = {}
     declared: list[tuple[int, Declared]] = []
     wanted = None
-    for number, (_, tap) in enumerate(taps):
+    for number, (name, tap) in enumerate(taps):
         if isinstance(tap, Declared):
             declared.append((number, tap))
             continue
         try:
             chosen[number] = select(model, tap.select, watches)
         except CaptureError as error:
-            problems.extend(error.problems)
+            problems.extend(no_option(name, problem) for problem in error.problems)
     if declared:
         try:
             wanted = resolve(model, declared, watches)
