@@ -61,6 +61,17 @@ def test_a_skipped_layer_can_be_allowed() -> None:
     assert list(got.named("hidden")) == ["layers.0"]
 
 
+def test_a_module_that_is_never_called_needs_another_hint() -> None:
+    """``nn.MultiheadAttention`` takes the weights of ``out_proj`` and does not call it: 'some' would not help."""
+    net = nn.MultiheadAttention(8, 2)
+    text = "reads its weights without calling it, give expect='maybe'"
+    with pytest.raises(wl.CaptureError, match=text), wl.capture(net, hidden="out_proj"):
+        net(x(), x(), x())
+    with wl.capture(net, hidden=wl.Output("out_proj", expect="maybe")) as got:
+        net(x(), x(), x())
+    assert got["hidden"] == ()
+
+
 def test_sub_models_called_directly_count() -> None:
     net = Net()
     with wl.capture(net, hidden="layers.*") as got:

@@ -114,7 +114,7 @@ def _fired(
         if any(calls.values()):
             return []
         what = "none of its modules ran" if len(chosen) > 1 else "its module did not run"
-        why = _why(session, root, chosen[0])
+        why = _why(session, root, chosen[0], allowing="maybe")
         return [Problem(f"tap {name!r} recorded nothing: {what}", fqn=chosen[0].fqn, hint=why)]
     problems: list[Problem] = []
     done = [forward for forward in session.forwards if forward.done and not forward.around]
@@ -148,8 +148,8 @@ def _missed(fired: Sequence[int | None], done: Sequence[Forward]) -> list[Forwar
     return [forward for forward in done if forward.number not in within]
 
 
-def _why(session: Session, root: nn.Module, item: Selected) -> str:
-    """The likeliest reason why a module's hook did not see it run."""
+def _why(session: Session, root: nn.Module, item: Selected, *, allowing: str = "some") -> str:
+    """The likeliest reason why a module's hook did not see it run. ``allowing``: the ``expect`` that would allow it."""
     now = at(root, item.fqn)
     if now is not item.module:
         other = "nothing" if now is None else f"another {type(original(now)).__name__}"
@@ -163,7 +163,8 @@ def _why(session: Session, root: nn.Module, item: Selected) -> str:
         )
     if not session.forwards and not any(session.fired):
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
-    return f"if it is skipped on purpose, give expect='some'; if it was compiled: {_COMPILED}"
+    skipped = "if it is skipped on purpose, or its parent reads its weights without calling it"
+    return f"{skipped}, give expect={allowing!r}; if it was compiled: {_COMPILED}"
 
 
 def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:
