@@ -10,7 +10,7 @@ from torch import nn
 from weightlift.capture import hooks
 from weightlift.capture.checks import settle
 from weightlift.capture.result import Records
-from weightlift.capture.select import keep_for, kept_for
+from weightlift.capture.select import keep_for, kept_for, own_taps
 from weightlift.capture.session import Session, Stopped, open_sessions, running, without
 from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, lasting
@@ -86,7 +86,8 @@ def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capt
 
     Args:
         model: any module. While a capture is open, hooks stand on the chosen modules and on itself; else on nothing.
-        declared: names that the model's class declares (Transformers models: ``"hidden_states"``, ``"attentions"``, …).
+        declared: names that the model's class declares (Transformers models: ``"hidden_states"``, ``"attentions"``, …;
+            classes with `records`: those of its taps).
         taps: a name each, and what to take: a pattern of names, a class, a module, a predicate
             ``(fqn, module) -> bool``, a list of these, or an `Output`, `Input` or `Declared`.
 
@@ -112,4 +113,6 @@ def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capt
     except TypeError:  # a list among the options: not to be looked up
         lasts = False
     require_module(model)
-    return Capture(model, collect_taps(declared, taps), None, key if lasts else None)
+    chosen = collect_taps(declared, taps, own_taps(model))
+    lasts = lasts and all(map(lasting, chosen.values()))
+    return Capture(model, chosen, None, key if lasts else None)

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from weightlift.capture.api import Capture
 from weightlift.capture.recorder import State, run
 from weightlift.capture.result import Entry
-from weightlift.capture.taps import Tap, collect_taps
+from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
 from weightlift.errors import CaptureError
 
 _PLACE = "_weightlift_records"
@@ -32,6 +32,7 @@ def records(**taps: Any) -> Callable[[Function], Function]:
     what the forward returns: a mapping or a dataclass gets an entry or attribute ``hidden_states`` with a tuple of
     values; a tuple gets one more element for each, in the order of the taps; anything else, a tensor for instance, is
     returned in a tuple with them. A call raises `CaptureError` if the tap finds no module, or one that does not run.
+    `capture` and `recorder` take the taps by their names, as what a Transformers class declares.
     """
     known = collect_taps((), taps)
 
@@ -56,6 +57,7 @@ def records(**taps: Any) -> Callable[[Function], Function]:
                 output = forward(self, *args, **kwargs)
             return attach(output, chosen, tuple([got[name] for name in chosen]))
 
+        setattr(wrapper, OWN_TAPS, {**getattr(forward, OWN_TAPS, {}), **known})
         return wrapper  # type: ignore[return-value]
 
     return decorate

@@ -20,7 +20,7 @@ from weightlift.capture.declared import Wanted
 from weightlift.capture.gathering import Gather
 from weightlift.capture.regions import names_of, region_of
 from weightlift.capture.result import Entry, Recorded, Records
-from weightlift.capture.select import Selected, compiled_wrapper, original
+from weightlift.capture.select import Selected, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
 from weightlift.capture.template import awaited, resolve_taps
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
@@ -151,7 +151,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     later on modules it had to copy (those on the way to what is wanted) are seen after ``record.refresh()``.
     """
     require_module(model)
-    state = State(model, collect_taps(declared, taps))
+    state = State(model, collect_taps(declared, taps, own_taps(model)))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare() -> bool:

@@ -34,6 +34,7 @@ class _Settles(Protocol):
 
 class _Open(Protocol):
     raw: list[Any]
+    forgotten: bool
 
     def settle_raw(self) -> None: ...
 
@@ -111,6 +112,13 @@ class Records(Mapping[str, tuple[Any, ...]]):
             counts[entry.tap] += 1
         return f"Records({', '.join(f'{name}: {count}' for name, count in zip(self._names, counts))})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle is the values alone, whatever recorded them."""
+        if self._session is not None and not self._session.forgotten:
+            raise TypeError("the capture is open and records on: leave its with block, then pickle or copy them")
+        entries, problems = self._entries()
+        return _settled, (tuple(self._names), entries, tuple(problems))
+
     def _of(self, name: str) -> list[Entry]:
         entries, problems = self._entries()
         if problems:
@@ -124,13 +132,20 @@ class Records(Mapping[str, tuple[Any, ...]]):
 
     def _entries(self) -> tuple[list[Entry], Sequence[Problem]]:
         """A recorder's values are looked through when they are first read: not in compiled code."""
+        if self._settled is not None:
+            return self._settled
         if self._recorder is None:
             if self._session is not None and self._session.raw:  # the capture may still be open
                 self._session.settle_raw()
             return self._raw, ()
-        if self._settled is None:
-            self._settled = self._recorder.settle(self._raw)
+        self._settled = self._recorder.settle(self._raw)
         return self._settled
+
+
+def _settled(names: Sequence[str], entries: list[Entry], problems: Sequence[Problem]) -> Records:
+    records = Records(names, entries)
+    records._settled = entries, problems
+    return records
 
 
 def places(calls: Sequence[int], count: int) -> tuple[set[int], list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from weightlift.capture.taps import OWN_TAPS
 from weightlift.errors import CaptureError, Problem
 
 _KEPT = 32  # resolved selectors per model
@@ -40,6 +41,11 @@ def original(module: nn.Module) -> nn.Module:
     while compiled_wrapper(module):
         module = module._orig_mod  # type: ignore[assignment]
     return module
+
+
+def own_taps(model: nn.Module) -> Any:
+    """What the model's class gives names to with `weightlift.records`."""
+    return getattr(type(original(model)).forward, OWN_TAPS, {})
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -188,6 +188,8 @@ def require_module(model: object) -> None:
 
 Tap: TypeAlias = "Output | Declared"
 _SELECTORS = "a pattern, a module class, a module, a predicate"
+_NO_TAPS: Mapping[str, Tap] = {}
+OWN_TAPS = "_weightlift_taps"  # the attribute of a forward that `records` decorated
 _OPTIONS = frozenset(item.name for tap in (Output, Declared) for item in fields(tap)) - {"select", "key"}
 
 
@@ -216,11 +218,19 @@ def as_tap(value: object) -> Tap:
     )
 
 
-def collect_taps(declared: Sequence[str | Declared], named: dict[str, Any]) -> dict[str, Tap]:
-    """Every tap by its name. Raises `CaptureError` when two have the same name, or when there are none."""
+def collect_taps(
+    declared: Sequence[str | Declared], named: dict[str, Any], own: Mapping[str, Tap] = _NO_TAPS
+) -> dict[str, Tap]:
+    """Every tap by its name. ``own``: what the model's class gives names to, by `records`.
+
+    Raises `CaptureError` when two have the same name, or when there are none.
+    """
     taps: dict[str, Tap] = {}
     problems = []
     for item in declared:
+        if isinstance(item, str) and item in own and item not in (*taps, *named):
+            taps[item] = own[item]
+            continue
         tap = Declared(item) if isinstance(item, str) else item
         if not isinstance(tap, Declared):
             what = "a positional argument is what a model's class declares"
@@ -234,6 +244,10 @@ def collect_taps(declared: Sequence[str | Declared], named: dict[str, Any]) -> d
             taps.setdefault(name, as_tap(value))
         except CaptureError as error:
             problems.extend(no_option(name, problem) for problem in error.problems)
+    for tap in (*declared, *named.values()):
+        if isinstance(tap, Declared) and tap.key in own:
+            what = f"{tap.key!r} is recorded by the class's own wl.records, which has its options there"
+            problems.append(Problem(what, hint=f"give the name alone, {tap.key!r}, or select modules: wl.Output(…)"))
     if not taps and not problems:
         problems.append(Problem("no tap was given", hint='for instance hidden="model.layers.*"'))
     if problems:
