@@ -84,6 +84,7 @@ def plan(
     A plan that does not fit is returned like any other, with its ``problems``. Raises CheckpointError for a checkpoint
     that breaks its format, and what the constructor raises.
     """
+    _require_module(module, ckpt)
     options = LoadOptions.create(
         dtype=dtype,
         device=device,
@@ -150,8 +151,8 @@ def load(
         ckpt: a ``.safetensors``, ``.pt`` or ``.bin`` file, an index, a folder, a hub id, a mapping of tensors, or what
             `open_checkpoint` returned.
         dtype: None keeps the module's own dtypes, as ``load_state_dict`` does; "auto" takes the checkpoint's; a
-            ``torch.dtype`` applies to all floating-point tensors, missing ones and non-persistent buffers too; a
-            mapping of fqn patterns (``fnmatch``, the first that matches decides) to any of these.
+            ``torch.dtype``, or the name of one, applies to all floating-point tensors, missing ones and non-persistent
+            buffers too; a mapping of fqn patterns (``fnmatch``, the first that matches decides) to any of these.
         device: where every tensor goes; None leaves the module's own.
         device_map: fqn prefix → device, the longest prefix decides, "" is the rest.
         strict: refuse missing and unexpected keys, and tied names with different values. A name that a tied one
@@ -209,8 +210,20 @@ def _subject(
 ) -> Subject:
     if isinstance(module, nn.Module):
         return Subject(Inventory.of(module), None, existing=True)
-    if not callable(module):
-        raise TypeError(f"expected a torch.nn.Module or a callable that builds one, found {type(module).__name__}")
     load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
     built, recorder = construct(module, load)
     return Subject(Inventory.of(built), recorder)
+
+
+def _require_module(module: object, ckpt: object) -> None:
+    if isinstance(module, nn.Module) or callable(module):
+        return
+    found = f"found {_named(module)}"
+    if isinstance(ckpt, nn.Module) or callable(ckpt):
+        order = "the arguments are swapped: first the module or what builds it, then the checkpoint"
+        raise TypeError(f"{order}; {found} before {_named(ckpt)}")
+    raise TypeError(f"expected a torch.nn.Module or a callable that builds one, {found}")
+
+
+def _named(value: object) -> str:
+    return repr(value) if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)

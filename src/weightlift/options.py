@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import threading
@@ -87,7 +88,6 @@ class LoadOptions:
 
         Raises ValueError or TypeError for what can't be meant, OSError for a trace that can't be written.
         """
-        _check_dtype(dtype)
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
         if workers is not None and not isinstance(workers, int):
@@ -99,13 +99,15 @@ class LoadOptions:
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise TypeError(f"cancel must be a threading.Event, found {cancel!r}")
         _check_key_mapping(key_mapping)
+        if memory_budget_bytes is not None and not isinstance(memory_budget_bytes, int):
+            raise TypeError(f"memory_budget_bytes must be a whole number of bytes, found {memory_budget_bytes!r}")
         if memory_budget_bytes is not None and memory_budget_bytes < 1:
             raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
         _check_ranks(parallelize, source_rank, rank_patience_seconds)
         if verify and (parallelize is not None or source_rank is not None):
             raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
         return cls(
-            dtype=dtype,
+            dtype=_dtypes(dtype),
             device=_device(device),
             device_map=_device_map(device_map),
             strict=bool(strict),
@@ -151,22 +153,36 @@ def _check_ranks(parallelize: Parallelize | None, source_rank: int | None, patie
         raise ValueError(f"rank_patience_seconds must be positive, found {patience!r}")
 
 
-def _check_dtype(dtype: DtypeOption) -> None:
-    if isinstance(dtype, Mapping):
-        for pattern, value in dtype.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"a dtype mapping goes from fqn patterns to dtypes, found the key {pattern!r}")
-            if isinstance(value, Mapping):
-                raise TypeError(f"dtype[{pattern!r}] must be a torch.dtype, 'auto' or None")
-            _check_dtype(value)
-    elif isinstance(dtype, str):
-        if dtype != "auto":
-            raise ValueError(f"dtype must be None, 'auto', a torch.dtype or a mapping of fqn patterns, found {dtype!r}")
-    elif isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is for floating-point tensors; {dtype} is not a floating-point dtype")
-    elif dtype is not None:
-        raise TypeError(f"dtype must be None, 'auto', a torch.dtype or a mapping of fqn patterns, found {dtype!r}")
+def _dtypes(dtype: DtypeOption) -> DtypeOption:
+    """Checked, with dtypes in place of their names."""
+    if not isinstance(dtype, Mapping):
+        return _dtype(dtype)
+    checked: dict[str, torch.dtype | str | None] = {}
+    for pattern, value in dtype.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a dtype mapping goes from fqn patterns to dtypes, found the key {pattern!r}")
+        if isinstance(value, Mapping):
+            raise TypeError(f"dtype[{pattern!r}] must be a torch.dtype, 'auto' or None")
+        checked[pattern] = _dtype(value)
+    return checked
+
+
+def _dtype(dtype: object) -> torch.dtype | str | None:
+    found = dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            names = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+            floating = [name for name in names if getattr(torch, name).is_floating_point]
+            near = difflib.get_close_matches(dtype, floating, cutoff=0.5)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"dtype {dtype!r} is not a dtype of torch; expected one, its name, or 'auto'{hint}")
+    if isinstance(found, torch.dtype) and not found.is_floating_point:
+        raise ValueError(f"dtype is for floating-point tensors; {found} is not a floating-point dtype")
+    if not isinstance(found, torch.dtype | str | None):
+        expected = "None, 'auto', a torch.dtype, the name of one, or a mapping of fqn patterns"
+        raise TypeError(f"dtype must be {expected}, found {dtype!r}")
+    return found
 
 
 def _check_key_mapping(key_mapping: KeyMapping | None) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -132,6 +134,54 @@ def test_the_manifest_keeps_odd_names_of_others(tmp_path: Path) -> None:
     wl.save(Net(), tmp_path, manifest=True)
     kept = (tmp_path / "SHA256SUMS").read_bytes().splitlines(keepends=True)
     assert sorted(kept) == sorted([*text.splitlines(keepends=True), next(line for line in kept if b"model" in line)])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5_000_000_000), ("512 MiB", 2**29), ("1.5kb", 1500), ("700B", 700), (" 2TiB ", 2**41), (1500, 1500)],
+)
+def test_sizes_of_files(text: str | int, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    saving = sys.modules["weightlift.checkpoint.save"]
+    real = saving._split
+    monkeypatch.setattr(saving, "_split", lambda *given: seen.append(given[2]) or real(*given))
+    wl.save(Net(), tmp_path, max_shard_bytes=text)
+    assert seen == [size]
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [("5 gigabytes", ValueError), ("GB", ValueError), ("5", ValueError), ("5iB", ValueError), ("0GB", ValueError),
+     (0, ValueError), (-1, ValueError), (5e9, TypeError), (None, TypeError), (True, TypeError)],
+)  # fmt: skip
+def test_sizes_that_are_none(size: Any, error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match="max_shard_bytes must be"):
+        wl.save(Net(), tmp_path, max_shard_bytes=size)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "deep/x.safetensors", "x.pt", "pytorch_model.bin"])
+def test_the_name_of_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(wl.CheckpointError, match="is the name of a file; save writes files into a folder") as caught:
+        wl.save(Net(), path)
+    assert not path.exists() and str(path.parent) in str(caught.value)
+    model = Net()
+    wl.save(model, path.parent, name=path.stem)  # as the message says
+    assert same(wl.load(Net, path.with_suffix(".safetensors")), model)
+    folder = tmp_path / "other" / name
+    folder.mkdir(parents=True)  # a folder of that name may be meant
+    wl.save(model, folder)
+    assert same(wl.load(Net, folder), model)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("mine")
+    with pytest.raises(wl.CheckpointError, match="is a file; save writes files into a folder"):
+        wl.save(Net(), path)
+    with pytest.raises(wl.TransferError, match="the folder can't be made"):
+        wl.save(Net(), path / "inside")
+    assert path.read_text() == "mine"
 
 
 def test_what_the_format_cannot_hold(tmp_path: Path) -> None:

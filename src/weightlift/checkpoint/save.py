@@ -36,14 +36,14 @@ def save(
     module: nn.Module | Mapping[str, torch.Tensor],
     folder: str | os.PathLike[str],
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
     manifest: bool = False,
 ) -> tuple[Path, ...]:
     """Write a module's state dict (or a mapping of tensors) to a folder as safetensors files; returns their paths.
 
-    One file ``{name}.safetensors``; or, where that would exceed ``max_shard_bytes``, files
+    One file ``{name}.safetensors``; or, where that would exceed ``max_shard_bytes`` (a number, or ``"5GB"``), files
     ``{name}-00001-of-0000N.safetensors`` and ``{name}.safetensors.index.json``, split as huggingface_hub does it. Names
     that share one tensor are written once, under the first; the file's metadata maps the others to it.
 
@@ -57,27 +57,69 @@ def save(
         manifest: write the files' hashes to ``SHA256SUMS``, for ``verify=True``.
 
     Raises:
-        CheckpointError: a tensor or value that the format cannot hold, every one named; or another checkpoint in the
-            folder would be read instead of this one. Nothing was written.
+        CheckpointError: a tensor or value that the format cannot hold, every one named; the folder is a file, or named
+            as one; or another checkpoint in it would be read instead of this one. Nothing was written.
         TransferError: writing failed; the old checkpoint is as it was.
 
     Memory: one tensor of another device, or one that is not contiguous, is copied at a time. Thread-safe; saves into
     one folder wait for one another. The module must not be written to meanwhile.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
+    limit = _shard_bytes(max_shard_bytes)
+    if not isinstance(module, nn.Module | Mapping):
+        swapped = "the arguments are swapped: " if isinstance(folder, nn.Module | Mapping) else ""
+        raise TypeError(f"{swapped}expected a torch.nn.Module or a mapping of tensors, found {type(module).__name__}")
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"name must be the beginning of a file name, found {name!r}")
-    where = Path(os.path.abspath(folder))
+    where = _folder(folder)
     state = module.state_dict() if isinstance(module, nn.Module) else module
     with outside_modes():
         tensors, ties = _untied(_savable(state))
         texts = {**ties, "format": "pt", **{str(key): str(value) for key, value in (metadata or {}).items()}}
-        split, index = _split(tensors, name, max_shard_bytes)
-        where.mkdir(parents=True, exist_ok=True)
+        split, index = _split(tensors, name, limit)
+        _make(where)
         with _alone_in(where):
             _Saving(where, name, [*split], index).run(split, tensors, texts, manifest=manifest)
     return tuple(where / file for file in split)
+
+
+def _shard_bytes(value: int | str) -> int:
+    """A positive number of bytes, or text such as ``"5GB"`` or ``"512 MiB"``. Raises TypeError or ValueError."""
+    expected = "max_shard_bytes must be a whole number of bytes, or text as '5GB' or '512MiB'"
+    size = value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", value.upper())
+        if match is None or (match[3] and not match[2]):
+            raise ValueError(f"{expected}, found {value!r}")
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{expected}, found {value!r}")
+    if size < 1:
+        raise ValueError(f"max_shard_bytes must be positive, found {value!r}")
+    return size
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """Raises `CheckpointError` for the name of a file: a folder of that name is not what anybody means."""
+    where = Path(os.path.abspath(path))
+    if where.is_dir():
+        return where
+    if where.exists():
+        what = "is a file; save writes files into a folder"
+    elif where.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        what = "is the name of a file; save writes files into a folder"
+    else:
+        return where
+    stem = re.sub(r"[^\w.-]", "_", where.stem).lstrip(".-") or "model"
+    hint = f"save(module, {str(where.parent)!r}, name={stem!r}) writes {where.parent / stem}.safetensors"
+    raise CheckpointError("not saved", [Problem(what, file=where, hint=hint)])
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = Problem(f"the folder can't be made: {error}", file=folder)
+        raise TransferError("saving failed", [problem]) from error
 
 
 def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

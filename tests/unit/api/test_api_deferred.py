@@ -94,7 +94,7 @@ def test_load_takes_the_options_of_load():
     with pytest.raises(TypeError):
         wl.defer(Watching).load(STATE, nonsense=1)
     with pytest.raises(ValueError, match="dtype"):
-        wl.defer(Watching).plan(STATE, dtype="half")
+        wl.defer(Watching).plan(STATE, dtype="quarter")
 
 
 def test_the_seed_of_defer_holds_for_load():

@@ -167,7 +167,9 @@ def test_complex_and_integer_tensors_keep_their_dtype(tmp_path):
         ({"device_map": "auto"}, (TypeError, ValueError)),  # BUG: AttributeError: 'str' object has no attribute 'items'
         ({"device_map": {3: "cpu"}}, TypeError),
         ({"device": 1.5}, TypeError),
-        ({"dtype": "float16"}, ValueError),
+        ({"dtype": "float17"}, ValueError),
+        ({"dtype": "int8"}, ValueError),
+        ({"dtype": "Tensor"}, ValueError),
         ({"dtype": torch.int8}, ValueError),
         ({"dtype": torch.complex64}, ValueError),
         ({"dtype": 16}, TypeError),
@@ -200,6 +202,34 @@ def test_options_that_cannot_be_meant(ckpt, options, error):
     with pytest.raises(error):
         wl.load(module, ckpt, **options)
     assert all_bits(module) == before
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_by_its_name(ckpt, name):
+    assert wl.load(Net, ckpt, dtype=name).first.weight.dtype == torch.bfloat16
+    mixed = wl.defer(Net).load(ckpt, dtype={"norm.*": "float32", "*": name})
+    assert (mixed.first.weight.dtype, mixed.norm.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "near"), [("bf16", "'bfloat16'"), ("fp16", "'float16'"), ("flaot32", "'float32'")])
+def test_a_dtype_that_torch_does_not_have_names_what_comes_near(ckpt, name, near):
+    with pytest.raises(ValueError, match=f"dtype '{name}' is not a dtype of torch.*did you mean .*{near}"):
+        wl.load(Net, ckpt, dtype=name)
+
+
+def test_swapped_arguments(ckpt, tmp_path):
+    state = filled().state_dict()
+    for source in (ckpt, str(ckpt), state, wl.open_checkpoint(ckpt)):
+        for module in (Net, Net(), lambda: Net()):
+            for call in (wl.load, wl.plan):
+                with pytest.raises(TypeError, match="the arguments are swapped: first the module"):
+                    call(source, module)
+    with pytest.raises(TypeError, match="the arguments are swapped"):
+        wl.save(tmp_path / "x", Net())
+    for wrong in (None, 3, "net.safetensors"):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or a callable"):
+            wl.load(wrong, ckpt)
+    assert not (tmp_path / "x").exists()
 
 
 def test_device_map_takes_the_longest_prefix(ckpt):
