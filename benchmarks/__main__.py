@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from benchmarks import cases, report
 from benchmarks.harness import CEILING, OURS, Case, Result, run_case
+from weightlift.cli.streams import guarded
 
 
-def main() -> None:
+def main() -> int:
     """Run, print the table, write the files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="weightlift beside its peers")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases.FILES)}; all when none is given")
@@ -33,7 +35,7 @@ def main() -> None:
     wanted = [_beside(cases.find(name), arguments.beside) for name in arguments.cases or cases.FILES]
     if arguments.list:
         print("\n".join(f"{case.name:14} {case.title}: {case.target}" for case in wanted))
-        return
+        return 0
     results: list[Result] = []
     for case in wanted:
         result = _run(case, arguments.rounds, arguments.scale, arguments.folder)
@@ -43,6 +45,7 @@ def main() -> None:
         text = _write(results, arguments.scale, arguments.out)  # after each: all of them can take an hour
     if results:
         print(text)
+    return 0
 
 
 def _write(results: list[Result], scale: float, folder: Path | None) -> str:
@@ -88,4 +91,4 @@ def _run(case: Case, rounds: int, scale: float, parent: Path | None) -> Result |
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main, "benchmarks"))

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     import weightlift as wl
     from weightlift.cli.model import builder
     from weightlift.cli.output import add, console, table
+    from weightlift.cli.wording import as_flags
     from weightlift.options import writable_target
     from weightlift.plan.report import human_bytes
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
     for note in notes.texts:
         if not (report.warning() and note.endswith(report.warning())):
-            print(f"weightlift load: {note}", file=sys.stderr)
+            print(f"weightlift load: {as_flags(note)}", file=sys.stderr)
     out = console()
     out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)
     out.print(str(report), soft_wrap=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from weightlift.cli.arguments import UsageError
+from weightlift.cli.streams import guarded
+from weightlift.cli.wording import as_flags
 
 _COMMANDS = {
     "inspect": "what a checkpoint holds: keys, shapes, dtypes, bytes",
@@ -31,11 +32,18 @@ _PROGRAM = "run"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    if wanted == _PROGRAM:
+        return _main(words, wanted)  # somebody else's program: what it raises is its own, and so are the streams
+    name = f"weightlift {wanted}" if wanted in _COMMANDS else "weightlift"
+    return guarded(lambda: _main(words, wanted), name, debug="--debug" in words)
+
+
+def _main(words: list[str], wanted: str | None) -> int:
     parser = argparse.ArgumentParser(prog="weightlift", description="Puts checkpoint weights into PyTorch modules.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    wanted = next((word for word in words if not word.startswith("-")), None)
     if wanted != _PROGRAM:
         # Keys may hold any character, and a pipe's encoding may be ASCII.
         for stream in (sys.stdout, sys.stderr):
@@ -56,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if arguments.command == _PROGRAM:
-        # Somebody else's program: what it raises is its own, and so are the streams.
         return int(importlib.import_module("weightlift.cli.run").run(arguments))
     return _run(arguments)
 
@@ -67,7 +74,6 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         command = importlib.import_module(f"weightlift.cli.{arguments.command}")
         code: int = command.run(arguments)
-        sys.stdout.flush()
         return code
     except UsageError as error:
         return _failed(error, arguments, 2)
@@ -76,17 +82,13 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has gone. What is still buffered must not fail a second time at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
 
 
 def _failed(error: Exception, arguments: argparse.Namespace, code: int) -> int:
     if arguments.debug:
         traceback.print_exception(error)
     else:
-        print(f"weightlift {arguments.command}: {error}", file=sys.stderr)
+        print(f"weightlift {arguments.command}: {as_flags(str(error))}", file=sys.stderr)
     return code
 
 

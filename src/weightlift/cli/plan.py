@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     import weightlift as wl
     from weightlift.cli.model import builder
     from weightlift.cli.output import console, print_plan
+    from weightlift.cli.wording import as_flags
 
     try:
         made = wl.plan(
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(made.to_json(indent=2))
     else:
-        print_plan(console(), str(made))
+        print_plan(console(), as_flags(str(made)))
     if not made.problems:
         return 0
     count = len(made.problems)
