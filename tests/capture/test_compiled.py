@@ -241,7 +241,8 @@ def test_a_capture_around_a_compiled_model_says_what_to_use() -> None:
     with pytest.raises(wl.CaptureError, match=r"wl\.recorder"), wl.capture(fast, hidden="layers.*"):
         pass
     for _ in range(2):
-        with pytest.raises(wl.CaptureError, match="no place for hooks"), wl.capture(net, hidden="layers.*"):
+        text = "none of its modules was seen to run.*no place for hooks"  # they did run
+        with pytest.raises(wl.CaptureError, match=text), wl.capture(net, hidden="layers.*"):
             fast(x())
     fast(x())
     assert hooks_on(net) == 0

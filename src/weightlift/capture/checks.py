@@ -113,7 +113,7 @@ def _fired(
     if not any(calls.values()) or tap.expect == "some":
         if any(calls.values()):
             return []
-        what = "none of its modules ran" if len(chosen) > 1 else "its module did not run"
+        what = "none of its modules was seen to run" if len(chosen) > 1 else "its module was not seen to run"
         why = _why(session, root, chosen[0], allowing="maybe")
         return [Problem(f"tap {name!r} recorded nothing: {what}", fqn=chosen[0].fqn, hint=why)]
     problems: list[Problem] = []

@@ -52,7 +52,10 @@ def pick(value: Any, index: Any) -> Any:
     """The element ``index`` of an output: of a tuple, a mapping or an object. A `Lack` where there is none."""
     if index is None:
         return value
-    item = _element(value, index)
+    if type(value) is tuple and type(index) is int and -len(value) <= index < len(value):  # the usual case, at once
+        item = value[index]
+    else:
+        item = _element(value, index)
     if item is None:
         return Lack(f"None, in {_kind(value)}", none=True)
     return item
