@@ -110,6 +110,30 @@ def test_none_where_it_is_allowed(call: Calls, expect: Any) -> None:
 
 
 @HOW
+def test_a_field_of_an_output_of_transformers_that_is_none(call: Calls) -> None:
+    """Such an output is a mapping that leaves the field out."""
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    class Gives(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return outputs.BaseModelOutput(last_hidden_state=x + 1)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Gives()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).last_hidden_state
+
+    with pytest.raises(wl.CaptureError, match=r"element that is None.*'attentions'.*of 1 element "):
+        call(Outer(), x(), {"x": wl.Output("model", index="attentions")})
+    assert call(Outer(), x(), {"x": wl.Output("model", index="attentions", expect="maybe")})["x"] == ()
+    with pytest.raises(wl.CaptureError, match=r"isn't there.*'logits'"):
+        call(Outer(), x(), {"x": wl.Output("model", index="logits", expect="maybe")})
+
+
+@HOW
 def test_none_is_no_value_to_edit_and_counts_as_a_call(call: Calls) -> None:
     edit = wl.Output("*.attn", index=1, replace=torch.neg)
     with pytest.raises(wl.CaptureError, match=r"0\.attn: .*is None"):

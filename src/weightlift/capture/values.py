@@ -79,7 +79,10 @@ def _element(value: Any, index: Any) -> Any:
         return items[index] if -len(items) <= index < len(items) else Lack(_kind(value))
     if isinstance(index, str):
         if isinstance(value, Mapping):
-            return value[index] if index in value else Lack(_kind(value))
+            if index in value:
+                return value[index]
+            # Transformers' outputs have no key for a field that is None.
+            return None if getattr(value, index, value) is None else Lack(_kind(value))
         return getattr(value, index) if hasattr(value, index) else Lack(f"{_kind(value)} without that attribute")
     return index(value)
 
@@ -87,9 +90,10 @@ def _element(value: Any, index: Any) -> Any:
 def _kind(value: Any) -> str:
     """What a message says of an output."""
     name = type(value).__name__
-    if isinstance(value, Mapping):
-        return f"{name} of {len(value)} elements ({', '.join([str(key) for key in value])})"
-    return f"{name} of {len(value)} elements" if isinstance(value, (tuple, list)) else name
+    if not isinstance(value, (Mapping, tuple, list)):
+        return name
+    text = f"{name} of {len(value)} element{'' if len(value) == 1 else 's'}"
+    return f"{text} ({', '.join([str(key) for key in value])})" if isinstance(value, Mapping) else text
 
 
 def put(value: Any, index: Any, new: Any) -> Any:

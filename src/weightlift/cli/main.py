@@ -1,6 +1,7 @@
 """``weightlift``: inspect, plan, load, verify, run, demo, bench.
 
-Exit codes: 0; 1 when a checkpoint is broken, does not fit or can't be read; 2 for a wrong command line; 130 for Ctrl-C.
+Exit codes: 0; 1 when a checkpoint is broken, does not fit or can't be read, or the output can't be written; 2 for a
+wrong command line; 130 for Ctrl-C; 141 where whoever read the output has gone.
 A command is imported when it is run, so that ``--help`` costs none of them.
 """
 
