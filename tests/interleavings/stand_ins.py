@@ -81,8 +81,7 @@ class Condition:
         try:
             _wait(lambda: told[0], timeout)
         finally:
-            if not told[0] and told in self._waiting:
-                self._waiting.remove(told)
+            self._waiting = [other for other in self._waiting if other is not told]
             self._lock.acquire()
             self._lock._depth = depth
         return told[0]

@@ -108,6 +108,36 @@ def test_a_helper_never_waits_for_a_writer_who_waits_for_whom_it_helps():
     assert explore(scene, inside=[exclusive], preemptions=1).complete
 
 
+def test_a_reader_that_another_one_waits_for_does_not_wait_behind_a_writer():
+    def scene():
+        lock = exclusive.FairLock()
+        read = exclusive.threading.Event()
+        order = []
+
+        def waiting():
+            def awaited():
+                with lock.shared():
+                    order.append("awaited")
+                read.set()
+
+            with lock.shared():
+                exclusive.threading.Thread(awaited).start()
+                read.wait()
+                order.append("waiting")
+
+        def writer():
+            with lock.alone():
+                assert not lock._readers
+                order.append("writer")
+
+        def check():
+            assert len(order) == 3 and order.index("awaited") < order.index("waiting")
+
+        return [waiting, writer], check
+
+    assert explore(scene, inside=[exclusive], preemptions=1).complete
+
+
 @pytest.mark.parametrize("sizes", [(6, 6), (6, 20, 6), (10, 10, 1)])
 def test_the_budget_is_kept(sizes):
     def scene():

@@ -1,7 +1,8 @@
 """One lock for loads that keep their state to themselves and for those of others that patch the process.
 
 A native load is a reader: any number run at once. A load through somebody else's code, which replaces functions for its
-duration, is the writer: it runs alone. Waiting is first come, first served, so neither kind starves.
+duration, is the writer: it runs alone. Waiting is first come, first served, so neither kind starves; but where no
+reader ends for a while, one may be waiting for the very thread that queues behind a writer, and that is let in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 _log = logging.getLogger("weightlift")
 
 T = TypeVar("T")
+
+PATIENCE_SECONDS = 5.0
+_WORTH_TELLING_SECONDS = 60.0
 
 
 class NotNative(Exception):
@@ -39,9 +43,12 @@ class FairLock:
     """A readers–writer lock, fair and re-entrant; a thread that reads may step out of reading in order to write.
 
     A writer may read and write again within; to a thread that only reads, reading again costs nothing and never waits.
+    A reader overtakes the writers before it when others read and none of them has ended for ``patience_seconds``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self._patience_seconds = patience_seconds
+        self._ended = 0  # readers, so far
         self._condition = threading.Condition()
         self._queue: deque[object] = deque()
         self._readers: dict[int, int] = {}
@@ -65,16 +72,13 @@ class FairLock:
             if me in self._readers:
                 self._readers[me] += 1
             else:
-                self._wait(lambda: self._writer is None)
+                self._wait_shared()
                 self._readers[me] = 1
         try:
             yield
         finally:
             with self._condition:
-                self._readers[me] -= 1
-                if not self._readers[me]:
-                    del self._readers[me]
-                    self._condition.notify_all()
+                self._left(me)
 
     @contextlib.contextmanager
     def helping(self) -> Iterator[None]:
@@ -91,10 +95,7 @@ class FairLock:
         finally:
             with self._condition:
                 self._helpers.discard(me)
-                self._readers[me] -= 1
-                if not self._readers[me]:
-                    del self._readers[me]
-                self._condition.notify_all()
+                self._left(me)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -121,12 +122,42 @@ class FairLock:
                         self._readers[me] = held
                     self._condition.notify_all()
 
-    def _wait(self, free: object) -> None:
-        """Wait for one's turn, and for ``free()`` then. To be called with the condition held."""
+    def _left(self, me: int) -> None:
+        """This thread reads once less. To be called with the condition held, as those below."""
+        self._readers[me] -= 1
+        if not self._readers[me]:
+            del self._readers[me]
+            self._ended += 1
+            self._condition.notify_all()
+
+    def _wait(self, free: Callable[[], bool]) -> None:
+        """Wait for one's turn, and for ``free()`` then."""
+        with self._queueing() as ticket:
+            self._condition.wait_for(lambda: self._queue[0] is ticket and free())
+
+    def _wait_shared(self) -> None:
+        """Wait for a reader's turn."""
+        with self._queueing() as ticket:
+            waited, ended = 0.0, self._ended
+            while not self._condition.wait_for(
+                lambda: self._queue[0] is ticket and self._writer is None, self._patience_seconds
+            ):
+                if self._writer is None and self._readers and self._ended == ended:
+                    return
+                ended = self._ended
+                if waited < _WORTH_TELLING_SECONDS <= (waited := waited + self._patience_seconds):
+                    _log.warning(
+                        "this load has waited %.0f s for one that is left to its own library and runs alone; if that"
+                        " one waits for this thread, neither will end: call wl.install(), or load in its own thread",
+                        waited,
+                    )
+
+    @contextlib.contextmanager
+    def _queueing(self) -> Iterator[object]:
         ticket = object()
         self._queue.append(ticket)
         try:
-            self._condition.wait_for(lambda: self._queue[0] is ticket and free())  # type: ignore[operator]
+            yield ticket
         finally:
             self._queue.remove(ticket)
             self._condition.notify_all()
