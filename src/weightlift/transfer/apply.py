@@ -257,17 +257,13 @@ class _Application:
             return []
         label_samples(self._records)
         nodes = needed(records, supplied)
-        in_part = {
-            row.fqn
-            for row, _, _, record in self._members
-            if row.in_place and record is not None and record not in supplied
-        }
+        in_place = {record for row, _, _, record in self._members if row.in_place and record is not None}
         tasks = []
         for replay in replays(nodes):
             names = [record.label for record in replay.records if record.label]
             task = Task(", ".join(names[:3]) or "a constructor's tensor", replay.nbytes, _runner(replay, self._options))
-            if in_part and in_part.intersection(names):
-                task.run()  # what is read goes on top of it
+            if in_place and any(not in_place.isdisjoint(node.touched) for node in replay.nodes):
+                task.run()  # what is read goes on top of what this reads, or gives a value to
             else:
                 tasks.append(task)
         for record in records:
