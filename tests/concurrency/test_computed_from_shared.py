@@ -1,4 +1,4 @@
-"""What a constructor computes from memory that is read in place: never at the same time, and from the values of then."""
+"""What a constructor computes from memory that is read in place: before the reads, and from the values of then."""
 
 import pytest
 import torch
