@@ -272,6 +272,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._now(func, call, args, kwargs)
         if len(targets) == 1 and not may_fit(func, call, targets[0], args, kwargs):
             return self._now(func, call, args, kwargs)  # which raises
+        if call.written == (0,) and not call.random and not self.trials.are_taken(func, args, kwargs):
+            return self._now(func, call, args, kwargs)
         if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
@@ -306,6 +308,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._now(func, call, args, kwargs)
         if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
             return self._run(func, args, kwargs, tensors)
+        if not call.random and not self.trials.are_taken(func, args, kwargs):
+            return self._now(func, call, args, kwargs)
         return self._defer_results(func, call, args, kwargs, outputs)
 
     def _defer_results(self, func: Any, call: Call, args: Any, kwargs: Any, outputs: list[Result]) -> Any:

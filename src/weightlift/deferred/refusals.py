@@ -18,6 +18,7 @@ from weightlift.deferred.schema import is_bounded
 _DIMS = 6  # of which a small tensor has more than one element each
 _MASKED = {"aten::masked_fill_"}
 _DIVIDING = {"aten::div_", "aten::true_divide_"}
+_ALWAYS_TAKEN = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 
 class Trials:
@@ -39,6 +40,34 @@ class Trials:
             func(_small_like(tensor), *values, **({"generator": torch.Generator()} if random else {}))
         if key is not None:
             self._passed.add(key)
+
+
+    def are_taken(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """False where torch may have no kernel of ``func`` for these dtypes, which their shapes alone do not tell:
+        ``polar`` of halves. Made once for each choice of dtypes, on tensors of two elements a dim."""
+        tensors = tensors_in((args, kwargs))
+        if all(tensor.dtype in _ALWAYS_TAKEN for tensor in tensors):
+            return True
+        key = (id(func), *((tensor.dtype, tensor.dim()) for tensor in tensors))
+        if key not in self._passed:
+            try:
+                with outside_modes(), torch.no_grad():
+                    func(*_shrunk(args), **_shrunk(kwargs))
+            except Exception:  # of whatever kind: then it is made as it is, and torch says
+                return False
+            self._passed.add(key)
+        return True
+
+
+def _shrunk(value: Any) -> Any:
+    """The arguments of a call with small tensors in the place of all."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros([min(extent, 2) for extent in value.shape], dtype=value.dtype, device="cpu")
+    if type(value) in (list, tuple):
+        return type(value)(map(_shrunk, value))
+    if type(value) is dict:
+        return {name: None if name == "generator" else _shrunk(item) for name, item in value.items()}
+    return value
 
 
 def _small_like(tensor: torch.Tensor) -> torch.Tensor:

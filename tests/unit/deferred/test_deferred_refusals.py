@@ -51,6 +51,17 @@ REFUSED = {
     "clamp_ without a bound": lambda: torch.ones(300).clamp_(),
     "clamp without a bound": lambda: torch.ones(300, 300).clamp(),
     "clamp_ without a bound by name": lambda: torch.ones(300).clamp_(min=None, max=None),
+    "polar of halves": lambda: torch.polar(torch.ones(5000).half(), torch.ones(5000).half()),
+    "polar of bfloat16": lambda: torch.polar(torch.ones(5000).bfloat16(), torch.ones(5000).bfloat16()),
+    "complex of bfloat16": lambda: torch.complex(torch.ones(5000).bfloat16(), torch.ones(5000).bfloat16()),
+    "qr of halves": lambda: torch.linalg.qr(torch.ones(80, 80).half()),
+    "svd of bfloat16": lambda: torch.linalg.svd(torch.ones(80, 80).bfloat16()),
+    "det of halves": lambda: torch.linalg.det(torch.ones(80, 80).half()),
+    "matrices of truth values": lambda: torch.ones(80, 80, dtype=torch.bool) @ torch.ones(80, 80, dtype=torch.bool),
+    "softmax of integers": lambda: ints(5000).softmax(0),
+    "a triangle of eight bits": lambda: torch.ones(80, 80).to(torch.float8_e4m3fn).tril(),
+    "a product added to truth values": lambda: torch.ones(80, 80).bool().addmm_(*[torch.ones(80, 80).bool()] * 2),
+    "eight bits plus eight bits": lambda: torch.ones(300).to(torch.float8_e4m3fn).add_(torch.ones(300)),
     "a mask of another shape": lambda: torch.ones(300, 200).masked_fill_(torch.ones(7, 7, dtype=torch.bool), 1.0),
 }
 
@@ -82,6 +93,11 @@ ACCEPTED = {
     "a smaller shape": lambda: torch.ones(3, 200).copy_(torch.ones(200)),
     "one bound": lambda: torch.ones(300).clamp_(max=0.5),
     "bounds that are tensors": lambda: torch.ones(300).clamp_(torch.zeros(300), torch.full((300,), 0.5)),
+    "a product of halves": lambda: torch.ones(80, 80).half() @ torch.ones(80, 80).half(),
+    "a concatenation of bfloat16": lambda: torch.cat([torch.ones(5000).bfloat16(), torch.ones(1).bfloat16()]),
+    "a triangle of halves": lambda: torch.ones(80, 80).half().tril(3),
+    "rows of integers": lambda: ints(500, 8).index_select(0, torch.tensor([7, 499])),
+    "a sum of bfloat16": lambda: torch.ones(500, 8).bfloat16().add_(torch.ones(500, 8).bfloat16()),
     "integers of integers": lambda: ints(300).add_(ints(300)),
 }
 
