@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
@@ -43,8 +43,10 @@ from weightlift.deferred.tape import (
     Fill,
     Node,
     Operation,
+    Readers,
     Record,
     TensorRef,
+    forget,
     frozen,
     generator_for,
     live_readers,
@@ -82,8 +84,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trials = Trials()
         self._in_use = threading.RLock()
         # The buffer of a dead storage takes its record along, before the address can be used again.
-        records = self.records
-        self._on_death: Callable[[Any], object] = lambda record: records.pop(record.key, None)
+        self._on_death: Callable[[Any], object] = functools.partial(forget, self.records)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -229,8 +230,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for record, _ in deps:
             if record not in writes:
                 if record.readers is None:
-                    record.readers = []
-                record.readers.append(weakref.ref(node))
+                    record.readers = Readers()
+                record.readers.add(node)
 
     def append_alone(
         self, func: Any, record: Record, tensor: torch.Tensor, values: tuple[Any, ...], overwrites: bool, random: bool

@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 
 from weightlift import pages
 
@@ -135,12 +136,28 @@ class _LargeArena(_Arena):
         return Block(size_bytes, piecewise=True)
 
 
-def open_range(buffer: memoryview, block: Block, offset: int) -> None:
-    """Make a reservation accessible, before anybody writes there. Once for each."""
+def open_range(
+    buffer: memoryview, block: Block, offset: int, in_use: Callable[[], bool] | None = None
+) -> None:
+    """Make a reservation accessible, before anybody writes there. Once for each. ``in_use``: whether the memory is to
+    stay when the buffer dies (None: it is not); who says so cuts it anew (`cut_again`)."""
     unseal(block, offset, buffer.nbytes)
     if block.piecewise:
+        weakref.finalize(buffer, _leave, block, offset, buffer.nbytes, in_use).atexit = False
+
+
+def cut_again(block: Block, offset: int, nbytes: int) -> memoryview:
+    """Another buffer in the place of one that has died while it was in use, with what was written there."""
+    buffer = block.view[offset : offset + nbytes]
+    if block.piecewise:
+        weakref.finalize(buffer, _leave, block, offset, nbytes).atexit = False
+    return buffer
+
+
+def _leave(block: Block, offset: int, nbytes: int, in_use: Callable[[], bool] | None = None) -> None:
+    if in_use is None or not in_use():
         # To the end of its last page, which is nobody else's.
-        weakref.finalize(buffer, give_back, block, offset, _round_up(buffer.nbytes, _PAGE)).atexit = False
+        give_back(block, offset, _round_up(nbytes, _PAGE))
 
 
 def unseal(block: Block, offset: int, nbytes: int) -> None:

@@ -9,7 +9,8 @@ Values are produced in place, in the order in which the constructor made them. A
 still unexecuted node has to read pulls that node in first (write after read).
 
 The records and nodes hold no tensor and no storage of the user's: only the weak reference of the record to its buffer.
-So ``param.data = other`` can't re-point a tape, and a storage that the user drops is gone.
+So ``param.data = other`` can't re-point a tape, and a storage that the user drops is gone; only memory that was written
+to, and that a recorded call has still to read, outlives it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from weightlift.deferred.reserve import Block, give_back, open_range, unseal
+from weightlift.deferred.reserve import Block, cut_again, give_back, open_range, unseal
 
 
 class Record(weakref.ref):  # type: ignore[type-arg]
@@ -37,7 +38,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     block: Block
     offset: int
     last: Node | None
-    readers: list[weakref.ref[Operation]] | None
+    readers: Readers | None
     pinned: bool
     opened: bool
     label: str | None
@@ -59,7 +60,9 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         buffer = self()
         if buffer is not None:
             if not self.opened:
-                open_range(buffer, self.block, self.offset)
+                if self.readers is None:
+                    self.readers = Readers()
+                open_range(buffer, self.block, self.offset, self.readers.waiting)
                 self.opened = True
             return buffer  # type: ignore[no-any-return]
         if self.scratch is None:
@@ -67,6 +70,13 @@ class Record(weakref.ref):  # type: ignore[type-arg]
             unseal(block, 0, self.nbytes)
             self.scratch = block.view
         return self.scratch
+
+    def outlive(self) -> None:
+        """The storage is gone. What was written there stays, if a recorded call has still to read it."""
+        if not self.pending:
+            self.last = None  # which refers back
+        if self.opened and self.readers is not None and self.readers.waiting():
+            self.scratch = cut_again(self.block, self.offset, self.nbytes)
 
     def release_scratch(self) -> None:
         """Give the scratch memory of a dropped storage back, unless a recorded call has still to read it."""
@@ -109,13 +119,38 @@ def new_record(
     return record
 
 
+def forget(records: dict[int, Record], record: Record) -> None:
+    """The buffer of ``record`` is gone, and with it the storage; what recorded calls still read of it is kept."""
+    records.pop(record.key, None)
+    record.outlive()
+
+
+class Readers:
+    """Calls that have been recorded and read one storage, as long as somebody holds what they make."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self) -> None:
+        self._nodes: list[weakref.ref[Operation]] = []
+
+    def add(self, node: Operation) -> None:
+        """One more."""
+        self._nodes.append(weakref.ref(node))
+
+    def live(self) -> list[Operation]:
+        """Those that have not been executed."""
+        nodes = [node for ref in self._nodes if (node := ref()) is not None and not node.done]
+        self._nodes = [weakref.ref(node) for node in nodes]
+        return nodes
+
+    def waiting(self) -> bool:
+        """Whether there is one that has not been executed. May be asked by any thread, at any moment."""
+        return any((node := ref()) is not None and not node.done for ref in tuple(self._nodes))
+
+
 def live_readers(record: Record) -> list[Operation]:
     """The unexecuted calls, of results that somebody still holds, that have to read ``record``."""
-    if not record.readers:
-        return []
-    nodes = [node for ref in record.readers if (node := ref()) is not None and not node.done]
-    record.readers = [weakref.ref(node) for node in nodes]
-    return nodes
+    return record.readers.live() if record.readers is not None else []
 
 
 class TensorRef:
