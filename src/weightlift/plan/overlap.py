@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import TensorSpec
 from weightlift.errors import Problem
 from weightlift.plan.parts import overlap, within
 from weightlift.plan.records import Offer
 from weightlift.plan.regions import Region
-from weightlift.strides import is_row_major, span_elements
+from weightlift.strides import is_row_major, row_major, span_elements
 
 Fitting = Mapping[int, tuple[TensorSpec, Offer]]
 
@@ -73,13 +74,27 @@ def _overlap(a: TensorSpec, b: TensorSpec) -> bool:
 
 def _part_of(whole: TensorSpec, offer: Offer, item: TensorSpec) -> Offer | None:
     """What ``offer``, the value of ``whole``, says about ``item``; None where it does not say all of it."""
-    if whole.dtype != item.dtype or offer.parts or not is_row_major(whole.shape, whole.stride):
+    if whole.dtype != item.dtype or offer.parts:
         return None
     region = Region(item.shape, item.stride, item.offset - whole.offset)
     if region.offset < 0 or region.offset + span_elements(region.shape, region.stride) > whole.numel:
         return None
-    entry = within(replace(offer.entry, shape=whole.shape) if not whole.shape else offer.entry, region)
+    laid = _as_it_lies(whole, replace(offer.entry, shape=whole.shape) if not whole.shape else offer.entry)
+    entry = None if laid is None else within(laid, region)
     return None if entry is None else offer._replace(entry=entry)
+
+
+def _as_it_lies(whole: TensorSpec, entry: TensorEntry) -> TensorEntry | None:
+    """The value of ``whole`` with its dimensions in the order of the memory, of which it fills a run; None: it does
+    not."""
+    if is_row_major(whole.shape, whole.stride):
+        return entry
+    order = sorted(range(len(whole.shape)), key=lambda dim: (-whole.stride[dim], whole.shape[dim] == 1))
+    shape = tuple(whole.shape[dim] for dim in order)
+    if not is_row_major(shape, [whole.stride[dim] for dim in order]):
+        return None
+    stride = row_major(entry.shape) if entry.stride is None else entry.stride
+    return replace(entry, shape=shape, stride=tuple(stride[dim] for dim in order))
 
 
 def _both(item: TensorSpec, offer: Offer, other: TensorSpec) -> Problem:

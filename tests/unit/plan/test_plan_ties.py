@@ -486,3 +486,19 @@ def test_a_mismatched_name_whose_tie_has_the_value_is_not_told_as_initialised(ex
     assert "of another shape, initialised" not in str(plan)
     assert any(line.startswith("mismatched") and line.endswith("= emb.weight") for line in str(plan).splitlines())
     assert torch.equal(plan.execute().head.weight, torch.ones(6, 4))
+
+
+def test_a_part_of_a_transposed_weight_is_checked_against_it():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            base = torch.randn(4, 6)
+            self.whole = nn.Parameter(base.t())
+            self.rows = nn.Parameter(base.t()[2:4])
+
+    whole = torch.randn(6, 4)
+    loaded = wl.load(Part, {"whole": whole, "rows": whole[2:4].clone()})
+    assert torch.equal(loaded.whole, whole) and torch.equal(loaded.rows, whole[2:4])
+    assert same_storage(loaded.whole, loaded.rows)
+    with pytest.raises(wl.PlanError, match="two different values"):
+        wl.load(Part, {"whole": whole, "rows": whole[:2]})

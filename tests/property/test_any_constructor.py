@@ -1,0 +1,224 @@
+"""Constructors made up at random: views, ties, values computed from others, in-place calls, reads, tensors held aside.
+
+Loading into one has to give what torch gives: the constructor's values, with ``load_state_dict`` on top of them, and
+the same memory shared by the same tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import weightlift as wl
+
+SEED = 7
+EXAMPLES = int(os.environ.get("WEIGHTLIFT_EXAMPLES", "150"))  # thousands take minutes
+SHAPES = [(4,), (4, 4), (3, 4), (1, 4), (40, 50), (0, 4)]
+FILLS: list[Callable[[torch.Tensor], object]] = [
+    lambda t: nn.init.normal_(t),
+    lambda t: nn.init.uniform_(t, -2, 2),
+    lambda t: t.copy_(torch.arange(t.numel(), dtype=t.dtype).view(t.shape)),
+    lambda t: t.fill_(3),
+    lambda t: nn.init.trunc_normal_(t),
+]
+VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda t: t.detach(),
+    lambda t: t.data,
+    lambda t: t.mT if t.dim() > 1 else t.detach(),
+    lambda t: t[1:] if t.dim() else t,
+    lambda t: t[::2] if t.dim() else t,
+    lambda t: t.view(-1) if t.is_contiguous() else t,
+    lambda t: t.unsqueeze(0),
+    lambda t: t[..., :1] if t.dim() else t,
+    lambda t: torch._neg_view(t) if t.is_floating_point() else t,
+]
+CALCULATIONS: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+    lambda a, b: a * 2 + 1,
+    lambda a, b: a.cumsum(0) if a.dim() else a + 1,
+    lambda a, b: a.clone(),
+    lambda a, b: torch.cat([a.reshape(-1), b.reshape(-1)]),
+    lambda a, b: a + b if a.shape == b.shape else a - 1,
+    lambda a, b: a.flip(0) if a.dim() else a * 3,
+    lambda a, b: a.mean(0) if a.dim() and a.numel() and a.is_floating_point() else a.clone(),
+    lambda a, b: a + torch.randn(a.shape),
+]
+CHANGES: list[Callable[[torch.Tensor, torch.Tensor], object]] = [
+    lambda a, b: a.mul_(2),
+    lambda a, b: a.add_(1),
+    lambda a, b: a.copy_(b) if a.shape == b.shape else a.sub_(1),
+    lambda a, b: a.normal_(),
+    lambda a, b: a.zero_(),
+    lambda a, b: a.add_(b) if a.shape == b.shape else a,
+]
+
+number = st.integers(0, 30)
+step = st.one_of(
+    st.tuples(st.just("new"), number, number),
+    st.tuples(st.just("view"), number, number),
+    st.tuples(st.just("calculate"), number, number, number),
+    st.tuples(st.just("change"), number, number, number),
+    st.tuples(st.just("parameter"), number, number),
+    st.tuples(st.just("buffer"), number, number),
+    st.tuples(st.just("tie"), number, number),
+    st.tuples(st.just("module"), number),
+    st.tuples(st.just("read"), number),
+    st.tuples(st.just("hold"), number),
+    st.tuples(st.just("drop"), number),
+)
+programs = st.lists(step, min_size=2, max_size=18).map(lambda steps: [("new", 1, 0), *steps, ("parameter", 0, 1)])
+
+
+class Made(nn.Module):
+    """What a program builds."""
+
+    def __init__(self, program):
+        super().__init__()
+        self.inner = nn.Module()
+        self.held = []
+        env: list[torch.Tensor] = []
+        for at, (name, *numbers) in enumerate(program):
+            with torch.no_grad():
+                self._do(at, name, numbers, env)
+
+    def _do(self, at, name, numbers, env):
+        def one(place=0):
+            return env[numbers[place] % len(env)]
+
+        owner = self.inner if numbers[-1] % 3 == 0 else self
+        if name == "new":
+            env.append(torch.empty(SHAPES[numbers[0] % len(SHAPES)]))
+            FILLS[numbers[1] % len(FILLS)](env[-1])
+        elif name == "tie":
+            known = list(self.parameters())
+            if known:
+                owner.register_parameter(f"t{at}", known[numbers[0] % len(known)])
+        elif name == "module":
+            setattr(self, f"m{at}", self.inner)
+        elif not env:
+            return
+        elif name == "view":
+            env.append(VIEWS[numbers[1] % len(VIEWS)](one()))
+        elif name == "calculate":
+            env.append(CALCULATIONS[numbers[2] % len(CALCULATIONS)](one(), one(1)))
+        elif name == "change":
+            CHANGES[numbers[2] % len(CHANGES)](one(), one(1))
+        elif name == "parameter":
+            owner.register_parameter(f"p{at}", nn.Parameter(one(), requires_grad=numbers[1] % 4 != 0))
+        elif name == "buffer":
+            owner.register_buffer(f"b{at}", one(), persistent=numbers[1] % 2 == 0)
+        elif name == "read":
+            float(one().sum())
+        elif name == "hold":
+            self.held.append(one())
+        elif name == "drop":
+            del env[numbers[0] % len(env)]
+
+
+def tensors_of(module):
+    """Every name with its tensor, and what is held aside."""
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {**{name: tensor.detach() for name, tensor in named.items()},
+            **{f"held {at}": tensor.detach() for at, tensor in enumerate(module.held)}}  # fmt: skip
+
+
+def shared(module):
+    """Which tensors change with which: each is written to in turn. Spoils the values."""
+    tensors = tensors_of(module)
+    found = set()
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        before = {other: value.clone() for other, value in tensors.items()}
+        tensor.add_(1)
+        found |= {(name, other) for other, value in tensors.items() if not same(value, before[other])}
+    return found
+
+
+def same(one, other):
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25))
+
+
+def state_for(module, lacking):
+    """New values for all that is saved, those that share memory alike; without some keys."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    state = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
+    state = {name: value.resolve_neg() for name, value in state.items()}
+    return {name: value for at, (name, value) in enumerate(state.items()) if at % 5 not in lacking}
+
+
+def wanted_of(program, state):
+    module = wl.defer(lambda: Made(program), seed=SEED).materialize()
+    module.load_state_dict(state, strict=False)
+    return module
+
+
+def differing(found, wanted, dtype=None):
+    theirs = tensors_of(wanted)
+    return [
+        name
+        for name, value in tensors_of(found).items()
+        if not same(value, theirs[name] if dtype is None or name.startswith("held") else theirs[name].to(dtype))
+    ]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs, st.sets(st.integers(0, 4), max_size=3), st.sampled_from([1, 8]), st.booleans(), st.booleans())
+def test_a_load_gives_what_torch_gives(program, lacking, workers, copy, in_file):
+    state = state_for(wl.defer(lambda: Made(program), seed=SEED).materialize(), lacking)
+    wanted = wanted_of(program, state)
+    with tempfile.TemporaryDirectory() as folder:
+        source = {name: value.clone() for name, value in state.items()}  # without a copy their memory is shared
+        if in_file:
+            source = Path(folder) / "a.safetensors"
+            save_file(state, source)
+        loaded = wl.load(lambda: Made(program), source, strict=False, seed=SEED, workers=workers, copy=copy)
+        assert not differing(loaded, wanted)
+        assert shared(loaded) == shared(wanted)
+        existing = wl.defer(lambda: Made(program), seed=SEED).materialize()
+        wl.load(existing, source if in_file else state, strict=False, workers=workers)
+        wanted = wanted_of(program, state)
+        assert not differing(existing, wanted)
+        assert shared(existing) == shared(wanted)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs, st.sets(st.integers(0, 4), max_size=3), st.booleans())
+def test_a_load_that_casts_gives_what_torch_gives_cast(program, lacking, is_existing):
+    state = state_for(wl.defer(lambda: Made(program), seed=SEED).materialize(), lacking)
+    wanted = wanted_of(program, state)
+    module = wl.defer(lambda: Made(program), seed=SEED).materialize() if is_existing else lambda: Made(program)
+    loaded = wl.load(module, state, strict=False, seed=SEED, workers=8, dtype=torch.bfloat16)
+    assert not [name for name in differing(loaded, wanted, torch.bfloat16) if not name.startswith("held")]
+    named = {pair for pair in shared(wanted) if not any(name.startswith("held") for name in pair)}
+    assert {pair for pair in shared(loaded) if not any(name.startswith("held") for name in pair)} == named
+
+
+def without_samples(program):
+    plain = {"new": 1, "calculate": 2, "change": 2}
+    for name, *numbers in program:
+        if name in plain:
+            place = plain[name]
+            many = {"new": 2, "calculate": 7, "change": 3}[name]
+            numbers[place] = numbers[place] % many + (2 if name == "new" else 0)
+        yield (name, *numbers)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs.map(lambda program: list(without_samples(program))))
+def test_a_module_is_made_as_by_its_constructor(program):
+    made, ordinary = wl.defer(lambda: Made(program)).materialize(), Made(program)
+    assert not differing(made, ordinary)
+    assert shared(made) == shared(ordinary)
+    assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in ordinary.parameters()]
