@@ -10,37 +10,38 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import ModuleType
 from typing import Any
 
-from weightlift.integrations.diffusers_install import Finder, replace_methods
+from weightlift.integrations import diffusers_install, transformers_install
+from weightlift.integrations.upon_import import Finder, imported
+
+_REPLACED = {**transformers_install.REPLACED, **diffusers_install.REPLACED}
 
 _lock = threading.Lock()
 _undo: list[tuple[Any, str, Any]] = []
 _finders: list[Finder] = []
+_attended: set[str] = set()
 
 
 def install() -> None:
     """From now on ``from_pretrained`` of Transformers' models, and of Diffusers' models and pipelines, goes through
-    weightlift. Imports Transformers; Diffusers is attended to when the program imports it.
+    weightlift. Imports nothing: each library is attended to when the program imports it, or at once if it did.
 
     For the whole process and all threads; calling it again changes nothing. Loads that are running go on as they began.
     """
-    from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
-
+    # What gives a replacement may import: the lock, for which an import may be waiting, is not held meanwhile.
+    ready = [(module.__name__, _REPLACED[module.__name__](module)) for module in imported(_REPLACED)]
     with _lock:
-        if _undo:
+        if _finders:
             return
-
-        def from_pretrained(
-            cls: Any, pretrained_model_name_or_path: Any = None, *model_args: Any, **kwargs: Any
-        ) -> Any:
-            return load_pretrained(cls, pretrained_model_name_or_path, model_args, kwargs)
-
-        from_pretrained.__doc__ = ORIGINAL.__func__.__doc__
-        from_pretrained.__wrapped__ = ORIGINAL.__func__  # type: ignore[attr-defined]
-        _replace(_model_class(), "from_pretrained", classmethod(from_pretrained))
-        _replace_collector()
-        _finders.append(replace_methods(_replace))
+        finder = Finder(_REPLACED, _attend)
+        sys.meta_path.insert(0, finder)
+        _finders.append(finder)
+        for name, replacement in ready:
+            _replace(name, replacement)
+    for module in imported(_REPLACED.keys() - _attended):  # whose import had begun before the finder was in its place
+        _attend(finder, module)
 
 
 def uninstall() -> None:
@@ -51,22 +52,20 @@ def uninstall() -> None:
         while _undo:
             owner, name, was = _undo.pop()
             setattr(owner, name, was)
+        _attended.clear()
 
 
-def _replace_collector() -> None:
-    from transformers.utils import output_capturing
-
-    from weightlift.integrations.transformers_capture import SafeCollector
-
-    _replace(output_capturing, "_active_collector", SafeCollector(output_capturing._active_collector))
-
-
-def _model_class() -> Any:
-    from transformers.modeling_utils import PreTrainedModel
-
-    return PreTrainedModel
+def _attend(finder: Finder, module: ModuleType) -> None:
+    """Replace what is in a module, unless the drop-in has been taken out meanwhile."""
+    if finder in _finders:
+        replacement = _REPLACED[module.__name__](module)
+        with _lock:
+            if finder in _finders:
+                _replace(module.__name__, replacement)
 
 
-def _replace(owner: Any, name: str, new: Any) -> None:
+def _replace(module: str, replacement: tuple[Any, str, Any]) -> None:
+    owner, name, new = replacement
     _undo.append((owner, name, owner.__dict__[name]))
     setattr(owner, name, new)
+    _attended.add(module)

@@ -5,11 +5,8 @@ Read from the classes' own ``_can_record_outputs`` and from the decorator of the
 
 from __future__ import annotations
 
-import threading
-from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -111,36 +108,3 @@ def _aliases(model: PreTrainedModel, scopes: list[Scope], names: dict[int, str])
     if decoder is not None and (decoder.rpartition(".")[2] in ("language_model", "decoder")):
         return {"": decoder}
     return {}
-
-
-class SafeCollector:
-    """Takes the place of ``transformers.utils.output_capturing._active_collector``.
-
-    Transformers' own turns into one global for all threads while any of them compiles. This one keeps a context's value
-    in the context; only code that is being traced uses another place, which belongs to its thread.
-    """
-
-    def __init__(self, original: Any = None) -> None:
-        self._original = original
-        self._in_context: ContextVar[Any] = ContextVar("output_collector", default=None)
-        self._in_trace = threading.local()
-
-    def get(self) -> Any:
-        value = getattr(self._in_trace, "value", None)
-        if value is not None or torch.compiler.is_dynamo_compiling():
-            return value
-        return self._in_context.get()
-
-    def set(self, value: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            self._in_trace.value = value
-            return None
-        return self._in_context.set(value)
-
-    def reset(self, token: Any) -> None:
-        if token is None:
-            self._in_trace.value = None
-        elif getattr(token, "var", None) is self._in_context or self._original is None:
-            self._in_context.reset(token)
-        else:  # the forward began before this object took its place
-            self._original.reset(token)
