@@ -55,7 +55,12 @@ def _main(words: list[str], wanted: str | None) -> int:
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
         if name == wanted:
             importlib.import_module(f"weightlift.cli.{name}").add_arguments(command)
-    arguments = parser.parse_args(words)
+    own, theirs = words, list[str]()
+    if wanted == _PROGRAM:
+        at = words.index(_PROGRAM) + 1
+        own, theirs = importlib.import_module("weightlift.cli.run").split(words[at:])
+        own = [*words[:at], *own]
+    arguments = parser.parse_args(own)
     if arguments.version:
         from weightlift import __version__
 
@@ -65,6 +70,7 @@ def _main(words: list[str], wanted: str | None) -> int:
         parser.print_help()
         return 2
     if arguments.command == _PROGRAM:
+        arguments.arguments = theirs
         return int(importlib.import_module("weightlift.cli.run").run(arguments))
     return _run(arguments)
 
