@@ -17,7 +17,7 @@ Problems are collected and raised once: ``error.problems`` holds every one of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ _SHOWN = 20
 class Problem:
     """One thing that is wrong: what, with which tensor, where, what was expected and found, what to do.
 
-    ``start`` and ``end`` are a half-open byte range of ``file``.
+    ``start`` and ``end`` are a half-open byte range of ``file``. ``implied``: it follows from a problem before it, and
+    messages show that in its place.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Problem:
     expected: str | None = None
     found: str | None = None
     hint: str | None = None
+    implied: bool = False
 
     def __str__(self) -> str:
         name = self.fqn if self.fqn == self.key or self.key is None else self.key
@@ -71,11 +73,21 @@ class WeightliftError(Exception):
             return self.summary
         if len(self.problems) == 1:
             return f"{self.summary}: {self.problems[0]}"
-        lines = [f"{self.summary} ({len(self.problems)} problems):"]
-        lines += [f"  - {problem}" for problem in self.problems[:_SHOWN]]
-        if len(self.problems) > _SHOWN:
-            lines.append(f"  … and {len(self.problems) - _SHOWN} more, all in `.problems`")
-        return "\n".join(lines)
+        lines = told(self.problems)
+        shown = lines[:_SHOWN]
+        if len(lines) > _SHOWN:
+            shown.append(f"… and {len(lines) - _SHOWN} more, all in `.problems`")
+        return "\n".join([f"{self.summary} ({len(self.problems)} problems):", *(f"  {line}" for line in shown)])
+
+
+def told(problems: Sequence[Problem]) -> list[str]:
+    """Problems as the lines of a list, those that follow from others as one line after the last of these."""
+    lines = [f"- {problem}" for problem in problems if not problem.implied]
+    count = len(problems) - len(lines)
+    if count:
+        first = next(number for number, problem in enumerate(problems) if problem.implied)
+        lines.insert(first, f"  ({count} of the problems follow from this; all are in `.problems`)")
+    return lines
 
 
 class CheckpointError(WeightliftError, ValueError):

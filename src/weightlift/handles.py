@@ -25,6 +25,7 @@ from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
 from weightlift.options import LoadOptions
+from weightlift.plan.prefixes import find
 from weightlift.plan.records import Decisions
 from weightlift.plan.report import LoadReport, as_json, report, table
 from weightlift.supply import decide
@@ -121,7 +122,7 @@ class LoadPlan:
         self._final = final
         if self._given is not None:
             self._given = Given.of(module)
-        _log_outcome(final)
+        _log_outcome(final, self._options)
         return module
 
     def _used(self) -> Subject:
@@ -281,10 +282,13 @@ def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] |
     return LoadPlan(decisions, subject, source, options, take, trace, together, given)
 
 
-def _log_outcome(decisions: Decisions) -> None:
+def _log_outcome(decisions: Decisions, options: LoadOptions) -> None:
     """One record a load: INFO, or a warning that names what did not match. Of ties `settled` has told."""
     summary = report(decisions)
     warning = summary.warning()
+    prefix = find(decisions.rows, set(decisions.announced_unexpected)) if warning else None
+    if prefix is not None:
+        warning = f"{prefix}: {prefix.hint(options.key_mapping)}; {warning}"
     _log.log(
         logging.WARNING if warning else logging.INFO,
         "%s into %s: %s", decisions.source, decisions.module, warning or summary.headline(),

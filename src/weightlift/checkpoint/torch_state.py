@@ -25,6 +25,7 @@ from weightlift.errors import CheckpointError, Problem
 
 SUMMARY = "not a valid torch checkpoint"
 _MAX_DEPTH = 100
+_USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 
 Place = Callable[[StorageRef], "tuple[int, int] | Problem"]
 """Gives the half-open byte range of a storage in the file, or what is wrong with it."""
@@ -172,13 +173,13 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     nested = [
         key
         for key, value in root.items()
-        if not key.endswith("_extra_state") and isinstance(value, Mapping) and _holds_tensors(value, is_tensor, 8)
+        if not key.endswith("_extra_state") and _holds_mapping(value, is_tensor)
     ]
     if nested:
         names = ", ".join(repr(key) for key in nested)
         hint = (
             f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
-            f"itself, e.g. loaded[{nested[0]!r}]"
+            f"itself, e.g. loaded{_weights_in(root, nested, is_tensor)}"
         )
         return Problem(
             "the state dict is nested", file=file, expected=expected, found=f"mappings under {names}", hint=hint
@@ -187,6 +188,22 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
         found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
         return Problem("holds no tensor", file=file, expected=expected, found=found)
     return None
+
+
+def _weights_in(root: Mapping[str, Any], nested: list[str], is_tensor: Callable[[Any], bool]) -> str:
+    """The most likely way from ``root`` to a model's weights: by a usual name, else to a mapping of tensors; what
+    optimisers and averages hold lies deeper, or comes after."""
+    flat = [key for key in nested if any(map(is_tensor, root[key].values()))]
+    chosen = next((key for key in _USUAL if key in nested), [*flat, *nested][0])
+    path, within = f"[{chosen!r}]", root[chosen]
+    deeper = [key for key, value in within.items() if type(key) is str and _holds_mapping(value, is_tensor)]
+    if any(map(is_tensor, within.values())) or not deeper:
+        return path
+    return path + _weights_in(within, deeper, is_tensor)
+
+
+def _holds_mapping(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and _holds_tensors(value, is_tensor, 8)
 
 
 def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool], depth: int) -> bool:

@@ -27,8 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     problems = verify(arguments.path, content=arguments.hash)
     if arguments.json:
         listed = [
-            {name: value if value is None or isinstance(value, int) else str(value) for name, value in pairs}
-            for pairs in (dataclasses.asdict(problem).items() for problem in problems)
+            {
+                name: value if value is None or isinstance(value, int) else str(value)
+                for name, value in dataclasses.asdict(problem).items()
+                if name != "implied"  # which is for plans
+            }
+            for problem in problems
         ]
         print(json.dumps({"path": arguments.path, "valid": not problems, "problems": listed}, indent=2))
     elif problems:

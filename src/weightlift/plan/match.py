@@ -15,6 +15,7 @@ from weightlift.options import LoadOptions
 from weightlift.plan.nearest import nearest_names
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
+from weightlift.plan.prefixes import in_short
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
 from weightlift.strides import has_overlap, is_row_major
 
@@ -81,10 +82,11 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     )
     missing = [row for row in ordered if row.lacking]
     if options.strict:
-        problems += _missing_problems(missing, unexpected_keys)
-        problems += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
-        problems += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        problems += [_unexpected_problem(item) for item in unexpected]
+        lacks = _missing_problems(missing, unexpected_keys)
+        lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
+        lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
+        extra = [(item, _unexpected_problem(item)) for item in unexpected]
+        problems += in_short(lacks, extra, ordered, options.key_mapping)
     problems += _meta_problems(spec, ordered, options)
     return Decisions(
         module=spec.name,

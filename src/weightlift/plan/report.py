@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightlift.checkpoint.entry import TensorEntry, nbytes_of
+from weightlift.errors import told
 from weightlift.plan.records import Action, Decisions, Part, Row
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -130,7 +131,7 @@ def table(decisions: Decisions) -> str:
     if decisions.problems:
         number = len(decisions.problems)
         lines += ["", f"refused, {number} problem{'s' * (number != 1)}:"]
-        lines += [f"  - {problem}" for problem in decisions.problems]
+        lines += [f"  {line}" for line in told(decisions.problems)]
     return "\n".join(lines)
 
 
