@@ -191,9 +191,14 @@ def _check_key_mapping(key_mapping: KeyMapping | None) -> None:
             if not isinstance(pattern, str) or not isinstance(replacement, str):
                 raise TypeError(f"key_mapping maps patterns to strings, found {pattern!r}: {replacement!r}")
             try:
-                re.compile(pattern)
+                compiled = re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"key_mapping: {pattern!r} is not a regular expression: {error}") from None
+            try:
+                compiled.sub(replacement, "")  # which looks at the replacement, whether or not it matches
+            except (re.error, IndexError) as error:
+                text = f"key_mapping: {replacement!r} is no replacement for {pattern!r}: {error}"
+                raise ValueError(f"{text}; a backslash that is meant itself is written twice") from None
     elif key_mapping is not None and not callable(key_mapping):
         raise TypeError(f"key_mapping must be a mapping or a callable, found {key_mapping!r}")
 

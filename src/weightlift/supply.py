@@ -5,6 +5,7 @@ The one place where headers, tapes and names meet before anything is decided; `w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,11 +24,14 @@ from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import Offered
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
+from weightlift.plan.idle import idle_patterns
 from weightlift.plan.keys import extras_of, metadata_of, offers_of, renamed
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer, Unexpected
 from weightlift.strides import row_major
 from weightlift.transfer.subject import Bytes, Subject
+
+_log = logging.getLogger("weightlift")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,22 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
         recorder.give_up(tensors, "a load within the constructor")
     matching = _Matching(subject, checkpoint, options)
     decisions = matching.decisions()
+    _warn(subject, checkpoint, options, matching.idle)
     if options.strict and decisions.problems and any(has_post_hooks(module) for module in subject.inventory.modules):
         decisions = matching.forgiven(decisions)
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **matching.early}, matching.extras, matching.changes)
     return Supplied(decisions, replace(subject, inventory=matching.inventory), source)
+
+
+def _warn(subject: Subject, checkpoint: Checkpoint, options: LoadOptions, idle: tuple[str, ...]) -> None:
+    """Say what a user may not have meant, and what speaks against no plan."""
+    if not idle and options.device_map is None and not isinstance(options.dtype, Mapping):
+        return
+    inventory = subject.inventory
+    names = [slot.fqn for slot in inventory.slots]
+    texts = list(idle_patterns(options, idle, names, [prefix[:-1] for prefix in inventory.prefixes]))
+    if texts:
+        _log.warning("%s into %s: %s", checkpoint.source, type(inventory.module).__qualname__, "; ".join(texts))
 
 
 class _Matching:
@@ -93,13 +109,16 @@ class _Matching:
 
     def __init__(self, subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self._subject, self._checkpoint, self._options = subject, checkpoint, options
-        mapping = options.key_mapping
-        self._offers, self._problems = offers_of(checkpoint, mapping)
-        self._others, clashes = extras_of(checkpoint.extras, self._offers, mapping)
+        names, self.idle = None, tuple[str, ...]()
+        if options.key_mapping is not None:
+            done = renamed((*checkpoint, *checkpoint.extras), options.key_mapping)
+            names, self.idle = done.names, done.idle
+        self._offers, self._problems = offers_of(checkpoint, names)
+        self._others, clashes = extras_of(checkpoint.extras, self._offers, names)
         self._problems += clashes
         metadata = checkpoint.state_dict_metadata
-        if mapping is not None and metadata is not None:
-            metadata = metadata_of(metadata, renamed(checkpoint, mapping))
+        if names is not None:
+            metadata = metadata_of(metadata, ((key, names[key]) for key in checkpoint if key in names))
         offers = self._offers
         self._state = State(
             tensors=_Shapes(offers),
@@ -111,12 +130,12 @@ class _Matching:
         self.early: dict[str, torch.Tensor] = {}
         self.extras: Mapping[str, Any] = {}
         self.changes: tuple[Change, ...] = ()
-        done = rewrite(subject.inventory, self._state, subject.recorder, options.seed)
+        told = rewrite(subject.inventory, self._state, subject.recorder, options.seed)
         with outside_modes():
             # Memory that was not born in the construction is a user's, or an array's: it is filled, never replaced.
-            plain = (subject.inventory if done is None else done.inventory).spec(subject.record_at)
-            self._spec = plain if done is None else _refitted(plain, done.refits)
-        self._supply = self._as_it_is() if done is None else self._after_hooks(done)
+            plain = (subject.inventory if told is None else told.inventory).spec(subject.record_at)
+            self._spec = plain if told is None else _refitted(plain, told.refits)
+        self._supply = self._as_it_is() if told is None else self._after_hooks(told)
 
     def decisions(self) -> Decisions:
         return match(self._spec, self._supply, self._options, existing=self._subject.existing)

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = time.perf_counter()
     report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
     for note in notes.texts:
-        if not (report.warning() and note.endswith(report.warning())):
+        if not (report.warning() and note.endswith(f": {report.warning()}")):
             print(f"weightlift load: {as_flags(note)}", file=sys.stderr)
     out = console()
     out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import Problem
@@ -11,37 +12,79 @@ from weightlift.options import KeyMapping
 from weightlift.plan.records import Offer
 
 
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """The names of keys; one that a callable drops has none. ``idle`` are patterns that match no key."""
+
+    names: Mapping[str, str]
+    idle: tuple[str, ...] = ()
+
+
+def renamed(keys: Iterable[str], key_mapping: KeyMapping) -> Renamed:
+    """Name the keys: every regular expression is applied in turn, a callable is asked once for each."""
+    keys = list(keys)
+    if isinstance(key_mapping, Mapping):
+        return _by_patterns(keys, key_mapping)
+    names: dict[str, str] = {}
+    for key in keys:
+        given = key_mapping(key)
+        if given is None:
+            continue
+        if not isinstance(given, str):
+            raise TypeError(f"key_mapping must give a string or None, found {given!r} for {key!r}")
+        names[key] = given
+    return Renamed(names)
+
+
+def _by_patterns(keys: Sequence[str], key_mapping: Mapping[str, str]) -> Renamed:
+    names, idle = list(keys), []
+    for text, replacement in key_mapping.items():
+        pattern = re.compile(text)
+        after = [pattern.sub(replacement, name) for name in names]
+        # A name that does not match comes back as the same object, so that comparing costs next to nothing.
+        if after == names and keys and not any(map(pattern.search, names)):
+            idle.append(text)
+        names = after
+    return Renamed(dict(zip(keys, names, strict=True)), tuple(idle))
+
+
 def offers_of(
-    entries: Mapping[str, TensorEntry], key_mapping: KeyMapping | None
+    entries: Mapping[str, TensorEntry], names: Mapping[str, str] | None
 ) -> tuple[dict[str, Offer], list[Problem]]:
-    """Name every entry. Two keys that get one name are a problem; a callable that gives None drops the key."""
-    if key_mapping is None:
+    """What is offered under which name; without ``names`` every key is its own. Two keys of one name are a problem."""
+    if names is None:
         return {key: Offer(key, key, entry) for key, entry in entries.items()}, []
     offers: dict[str, Offer] = {}
     problems = []
-    for key, name in renamed(entries, key_mapping):
+    for key, entry in entries.items():
+        name = names.get(key)
+        if name is None:
+            continue
         if name in offers:
             problems.append(
                 Problem(
                     f"key_mapping gives two keys the name {name}",
                     key=key,
-                    file=entries[key].file,
+                    file=entry.file,
                     found=f"{offers[name].key} has it already",
                     hint="make the mapping one to one, or let a callable drop a key by returning None",
                 )
             )
         else:
-            offers[name] = Offer(name, key, entries[key])
+            offers[name] = Offer(name, key, entry)
     return offers, problems
 
 
 def extras_of(
-    keys: Iterable[str], offers: Mapping[str, Offer], key_mapping: KeyMapping | None
+    keys: Iterable[str], offers: Mapping[str, Offer], names: Mapping[str, str] | None
 ) -> tuple[dict[str, str], list[Problem]]:
     """Name → key of the values that are no tensors, under the rules that tensors are named by."""
     found: dict[str, str] = {}
     problems = []
-    for key, name in renamed(keys, key_mapping):
+    for key in keys:
+        name = key if names is None else names.get(key)
+        if name is None:
+            continue
         first = offers[name].key if name in offers else found.get(name)
         if first is not None:
             what = f"key_mapping gives two keys the name {name}"
@@ -66,27 +109,3 @@ def metadata_of(
                 break
             prefixes[old] = new
     return {prefixes.get(prefix, prefix): item for prefix, item in metadata.items()}
-
-
-def renamed(keys: Iterable[str], key_mapping: KeyMapping | None) -> list[tuple[str, str]]:
-    """(key, name) of each key: every regular expression is applied in turn, a callable is asked once."""
-    if key_mapping is None:
-        return [(key, key) for key in keys]
-    if isinstance(key_mapping, Mapping):
-        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
-        pairs = []
-        for key in keys:
-            name = key
-            for pattern, replacement in rules:
-                name = pattern.sub(replacement, name)
-            pairs.append((key, name))
-        return pairs
-    named: list[tuple[str, str]] = []
-    for key in keys:
-        given = key_mapping(key)
-        if given is None:
-            continue
-        if not isinstance(given, str):
-            raise TypeError(f"key_mapping must give a string or None, found {given!r} for {key!r}")
-        named.append((key, given))
-    return named

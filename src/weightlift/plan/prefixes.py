@@ -50,11 +50,13 @@ class Prefix:
 def find(rows: Sequence[Row], unexpected: Collection[str]) -> Prefix | None:
     """The one prefix that keeps every missing name of ``rows`` from its value among the ``unexpected`` names, if there
     is one and its change leaves what is loaded as it is."""
+    if not unexpected:
+        return None
     groups: dict[int, list[str]] = {}
     for row in rows:
         if row.lacking:
             groups.setdefault(row.target, []).append(row.fqn)
-    if not groups or not unexpected:
+    if not groups:
         return None
     missing = frozenset(name for names in groups.values() for name in names)
     loaded = {row.offer.name for row in rows if row.offer is not None}
@@ -92,7 +94,7 @@ def in_short(
     """The problems of names that do not meet; where a prefix is behind them, one that says so before those that follow
     from it."""
     extra = {item.name for item, _ in unexpected}
-    prefix = find(rows, extra)
+    prefix = find(rows, extra) if missing else None
     if prefix is None:
         return [*missing, *(problem for _, problem in unexpected)]
     known = {row.fqn for row in rows}.union(problem.fqn for problem in missing if problem.fqn is not None)
