@@ -19,10 +19,10 @@ class LoadReport:
     """The outcome of matching, by name. ``mismatched_keys`` holds (fqn, shape in the checkpoint, shape in the module).
 
     ``missing_keys`` are names of the module that nothing provides, as torch counts them but without tied names that
-    another name provides, and without those that a state-dict hook excused. They are ``initialised``, or in an
-    ``existing`` module ``kept``. ``left_out`` holds (fqn, fqn of the same memory whose value was taken instead), once a
-    plan was executed without ``strict``. ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value)
-    of those mismatched keys that have one.
+    another name provides, and without those that a state-dict hook excused. They are among the ``initialised``, in an
+    ``existing`` module among the ``kept``; texts about a plan that is ``refused`` call them missing. ``left_out`` holds
+    (fqn, fqn of the same memory whose value was taken instead), once a plan was executed without ``strict``.
+    ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value) of mismatched keys that have one.
     """
 
     loaded: tuple[str, ...]
@@ -37,6 +37,7 @@ class LoadReport:
     left_out: tuple[tuple[str, str], ...] = ()
     existing: bool = False
     mismatched_ties: tuple[tuple[str, str], ...] = ()
+    refused: bool = False
 
     def __str__(self) -> str:
         left_out = [f"{fqn} (that of {kept})" for fqn, kept in self.left_out]
@@ -48,9 +49,13 @@ class LoadReport:
         size = human_bytes(self.loaded_bytes)
         if self.read_bytes != self.loaded_bytes:
             size += f", {human_bytes(self.read_bytes)} in the checkpoint"
+        # What is missing for a plan that is refused is not initialised, and nothing is kept in its place.
+        missing = set(self.missing_keys) if self.refused else set()
+        initialised, kept = (len(names) - len(missing.intersection(names)) for names in (self.initialised, self.kept))
         return (
-            f"{len(self.loaded)} loaded ({size}), {len(self.tied)} tied, {len(self.initialised)} initialised,"
-            f" {len(self.kept)} kept, {len(self.mismatched_keys)} mismatched, {len(self.unexpected_keys)} unexpected"
+            f"{len(self.loaded)} loaded ({size}), {len(self.tied)} tied, {initialised} initialised, {kept} kept,"
+            f"{f' {len(missing)} missing,' if missing else ''}"
+            f" {len(self.mismatched_keys)} mismatched, {len(self.unexpected_keys)} unexpected"
         )
 
     def warning(self) -> str:
@@ -59,13 +64,13 @@ class LoadReport:
 
     def notes(self) -> list[str]:
         """A line for each kind of what did not match; empty when all did."""
-        done = "kept as it was" if self.existing else "initialised"
-        lines = _listing(f"missing in the checkpoint, {done}", self.missing_keys)
+        done = "" if self.refused else ", kept as it was" if self.existing else ", initialised"
+        lines = _listing(f"missing in the checkpoint{done}", self.missing_keys)
         lines += _listing("in the checkpoint, not in the module", self.unexpected_keys)
         provided = dict(self.mismatched_ties)
         lone = [_unequal(*item) for item in self.mismatched_keys if item[0] not in provided]
         tied = [f"{_unequal(*item)} = {provided[item[0]]}" for item in self.mismatched_keys if item[0] in provided]
-        lines += _listing(f"of another shape, {done}", lone)
+        lines += _listing(f"of another shape{done}", lone)
         return lines + _listing("of another shape, with the value of a tied name", tied)
 
 
@@ -104,6 +109,7 @@ def report(decisions: Decisions) -> LoadReport:
         read_bytes=sum([nbytes_of(entry) for row in loaded for entry in row.entries]),
         left_out=decisions.left_out,
         existing=decisions.existing,
+        refused=bool(decisions.problems),
         mismatched_ties=tuple(
             (row.fqn, row.tied_to) for row in rows if row.action is Action.MISMATCHED and row.tied_to is not None
         ),
@@ -116,7 +122,8 @@ def table(decisions: Decisions) -> str:
     rows = []
     for names, members in _folded_rows(decisions.rows):
         count = f"×{len(members)}" if len(members) > 1 else ""
-        rows.append((members[0].action.value, names, count, *_cells(members)))
+        word = "missing" if decisions.problems and members[0].lacking else members[0].action.value
+        rows.append((word, names, count, *_cells(members)))
     rows += [("unexpected", name, f"×{count}" if count > 1 else "", "", "", "") for name, count in
              folded(decisions.unexpected_keys)]  # fmt: skip
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
@@ -190,7 +197,7 @@ def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     for row in rows:
         pattern = _DIGITS.sub("*", row.fqn)
         source = (row.offer.entry.dtype if row.offer else None, len(row.parts))
-        key = (pattern, row.action, row.shape, row.dtype, row.device, source, row.tied_to)
+        key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to)
         groups.setdefault(key, []).append(row)
     return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
 

@@ -262,3 +262,22 @@ def test_the_log_says_only_what_is_notable(caplog):
         wl.load(Deep, {**Deep().state_dict(), "x": torch.ones(1)}, strict=False)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "loaded" not in record.getMessage() and ": x" in record.getMessage()
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_refused_plan_calls_nothing_initialised_or_kept(existing):
+    def build():
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+
+    state = {key: value for key, value in build().state_dict().items() if not key.endswith("bias")}
+    state["2.weight"] = torch.ones(3, 3)
+    plan = wl.plan(build() if existing else build, state)
+    head, missing, shapes, *rest = str(plan).split("\n\nrefused")[0].splitlines()[1:]
+    assert head == "2 loaded (32 B), 0 tied, 0 initialised, 0 kept, 3 missing, 1 mismatched, 0 unexpected"
+    assert missing == "  missing in the checkpoint: {0…2}.bias"
+    assert shapes == "  of another shape: 2.weight [3, 3] ≠ [2, 2]"
+    assert sorted(line.split()[0] for line in rest if line) == ["loaded", "mismatched", "missing"]
+    assert plan.report.missing_keys == ("0.bias", "1.bias", "2.bias")
+    del state["2.weight"]
+    lenient = wl.plan(build() if existing else build, state, strict=False)
+    assert f"{0 if existing else 4} initialised, {4 if existing else 0} kept, 0 mismatched" in str(lenient)
