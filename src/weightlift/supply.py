@@ -19,7 +19,7 @@ from weightlift.checkpoint.memory import entry_of
 from weightlift.deferred.construct import recording
 from weightlift.deferred.doubles import Change
 from weightlift.deferred.inventory import Inventory, ModuleSpec, TensorSpec
-from weightlift.deferred.rewrite import forgiven, has_post_hooks, rewrite
+from weightlift.deferred.rewrite import forgiven, has_post_hooks, is_bypassed, rewrite
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import Offered
 from weightlift.errors import Problem
@@ -32,6 +32,10 @@ from weightlift.strides import row_major
 from weightlift.transfer.subject import Bytes, Subject
 
 _log = logging.getLogger("weightlift")
+_INSTEAD = (
+    ", though the class overrides it: what it changes belongs in _load_from_state_dict or a state-dict hook, which are"
+    " run, or key_mapping"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +96,16 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
 
 def _warn(subject: Subject, checkpoint: Checkpoint, options: LoadOptions, idle: tuple[str, ...]) -> None:
     """Say what a user may not have meant, and what speaks against no plan."""
+    inventory = subject.inventory
+    name = type(inventory.module).__qualname__
+    if is_bypassed(inventory.module):
+        _log.warning("%s into %s: %s.load_state_dict is not called%s", checkpoint.source, name, name, _INSTEAD)
     if not idle and options.device_map is None and not isinstance(options.dtype, Mapping):
         return
-    inventory = subject.inventory
     names = [slot.fqn for slot in inventory.slots]
     texts = list(idle_patterns(options, idle, names, [prefix[:-1] for prefix in inventory.prefixes]))
     if texts:
-        _log.warning("%s into %s: %s", checkpoint.source, type(inventory.module).__qualname__, "; ".join(texts))
+        _log.warning("%s into %s: %s", checkpoint.source, name, "; ".join(texts))
 
 
 class _Matching:

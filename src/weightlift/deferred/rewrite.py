@@ -38,6 +38,11 @@ def is_overridden(module: nn.Module) -> bool:
     return own or "_load_from_state_dict" in module.__dict__
 
 
+def is_bypassed(module: nn.Module) -> bool:
+    """True when a module has a ``load_state_dict`` of its own: here its walk is gone through, and it is not called."""
+    return type(module).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in module.__dict__
+
+
 def has_state_hooks(module: nn.Module) -> bool:
     """True when ``load_state_dict`` would run code of this module's own on the state dict."""
     return is_overridden(module) or bool(module._load_state_dict_pre_hooks)

@@ -328,3 +328,38 @@ def test_what_a_post_hook_of_a_refused_plan_keeps_has_its_values():
         wl.load(Keeps, {"weight": torch.ones(300, 300)})
     assert kept
     assert all(float(value.min()) >= 1.0 for value in kept)
+
+
+class OwnLoad(nn.Linear):
+    def load_state_dict(self, *args, **kwargs):
+        raise AssertionError("somebody calls it")
+
+
+class OwnWalk(nn.Linear):
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_load_state_dict_that_is_not_called_is_named(existing, caplog):
+    state = nn.Linear(2, 2).state_dict()
+
+    def said(build, state=state):
+        caplog.clear()
+        with caplog.at_level("WARNING", "weightlift"):
+            wl.plan(build() if existing else build, state).execute()
+        return [record.getMessage() for record in caplog.records]
+
+    def instance():
+        module = nn.Linear(2, 2)
+        module.load_state_dict = lambda *_: None
+        return module
+
+    (text,) = said(lambda: OwnLoad(2, 2))
+    assert text.startswith("<mapping> into OwnLoad: OwnLoad.load_state_dict is not called")
+    (text,) = said(instance)
+    assert "Linear.load_state_dict is not called" in text
+    assert said(lambda: OwnWalk(2, 2)) == said(lambda: nn.Linear(2, 2)) == []
+    within = {f"0.{key}": value for key, value in state.items()}
+    nn.Sequential(OwnLoad(2, 2)).load_state_dict(within)  # torch calls it as little
+    assert said(lambda: nn.Sequential(OwnLoad(2, 2)), within) == []
