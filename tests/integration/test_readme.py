@@ -79,3 +79,17 @@ def test_the_plan_in_the_documentation_is_the_plan(tmp_path: Path) -> None:
     assert shown is not None
     (tmp_path / "plan_snippet.py").write_text(snippet[1], encoding="utf-8")
     assert run(tmp_path / "plan_snippet.py", tmp_path) == shown[1]
+
+
+def test_what_the_readme_says_is_needed() -> None:
+    """The versions are those of the package, and snippets that import more than it needs say what to install."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python, torch = re.search(r'requires-python = ">=(.*?)"', project), re.search(r'"torch>=(.*?)"', project)
+    assert python is not None and torch is not None
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {python[1]} and torch {torch[1]}, or later" in text.replace("\n", " ")
+    known = {"__future__", "torch", "weightlift"}
+    for section in text.split("\n## "):
+        code = "\n".join(SNIPPET.findall(section))
+        for name in set(re.findall(r"^(?:from|import) (\w+)", code, re.M)) - known:
+            assert re.search(rf"pip install [^\n`]*{name.replace('_', '-')}", section), name
