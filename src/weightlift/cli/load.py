@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, load_options, positive
@@ -30,8 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, and print the report and the times."""
     import weightlift as wl
     from weightlift.cli.model import builder
+    from weightlift.cli.notes import heard, tell
     from weightlift.cli.output import add, console, table
-    from weightlift.cli.wording import as_flags
     from weightlift.options import writable_target
     from weightlift.plan.report import human_bytes
 
@@ -42,24 +39,22 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(str(error)) from error
     build, options = builder(arguments.model), load_options(arguments)
     start = time.perf_counter()
-    made = wl.plan(
-        build,
-        arguments.path,
-        copy=arguments.copy,
-        workers=arguments.workers,
-        memory_budget_bytes=arguments.memory_budget,
-        progress=False if arguments.quiet else None,
-        trace=arguments.trace,
-        **options,
-    )
-    planned = time.perf_counter()
-    notes = _Notes()
-    notes.attached(made.execute)
+    with heard("load") as notes:
+        made = wl.plan(
+            build,
+            arguments.path,
+            copy=arguments.copy,
+            workers=arguments.workers,
+            memory_budget_bytes=arguments.memory_budget,
+            progress=False if arguments.quiet else None,
+            trace=arguments.trace,
+            **options,
+        )
+        planned = time.perf_counter()
+        made.execute()
     done = time.perf_counter()
     report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
-    for note in notes.texts:
-        if not (report.warning() and note.endswith(f": {report.warning()}")):
-            print(f"weightlift load: {as_flags(note)}", file=sys.stderr)
+    tell("load", [note for note in notes if not (report.warning() and note.endswith(f": {report.warning()}"))])
     out = console()
     out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)
     out.print(str(report), soft_wrap=True)
@@ -74,26 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
         text = "can be mapped: such pages are read when they are first used. --copy reads everything now."
         out.print(f"{human_bytes(mapped)} of it {text}", style="dim", soft_wrap=True)
     return 0
-
-
-class _Notes(logging.Handler):
-    """Keeps what the library warns of, so that the report is not told twice."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-    def attached(self, call: Callable[[], object]) -> None:
-        """Call while listening."""
-        logger = logging.getLogger("weightlift")
-        logger.addHandler(self)
-        try:
-            call()
-        finally:
-            logger.removeHandler(self)
 
 
 def _mappable_bytes(made: LoadPlan) -> int:

@@ -58,6 +58,7 @@ _STYLES = {
     "tied": "cyan",
     "initialised": "yellow",
     "kept": "dim",
+    "missing": "red",
     "mismatched": "red",
     "unexpected": "red",
     "refused,": "bold red",

@@ -29,15 +29,18 @@ def run(arguments: argparse.Namespace) -> int:
         return _without_model(arguments)
     import weightlift as wl
     from weightlift.cli.model import builder
+    from weightlift.cli.notes import heard, tell
     from weightlift.cli.output import console, print_plan
     from weightlift.cli.wording import as_flags
 
     try:
-        made = wl.plan(
-            builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments)
-        )
+        with heard("plan") as notes:
+            made = wl.plan(
+                builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments)
+            )
     except ValueError as error:
         raise _usage(arguments, error) from error
+    tell("plan", notes)
     if arguments.json:
         print(made.to_json(indent=2))
     else:

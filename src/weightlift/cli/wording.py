@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
 
 _FLAGS = {
     "strict=False": "--no-strict",
@@ -19,6 +21,19 @@ _FLAGS = {
 _KNOWN = re.compile("|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in _FLAGS))
 
 
+# A mapping that a hint gives ready to be passed.
+_MAPPING = re.compile(r"""key_mapping=(\{(?:r?(?:"[^"]*"|'[^']*')[:,]? ?)+\})""")
+
+
 def as_flags(text: str) -> str:
     """A message in the command line's words. What has no flag stays as it is."""
-    return _KNOWN.sub(lambda match: _FLAGS[match[0]], text)
+    return _KNOWN.sub(lambda match: _FLAGS[match[0]], _MAPPING.sub(_renames, text))
+
+
+def _renames(match: re.Match[str]) -> str:
+    """``key_mapping={…}`` as a shell takes it."""
+    try:
+        pairs: dict[str, str] = ast.literal_eval(match[1])
+    except (ValueError, SyntaxError):
+        return match[0]
+    return " ".join(f"--rename {shlex.quote(pattern)} {shlex.quote(name)}" for pattern, name in pairs.items())

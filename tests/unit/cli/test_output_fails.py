@@ -139,3 +139,19 @@ def test_every_hint_of_a_load_has_words_for_the_command_line():
 
 
 PYTHON = re.compile(r"\b(strict|ignore_mismatched|copy|defer|key_mapping)=|\b(key_mapping|device_map)\b")
+
+
+def test_a_prefix_is_told_with_the_flag_that_takes_it_off(here, run):
+    names = ["embed.weight", *(f"layers.{number}.{name}" for number in range(3) for name in ("weight", "bias"))]
+    save_file({f"module.{name}": torch.zeros(1) for name in names}, here / "ddp.safetensors")
+    code, _, err = run("load", "ddp.safetensors", *TIED)
+    assert code == 1 and r"pass --rename '^module\.' ''" in err
+    given = r"""pass key_mapping={r"^a\.": "", '^"b': "c"}; and more"""
+    assert as_flags(given) == r"""pass --rename '^a\.' '' --rename '^"b' c; and more"""
+
+
+@pytest.mark.parametrize("command", ["load", "plan"])
+def test_a_pattern_that_matches_nothing_is_told_once(here, run, command):
+    save_file({"embed.weight": torch.zeros(16, 9)}, here / "other.safetensors")
+    _, out, err = run(command, "other.safetensors", *TIED, "--rename", "^nowhere", "")
+    assert (out + err).count("--rename['^nowhere'] matches no key of the checkpoint") == 1
