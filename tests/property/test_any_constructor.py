@@ -6,11 +6,13 @@ the same memory shared by the same tensors.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,9 +56,17 @@ CHANGES: list[Callable[[torch.Tensor, torch.Tensor], object]] = [
     lambda a, b: a.mul_(2),
     lambda a, b: a.add_(1),
     lambda a, b: a.copy_(b) if a.shape == b.shape else a.sub_(1),
-    lambda a, b: a.normal_(),
+    lambda a, b: a.normal_() if a.is_floating_point() else a,
     lambda a, b: a.zero_(),
     lambda a, b: a.add_(b) if a.shape == b.shape else a,
+]
+LAYERS: list[Callable[[], nn.Module]] = [
+    lambda: nn.Linear(4, 4),
+    lambda: nn.LayerNorm(4),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+    lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+    lambda: nn.MultiheadAttention(4, 2),
+    lambda: nn.GRU(4, 4),
 ]
 
 number = st.integers(0, 30)
@@ -69,6 +79,11 @@ step = st.one_of(
     st.tuples(st.just("buffer"), number, number),
     st.tuples(st.just("tie"), number, number),
     st.tuples(st.just("module"), number),
+    st.tuples(st.just("layer"), number, number),
+    st.tuples(st.just("deepcopy"), number),
+    st.tuples(st.just("data"), number, number),
+    st.tuples(st.just("numpy"), number),
+    st.tuples(st.just("integers"), number, number),
     st.tuples(st.just("read"), number),
     st.tuples(st.just("hold"), number),
     st.tuples(st.just("drop"), number),
@@ -102,6 +117,13 @@ class Made(nn.Module):
                 owner.register_parameter(f"t{at}", known[numbers[0] % len(known)])
         elif name == "module":
             setattr(self, f"m{at}", self.inner)
+        elif name == "deepcopy":
+            setattr(self, f"m{at}", copy.deepcopy(self.inner))
+        elif name == "layer":
+            setattr(owner, f"l{at}", LAYERS[numbers[0] % len(LAYERS)]())
+            env.extend(tensor.data for tensor in getattr(owner, f"l{at}").parameters())
+        elif name == "integers":
+            env.append(torch.arange(numbers[0]).view(-1, 1).repeat(1, 4))
         elif not env:
             return
         elif name == "view":
@@ -111,11 +133,18 @@ class Made(nn.Module):
         elif name == "change":
             CHANGES[numbers[2] % len(CHANGES)](one(), one(1))
         elif name == "parameter":
-            owner.register_parameter(f"p{at}", nn.Parameter(one(), requires_grad=numbers[1] % 4 != 0))
+            grad = numbers[1] % 4 != 0 and one().is_floating_point()
+            owner.register_parameter(f"p{at}", nn.Parameter(one(), requires_grad=grad))
         elif name == "buffer":
             owner.register_buffer(f"b{at}", one(), persistent=numbers[1] % 2 == 0)
         elif name == "read":
             float(one().sum())
+        elif name == "numpy":
+            np.add(array := one().resolve_neg().numpy(), 1, out=array)
+        elif name == "data":
+            known = [parameter for parameter in self.parameters() if parameter.dtype == one().dtype]
+            if known:
+                known[numbers[1] % len(known)].data = one()
         elif name == "hold":
             self.held.append(one())
         elif name == "drop":
@@ -152,7 +181,7 @@ def state_for(module, lacking):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in module.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 5)
     state = {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
     state = {name: value.resolve_neg() for name, value in state.items()}
     return {name: value for at, (name, value) in enumerate(state.items()) if at % 5 not in lacking}
@@ -169,8 +198,12 @@ def differing(found, wanted, dtype=None):
     return [
         name
         for name, value in tensors_of(found).items()
-        if not same(value, theirs[name] if dtype is None or name.startswith("held") else theirs[name].to(dtype))
+        if not same(value, cast(theirs[name], None if name.startswith("held") else dtype))
     ]
+
+
+def cast(tensor, dtype):
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -212,7 +245,8 @@ def without_samples(program):
             place = plain[name]
             many = {"new": 2, "calculate": 7, "change": 3}[name]
             numbers[place] = numbers[place] % many + (2 if name == "new" else 0)
-        yield (name, *numbers)
+        if name != "layer":
+            yield (name, *numbers)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
