@@ -33,7 +33,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
-from weightlift.deferred.refusals import Trials, may_fit
+from weightlift.deferred.refusals import Trials, lie_alike, may_fit
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
@@ -273,8 +273,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._now(func, call, args, kwargs)
         if len(targets) == 1 and not may_fit(func, call, targets[0], args, kwargs):
             return self._now(func, call, args, kwargs)  # which raises
-        if call.written == (0,) and not call.random and not self.trials.are_taken(func, args, kwargs):
-            return self._now(func, call, args, kwargs)
+        if call.written == (0,) and not call.random:
+            beside = [tensor for tensor in tensors_in((args, kwargs)) if self.record_of(tensor) is records[0]]
+            if not (self.trials.are_taken(func, args, kwargs) and all(lie_alike(targets[0], it) for it in beside)):
+                return self._now(func, call, args, kwargs)
         if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
             return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}

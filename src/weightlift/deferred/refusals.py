@@ -105,6 +105,12 @@ def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any)
     return plain and all(tensor.dtype == target.dtype for tensor in others)
 
 
+def lie_alike(target: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one storage are the same, or torch might refuse to write to the one and read the other."""
+    places = [(item.storage_offset(), item.size(), item.stride(), item.dtype) for item in (target, other)]
+    return other is target or places[0] == places[1]
+
+
 def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
     if len(shape) > len(onto):
         return False

@@ -62,6 +62,10 @@ REFUSED = {
     "a triangle of eight bits": lambda: torch.ones(80, 80).to(torch.float8_e4m3fn).tril(),
     "a product added to truth values": lambda: torch.ones(80, 80).bool().addmm_(*[torch.ones(80, 80).bool()] * 2),
     "eight bits plus eight bits": lambda: torch.ones(300).to(torch.float8_e4m3fn).add_(torch.ones(300)),
+    "its own transpose copied": lambda: (made := torch.full((80, 80), 2.0)).copy_(made.mT),
+    "its own transpose added": lambda: (made := torch.full((80, 80), 2.0)).add_(made.mT),
+    "rows copied over the next": lambda: (made := torch.full((80, 80), 2.0))[1:].copy_(made[:-1]),
+    "its own row multiplied": lambda: (made := torch.full((80, 80), 2.0)).mul_(made[0]),
     "a mask of another shape": lambda: torch.ones(300, 200).masked_fill_(torch.ones(7, 7, dtype=torch.bool), 1.0),
 }
 
@@ -98,6 +102,7 @@ ACCEPTED = {
     "a triangle of halves": lambda: torch.ones(80, 80).half().tril(3),
     "rows of integers": lambda: ints(500, 8).index_select(0, torch.tensor([7, 499])),
     "a sum of bfloat16": lambda: torch.ones(500, 8).bfloat16().add_(torch.ones(500, 8).bfloat16()),
+    "itself": lambda: (made := torch.full((80, 80), 2.0)).copy_(made).add_(made),
     "integers of integers": lambda: ints(300).add_(ints(300)),
 }
 
