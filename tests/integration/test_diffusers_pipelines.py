@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from pathlib import Path
@@ -118,6 +119,41 @@ def test_a_component_that_is_not_native_is_loaded_alone(
     assert "FluxTransformer2DModel: loaded by" not in caplog.text
     assert pipeline_differences(ours, theirs) == []
     assert not LOADING._readers and not LOADING._helpers
+
+
+def test_a_component_with_code_of_its_own_keeps_its_variant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The thread that helps tries in vain; the variant is still known when the component is loaded alone."""
+    folder = tiny.save("stable_diffusion_xl", tmp_path)
+    other = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        other.conv_in.bias.fill_(7.0)
+    other.save_pretrained(folder / "unet", variant="fp16")
+    (folder / "unet" / "my_unet.py").write_text(OWN_UNET)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["my_unet", "MyUNet"]}))
+    options = {"variant": "fp16", "trust_remote_code": True}
+    theirs = PIPELINE_ORIGINAL.__func__(DiffusionPipeline, folder, **options)
+    RUNS.clear()
+    with caplog.at_level(logging.INFO, "weightlift"):
+        ours = wl.from_pretrained(DiffusionPipeline, folder, **options)
+    assert "MyUNet: loaded by its own library" in caplog.text
+    assert torch.equal(ours.unet.conv_in.bias, other.conv_in.bias)
+    assert [item for item in pipeline_differences(ours, theirs) if "a MyUNet for a MyUNet" not in item] == []
+    assert RUNS == ["my_unet"]
+
+
+OWN_UNET = f"""
+from diffusers import UNet2DConditionModel
+from {__name__} import RUNS
+
+RUNS.append("my_unet")
+
+class MyUNet(UNet2DConditionModel):
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return super().from_pretrained(*args, **kwargs)
+"""
+RUNS: list[str] = []
 
 
 def test_components_share_one_budget_and_one_number_of_workers(

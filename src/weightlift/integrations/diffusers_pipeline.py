@@ -75,6 +75,7 @@ class Loading:
     _loader: Loader
     _round: int = 0
     _models: dict[str, _Component] = field(default_factory=dict)
+    _found: dict[str, Any] = field(default_factory=dict)  # by component; a repository's code runs each time it is asked
     _cancel: threading.Event = field(default_factory=threading.Event)
 
     def room(self) -> Callable[..., Any]:
@@ -124,13 +125,14 @@ class Loading:
         return self._load_one(options) if component is None else self._result(component)
 
     def _class_of(self, options: dict[str, Any]) -> Any:
-        return _candidates(options)[0]
+        found = self._found[options["name"]] = _candidates(options)
+        return found[0]
 
     def _bytes_of(self, options: dict[str, Any]) -> int:
         return _bytes_in(options["cached_folder"], options["name"])
 
     def _load_one(self, options: dict[str, Any]) -> Any:
-        return _load(options, self._loader)
+        return _load(options, self._loader, self._found[options["name"]])
 
     def _begin(self) -> None:
         """Start the threads, unless the caller has modes on (a device, say), which belong to this thread only."""
@@ -201,17 +203,18 @@ def _candidates(options: dict[str, Any]) -> Any:
     )
 
 
-def _load(options: dict[str, Any], loader: Loader) -> Any:
-    """Diffusers' ``load_sub_model``, with our loading for the component's class."""
+def _load(options: dict[str, Any], loader: Loader, found: Any) -> Any:
+    """Diffusers' ``load_sub_model``, with our loading for the component's class, which was ``found`` before."""
 
     def attribute(owner: Any, name: str, *default: Any) -> Any:
         if name == "from_pretrained" and (ours := loader(owner)) is not None:
             return ours
         return builtins.getattr(owner, name, *default)
 
-    found = _candidates(options)
     names = {"getattr": attribute, "get_class_obj_and_candidates": lambda *_, **__: found}
-    return in_room(pipeline_loading_utils.load_sub_model, names)(**options)
+    # It takes the component's variant out, and a helper may have tried in vain.
+    mine = {**options, "model_variants": dict(options["model_variants"])}
+    return in_room(pipeline_loading_utils.load_sub_model, names)(**mine)
 
 
 def _bytes_in(folder: Any, name: str) -> int:
