@@ -25,9 +25,10 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import Inventory, modules_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, PlanError, Problem
+from weightlift.integrations.diffusers_hooks import refuse_state_hooks
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
@@ -152,6 +153,8 @@ class StandIn:
         assert self._recorder is not None
         if "disk" in (options["device_map"] or {}).values():
             raise NotNative("offloading to disk", OFFLOAD)
+        if not options["low_cpu_mem_usage"]:
+            refuse_state_hooks(modules_of(model), after=False)
         wanted = Wanted(
             str(name),
             options["dtype"],

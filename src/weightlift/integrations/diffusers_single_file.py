@@ -19,9 +19,10 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 from torch.utils._pytree import tree_map
 
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import Inventory, modules_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError
+from weightlift.integrations.diffusers_hooks import refuse_state_hooks
 from weightlift.integrations.diffusers_model import Filling, Offered, StandIn, Wanted, opened
 from weightlift.integrations.diffusers_options import Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
@@ -88,6 +89,8 @@ class _SingleFile:
 
     def _fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: Any, device_map: Any, **options: Any) -> None:
         empty = self._low_cpu_mem_usage
+        if not empty:
+            refuse_state_hooks(modules_of(model), after=True)
         wanted = Wanted(
             source_of(state_dict).source,
             dtype,
