@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from safetensors.torch import load_file, save_file
 from tests.parity import diffusers_pipelines as tiny
 from tests.parity.compare import FellBack, differences, native_only
-from tests.parity.diffusers_compare import ORIGINAL, both
+from tests.parity.diffusers_compare import ORIGINAL, both, same_info
 from torch import nn
 
 import weightlift as wl
@@ -36,6 +37,122 @@ def fell_back(match: str, load: Callable[[], Any]) -> Any:
     with pytest.raises(FellBack, match=match), native_only():
         load()
     return load()
+
+
+# -- steps of a class --------------------------------------------------------------------------------------------------
+
+
+class Computing(AutoencoderKL):
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        super()._fix_state_dict_keys_on_load(state_dict)
+        state_dict["encoder.conv_in.bias"] = state_dict["encoder.conv_in.bias"] * 2
+
+
+class Renaming(AutoencoderKL):
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        one, other = "encoder.conv_norm_out.bias", "encoder.conv_norm_out.weight"
+        state_dict[one], state_dict[other] = state_dict[other], state_dict[one]
+
+
+class Filling(AutoencoderKL):
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        made = super()._load_pretrained_model(model, *args, **kwargs)
+        with torch.no_grad():
+            model.encoder.conv_in.bias.mul_(2)
+        return made
+
+
+class Typed(AutoencoderKL):
+    @classmethod
+    def _set_default_torch_dtype(cls, dtype: torch.dtype) -> Any:
+        return super()._set_default_torch_dtype(torch.float32)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found = torch.get_default_dtype()
+
+    __init__.__wrapped__ = AutoencoderKL.__init__  # type: ignore[attr-defined]
+
+
+class Partial(AutoencoderKL):
+    """One whose state dict has only a part of it."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in found.items() if not name.startswith("decoder.conv_in")}
+
+
+def leave_out(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+    del state["decoder.conv_in.bias"]
+
+
+@pytest.mark.parametrize(("cls", "step"), [
+    (Computing, r"Computing\._fix_state_dict_keys_on_load"),
+    (Renaming, r"Renaming\._fix_state_dict_keys_on_load"),
+    (Filling, r"Filling\._load_pretrained_model"),
+    (Typed, r"Typed\._set_default_torch_dtype"),
+    (Partial, r"Partial\.state_dict"),
+])  # fmt: skip
+def test_a_step_that_is_not_called_here_runs_in_diffusers_own_way(vae: Path, cls: Any, step: str) -> None:
+    theirs, info = ORIGINAL.__func__(cls, vae, dtype=torch.bfloat16, output_loading_info=True)
+    ours, my_info = fell_back(
+        step, lambda: wl.from_pretrained(cls, vae, dtype=torch.bfloat16, output_loading_info=True)
+    )
+    assert differences(ours, theirs) == [] and same_info(my_info, info)
+    assert getattr(ours, "found", None) == getattr(theirs, "found", None)
+
+
+def test_hooks_of_state_dict_and_a_state_dict_of_the_objects_own(vae: Path) -> None:
+    class Hooked(AutoencoderKL):
+        @classmethod
+        def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            made = super().from_config(*args, **kwargs)
+            made.register_state_dict_post_hook(leave_out)
+            return made
+
+    class Own(AutoencoderKL):
+        @classmethod
+        def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            made = super().from_config(*args, **kwargs)
+            made.state_dict = partial(AutoencoderKL.state_dict, made)
+            return made
+
+    for cls, what in ((Hooked, "Hooked: hooks of state_dict"), (Own, "Own: a state_dict")):
+        fell_back(what, partial(wl.from_pretrained, cls, vae))
+        fell_back(what, partial(wl.from_single_file, cls, str(vae / FILE), config=str(vae), low_cpu_mem_usage=False))
+
+
+def test_a_load_state_dict_of_the_class_own(vae: Path) -> None:
+    class Loading(AutoencoderKL):
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict({**state_dict, "encoder.conv_in.bias": torch.ones(32)}, *args, **kwargs)
+
+    file, given = str(vae / FILE), {"config": str(vae), "low_cpu_mem_usage": False}
+    ours = fell_back(r"Loading\.load_state_dict", lambda: wl.from_single_file(Loading, file, **given))
+    assert torch.equal(ours.encoder.conv_in.bias, torch.ones(32))
+    with native_only():
+        wl.from_single_file(Loading, file, config=str(vae))
+        wl.from_pretrained(Loading, vae, low_cpu_mem_usage=False)
+
+
+def test_a_step_that_is_called_stays_native(vae: Path) -> None:
+    called = []
+
+    class Calling(AutoencoderKL):
+        @classmethod
+        def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            called.append("from_config")
+            return super().from_config(*args, **kwargs)
+
+        @classmethod
+        def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+            called.append("load_config")
+            return super().load_config(*args, **kwargs)
+
+    with native_only():
+        wl.from_pretrained(Calling, vae)
+    assert called == ["load_config", "from_config"]
 
 
 # -- hooks of modules, which are called where no memory is saved ------------------------------------------------------

@@ -25,10 +25,10 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import Inventory, modules_of
+from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, PlanError, Problem
-from weightlift.integrations.diffusers_hooks import refuse_state_hooks
+from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
@@ -64,6 +64,7 @@ def load_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, **kwarg
 
     def native() -> Any:
         refuse(kwargs)
+        refuse_steps(cls)
         return _in_room()(StandIn(cls), name, **kwargs)
 
     return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, **kwargs))
@@ -144,6 +145,7 @@ class StandIn:
             default_dtype=self._dtype,
             answers=_answers(),
         )
+        refuse_names(model)
         return model
 
     def _load_pretrained_model(
@@ -154,7 +156,7 @@ class StandIn:
         if "disk" in (options["device_map"] or {}).values():
             raise NotNative("offloading to disk", OFFLOAD)
         if not options["low_cpu_mem_usage"]:
-            refuse_state_hooks(modules_of(model), after=False)
+            refuse_state_hooks(model, loads=False)
         wanted = Wanted(
             str(name),
             options["dtype"],

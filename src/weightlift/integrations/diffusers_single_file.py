@@ -19,7 +19,7 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 from torch.utils._pytree import tree_map
 
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.deferred.inventory import Inventory, modules_of
+from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError
 from weightlift.integrations.diffusers_hooks import refuse_state_hooks
@@ -90,7 +90,7 @@ class _SingleFile:
     def _fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: Any, device_map: Any, **options: Any) -> None:
         empty = self._low_cpu_mem_usage
         if not empty:
-            refuse_state_hooks(modules_of(model), after=True)
+            refuse_state_hooks(model, loads=True)
         wanted = Wanted(
             source_of(state_dict).source,
             dtype,

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.integrations.exclusive import NotNative
+from weightlift.integrations.overrides import override_of
 
 LOADING_HOOKS = (
     "get_init_context",
@@ -47,9 +48,7 @@ def refuse_parts(modules: Iterable[nn.Module]) -> None:
     _refuse({type(item) for item in modules if isinstance(item, PreTrainedModel)}, PART_HOOKS)
 
 
-def _refuse(classes: Iterable[Any], hooks: Iterable[str]) -> None:
+def _refuse(classes: Iterable[Any], hooks: tuple[str, ...]) -> None:
     for cls in classes:
-        for name in hooks:
-            owner = next((item for item in cls.__mro__ if name in item.__dict__), None)
-            if owner is not None and owner.__module__.partition(".")[0] not in _KNOWN:
-                raise NotNative(f"{owner.__name__}.{name}", "Transformers' loading calls it, this one would not")
+        if (found := override_of(cls, hooks, _KNOWN)) is not None:
+            raise NotNative(found, "Transformers' loading calls it, this one would not")
