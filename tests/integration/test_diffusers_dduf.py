@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import export_folder_as_dduf
 from tests.parity import diffusers_pipelines as tiny
@@ -49,6 +50,17 @@ def test_the_pipeline_of_an_archive(packed: tuple[Path, Path], temporary: Path, 
     names = [ours.vae.config["_name_or_path"], ours.text_encoder.config._name_or_path, ours.tokenizer.name_or_path]
     assert names == [f"{archive}/pipe.dduf/{part}" for part in ("vae", "text_encoder", "tokenizer")]
     assert ours.config["_name_or_path"] == archive
+
+
+def test_components_that_are_passed_in_stay_as_they_are(packed: tuple[Path, Path]) -> None:
+    saved, archive = packed
+    given = {"vae": tiny.vae(), "text_encoder": transformers.CLIPTextModel.from_pretrained(saved / "text_encoder")}
+    assert "_name_or_path" not in given["vae"].config
+    pipe = wl.from_pretrained(DiffusionPipeline, archive, dduf_file="pipe.dduf", **given)
+    assert pipe.vae is given["vae"] and "_name_or_path" not in pipe.vae.config
+    assert pipe.text_encoder is given["text_encoder"]
+    assert pipe.text_encoder.name_or_path == str(saved / "text_encoder")
+    assert pipe.tokenizer.name_or_path == f"{archive}/pipe.dduf/tokenizer"
 
 
 def test_what_is_not_native_is_unpacked(packed: tuple[Path, Path], temporary: Path) -> None:

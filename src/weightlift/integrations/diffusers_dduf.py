@@ -46,7 +46,8 @@ def load_archive(
         except (NotNative, HelperThread):
             _write(archive, folder, list(members))
             pipe = load_pipeline(loader, cls, made, **options)
-    _rename(pipe, made, os.path.join(str(name), dduf_file), name)
+    ours = [part for component, part in pipe.components.items() if component not in options]
+    _rename(pipe, ours, made, os.path.join(str(name), dduf_file), name)
     return pipe
 
 
@@ -62,17 +63,19 @@ def _write(archive: DdufArchive, folder: Path, names: list[str]) -> None:
         (folder / name).write_bytes(archive.read(name))
 
 
-def _rename(pipe: Any, made: str, archive: str, name: Any) -> None:
-    """Let nothing refer to the temporary folder: a component is called by its place in the archive."""
+def _rename(pipe: Any, parts: list[Any], made: str, archive: str, name: Any) -> None:
+    """Let nothing refer to the temporary folder: each of ``parts``, which came out of the archive, is called by its
+    place there. Components that were passed in are a caller's, and keep their names."""
 
     def renamed(value: Any) -> Any:
         return archive + value[len(made) :] if isinstance(value, str) and value.startswith(made) else value
 
     pipe.register_to_config(_name_or_path=name)
-    for part in pipe.components.values():
+    for part in parts:
         config = getattr(part, "config", None)
-        if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
-            part.register_to_config(_name_or_path=renamed(part.config["_name_or_path"]))
+        if hasattr(part, "register_to_config"):
+            if "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=renamed(part.config["_name_or_path"]))
         elif isinstance(part, torch.nn.Module) and config is not None:
             part.name_or_path = config._name_or_path = renamed(config._name_or_path)
         elif isinstance(getattr(part, "init_kwargs", None), dict):
