@@ -135,6 +135,42 @@ def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
         wl.from_pretrained(AutoencoderKL, tmp_path)
 
 
+STRIDED_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dtype": torch.float16},
+    {"dtype": torch.float32, "device_map": "cpu"},
+    {"disable_mmap": True},
+    {"low_cpu_mem_usage": False},
+    {"low_cpu_mem_usage": False, "dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("options", STRIDED_OPTIONS, ids=str)
+def test_a_pickle_of_transposed_views(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = tiny.vae()
+    model.save_pretrained(tmp_path)
+    (tmp_path / FILE).unlink()
+    state = {name: value.mT.contiguous().mT if value.dim() > 1 else value for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    (ours, _), (theirs, _) = both(AutoencoderKL, tmp_path, **options)
+    assert differences(ours, theirs) == []
+    assert all(parameter.is_contiguous() for parameter in ours.parameters()) or options == {"low_cpu_mem_usage": False}
+
+
+class ChannelsLast(AutoencoderKL):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoder.to(memory_format=torch.channels_last)
+
+    __init__.__wrapped__ = AutoencoderKL.__init__  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", STRIDED_OPTIONS, ids=str)
+def test_a_constructor_that_makes_parameters_channels_last(vae: Path, options: dict[str, Any]) -> None:
+    (ours, _), (theirs, _) = both(ChannelsLast, vae, **options)
+    assert differences(ours, theirs) == []
+
+
 def test_old_attention_names(tmp_path: Path) -> None:
     tiny.vae().save_pretrained(tmp_path)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

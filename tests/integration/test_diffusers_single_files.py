@@ -80,6 +80,15 @@ def test_pickles_and_what_lies_within_them(nested: bool, legacy: bool, unet: tup
     assert differences(ours, theirs) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.float16}, {"low_cpu_mem_usage": False}], ids=str)
+def test_a_pickle_of_transposed_views(options: dict[str, Any], unet: tuple[Path, Path], tmp_path: Path) -> None:
+    state = {key: value.mT.contiguous().mT if value.dim() > 1 else value for key, value in load_file(unet[0]).items()}
+    torch.save(state, tmp_path / "model.bin")
+    ours, theirs = both(UNet2DConditionModel, str(tmp_path / "model.bin"), config=str(unet[1]), **options)
+    assert differences(ours, theirs) == []
+    assert all(parameter.is_contiguous() for parameter in ours.parameters())
+
+
 def test_an_original_configuration(tmp_path: Path) -> None:
     parameters = {
         "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1,

@@ -31,6 +31,7 @@ from weightlift.errors import CheckpointError, PlanError, Problem
 from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers_strides import as_in_files, made_contiguous
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.misfits import shapes_differ
 from weightlift.integrations.room import Delegate, in_room
@@ -230,8 +231,10 @@ class Filling:
         )
         self._subject = Subject(Inventory.of(model), recorder)
         self._state = {slot.fqn: slot.tensor for slot in self._subject.inventory.slots if slot.persistent}
-        self._offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
-        self._assigned = self._assigned_files() if wanted.assigns else set()
+        offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
+        assigns = wanted.assigns and not wanted.low_cpu_mem_usage
+        self._assigned = self._assigned_names(offers) if assigns else frozenset()
+        self._offers = made_contiguous(offers, self._state, self._assigned)
 
     def run(self, loaded_keys: list[str]) -> tuple[list[str], list[str], list[Any]]:
         """Plan, report as Diffusers does, read. Returns missing, unexpected and mismatched keys."""
@@ -287,6 +290,8 @@ class Filling:
         spec = self._subject.inventory.spec(self._subject.record_at)
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
+        replaced = self._offers if self._wanted.low_cpu_mem_usage else self._assigned
+        decisions = as_in_files(decisions, self._subject, replaced)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
         devices = self._devices()
         rows = []
@@ -302,20 +307,22 @@ class Filling:
         """The dtype of a value that is read."""
         wanted, entry = self._wanted, offer.entry
         if not wanted.low_cpu_mem_usage:
-            return entry.dtype if entry.file in self._assigned else row.own_dtype
+            return entry.dtype if row.fqn in self._assigned else row.own_dtype
         if wanted.dtype is None or not entry.dtype.is_floating_point:
             return row.own_dtype
         kept = any(part in wanted.keep_in_fp32 for part in row.fqn.split("."))
         return torch.float32 if kept else wanted.dtype
 
-    def _assigned_files(self) -> set[Path | None]:
-        """Files whose tensors Diffusers assigns with the dtype they have, where it doesn't save memory: the one that
-        holds the model's first tensor, if that has the dtype of the model's."""
+    def _assigned_names(self, offers: Mapping[str, Offer]) -> frozenset[str]:
+        """What Diffusers puts in its place as the file has it, in its dtype, where it doesn't save memory: all in the
+        file that holds the model's first tensor, if that has the dtype of the model's."""
         first = next(iter(self._state), None)
-        offer = self._offers.get(first) if first is not None else None
+        offer = offers.get(first) if first is not None else None
         if offer is None or first is None or not getattr(self._cls, "_supports_param_buffer_assignment", True):
-            return set()
-        return {offer.entry.file} if offer.entry.dtype == self._state[first].dtype else set()
+            return frozenset()
+        if offer.entry.dtype != self._state[first].dtype:
+            return frozenset()
+        return frozenset(name for name, item in offers.items() if item.entry.file == offer.entry.file)
 
     def _devices(self) -> dict[str, str]:
         """Where what the checkpoint can hold goes; accelerate moves the rest when it dispatches the model."""
