@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoModel, ControlNetModel, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from safetensors.torch import load_file, save_file
 from tests.parity import diffusers_pipelines as tiny
@@ -327,3 +328,33 @@ def test_install_and_uninstall(vae: Path) -> None:
 def test_the_folder_by_its_name_in_diffusers(vae: Path) -> None:
     assert wl.mapped_files(wl.from_pretrained(AutoencoderKL, pretrained_model_name_or_path=vae))
     assert wl.mapped_files(wl.from_pretrained(AutoModel, pretrained_model_or_path=str(vae)))
+
+
+class Named(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, name: str = "a", loader: int = 1) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+
+
+def test_configurations_that_are_called_as_arguments_are_here(tmp_path: Path) -> None:
+    Named().save_pretrained(tmp_path)
+    (ours, _), (theirs, _) = both(Named, tmp_path, name="b", loader=2)
+    assert differences(ours, theirs) == [] and ours.config["name"] == "b" and ours.config["loader"] == 2
+
+
+@pytest.mark.parametrize("cls", [AutoencoderKL, diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image])
+def test_without_a_first_argument_the_librarys_own_error(cls: Any) -> None:
+    missing = "missing 1 required positional argument: 'pretrained_model_"
+    with pytest.raises(TypeError, match=missing):
+        wl.from_pretrained(cls)
+    with pytest.raises(TypeError, match=missing):
+        wl.from_pretrained(cls, name="a folder")
+    wl.install()
+    try:
+        with pytest.raises(TypeError, match=missing):
+            cls.from_pretrained()
+        with pytest.raises(TypeError, match=missing):
+            wl.from_pretrained(cls, device_map="cpu")
+    finally:
+        wl.uninstall()

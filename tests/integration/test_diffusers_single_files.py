@@ -144,6 +144,21 @@ def test_the_file_by_its_name_in_diffusers(name: str, unet: tuple[Path, Path]) -
     assert list(wl.mapped_files(found)) == [unet[0]]
     with pytest.raises(TypeError, match="multiple values"):
         wl.from_single_file(UNet2DConditionModel, "a", pretrained_model_link_or_path_or_dict="b")
+    ours, theirs = both(UNet2DConditionModel, str(unet[0]), config=str(unet[1]), file="no argument of ours")
+    assert differences(ours, theirs) == []
+
+
+def test_without_a_first_argument_the_librarys_own_error() -> None:
+    cls = diffusers.StableDiffusionPipeline
+    missing = "missing 1 required positional argument: 'pretrained_model_link_or_path"
+    with pytest.raises(TypeError, match=missing):
+        wl.from_single_file(cls, file="model.safetensors")
+    wl.install()
+    try:
+        with pytest.raises(TypeError, match=missing):
+            cls.from_single_file()
+    finally:
+        wl.uninstall()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(unet: tuple[Path, Path], tmp_path: Path) -> None:

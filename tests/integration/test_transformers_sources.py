@@ -98,3 +98,16 @@ def test_the_folder_by_its_name_in_transformers(adapter: Path) -> None:
     base = adapter.parent / "base"
     for cls in (LlamaForCausalLM, AutoModelForCausalLM):
         assert wl.mapped_files(wl.from_pretrained(cls, pretrained_model_name_or_path=base))
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, AutoModelForCausalLM])
+def test_without_a_first_argument_the_librarys_own_error(cls: Any) -> None:
+    missing = r"from_pretrained\(\) missing 1 required positional argument: 'pretrained_model_name_or_path'"
+    with pytest.raises(TypeError, match=missing):
+        wl.from_pretrained(cls)
+    wl.install()
+    try:
+        with pytest.raises(TypeError, match=missing):
+            cls.from_pretrained()
+    finally:
+        wl.uninstall()

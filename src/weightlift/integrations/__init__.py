@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from weightlift.integrations.drop_in import install, uninstall
+from weightlift.integrations.exclusive import LOADING
 
 __all__ = ["from_pretrained", "from_single_file", "install", "uninstall"]
 
@@ -15,9 +17,10 @@ _FIRST = (
     "pretrained_model_link_or_path_or_dict",
     "pretrained_model_link_or_path",
 )
+_MISSING: Any = object()  # None is a first argument
 
 
-def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
+def from_pretrained(cls: Any, name: Any = _MISSING, /, *args: Any, **kwargs: Any) -> Any:
     """``cls.from_pretrained(name, *args, **kwargs)``: the same model, from any number of threads at once.
 
     ``cls`` is a model class of Transformers (``LlamaForCausalLM``) or of Diffusers (``UNet2DConditionModel``), a
@@ -34,20 +37,23 @@ def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> An
     for the loads that run, and others wait for it.
     """
     name = _first(name, kwargs)
+    load = None
     if "transformers" in sys.modules:
         from weightlift.integrations import transformers_classes
 
         if transformers_classes.handles(cls):
-            return transformers_classes.from_pretrained(cls, name, args, kwargs)
-    if "diffusers" in sys.modules:
+            load = transformers_classes.from_pretrained
+    if load is None and "diffusers" in sys.modules:
         from weightlift.integrations import diffusers_classes
 
         if diffusers_classes.handles(cls):
-            return diffusers_classes.from_pretrained(cls, name, args, kwargs)
+            load = diffusers_classes.from_pretrained
+    if load is not None:
+        return _alone(cls.from_pretrained, kwargs) if name is _MISSING else load(cls, name, args, kwargs)
     raise TypeError(f"expected a model, pipeline or Auto class of Transformers or Diffusers, found {cls!r}")
 
 
-def from_single_file(cls: Any, file: Any = None, **kwargs: Any) -> Any:
+def from_single_file(cls: Any, file: Any = _MISSING, /, **kwargs: Any) -> Any:
     """``cls.from_single_file(file, **kwargs)`` of a Diffusers model or pipeline class: the same, from any number of
     threads at once.
 
@@ -65,6 +71,8 @@ def from_single_file(cls: Any, file: Any = None, **kwargs: Any) -> Any:
         from weightlift.integrations import diffusers_classes
 
         if diffusers_classes.handles(cls):
+            if file is _MISSING and hasattr(cls, "from_single_file"):
+                return _alone(cls.from_single_file, kwargs)
             return diffusers_classes.from_single_file(cls, file, kwargs)
     raise TypeError(f"expected a model or pipeline class of Diffusers, found {cls!r}")
 
@@ -72,4 +80,10 @@ def from_single_file(cls: Any, file: Any = None, **kwargs: Any) -> Any:
 def _first(given: Any, kwargs: dict[str, Any]) -> Any:
     """The first argument of theirs, taken out of ``kwargs`` where it is given by the name that it has there."""
     names = [name for name in _FIRST if name in kwargs]
-    return kwargs.pop(names[0]) if given is None and names else given
+    return kwargs.pop(names[0]) if given is _MISSING and names else given
+
+
+def _alone(method: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """A call without the first argument, which nearly every method refuses in the words of its library."""
+    with LOADING.alone():
+        return method(**kwargs)

@@ -82,7 +82,7 @@ def from_single_file(cls: Any, file: Any, kwargs: dict[str, Any]) -> Any:
     return load_single_file(cls, file, **kwargs)
 
 
-def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+def load_single_file(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``from_single_file`` of a model or pipeline class that has none of its own."""
     if issubclass(cls, DiffusionPipeline):
         return diffusers_single_pipeline.load_pipeline(loader, cls, *args, **kwargs)
@@ -91,22 +91,22 @@ def load_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _handle(cls: Any) -> Handle:
     """A class as code of Diffusers sees it, with our ``from_pretrained`` where there is one."""
-    return Handle(cls, lambda name, *args, **kwargs: (loader(cls) or cls.from_pretrained)(name, *args, **kwargs))
+    return Handle(cls, lambda name, /, *args, **kwargs: (loader(cls) or cls.from_pretrained)(name, *args, **kwargs))
 
 
 def loader(cls: Any) -> Callable[..., Any] | None:
     """Our ``from_pretrained`` for a class of either library; None where there is none."""
     if handles(cls):
-        return lambda name, *args, **kwargs: from_pretrained(cls, name, args, kwargs)
+        return lambda name, /, *args, **kwargs: from_pretrained(cls, name, args, kwargs)
     if "transformers" in sys.modules:
         from weightlift.integrations import transformers_classes
 
         if transformers_classes.handles(cls):
-            return lambda name, *args, **kwargs: transformers_classes.from_pretrained(cls, name, args, kwargs)
+            return lambda name, /, *args, **kwargs: transformers_classes.from_pretrained(cls, name, args, kwargs)
     return None
 
 
-def load_pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
+def load_pipeline(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``from_pretrained`` of a pipeline class that has none of its own, out of a folder or of an archive."""
     load = diffusers_dduf.load_archive if kwargs.get("dduf_file") else diffusers_pipeline.load_pipeline
     return load(loader, cls, *args, **kwargs)
@@ -115,7 +115,7 @@ def load_pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
 # -- Auto classes -----------------------------------------------------------------------------------------------------
 
 
-def load_auto(cls: Any, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
+def load_auto(cls: Any, /, pretrained_model_or_path: Any = None, **kwargs: Any) -> Any:
     """``AutoModel.from_pretrained``: on a class of the call's own, because it writes to its class while it looks."""
 
     def candidates(*args: Any, **more: Any) -> Any:

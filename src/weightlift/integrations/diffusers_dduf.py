@@ -22,7 +22,7 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def load_archive(
-    loader: Loader, cls: Any, pretrained_model_name_or_path: Any, *, dduf_file: str, **kwargs: Any
+    loader: Loader, cls: Any, /, pretrained_model_name_or_path: Any, *, dduf_file: str, **kwargs: Any
 ) -> Any:
     """``cls.from_pretrained(name, dduf_file=…, …)``: the pipeline that the archive in a folder or repository holds.
 

@@ -58,7 +58,7 @@ class Lacking(PlanError, NotImplementedError):
 
 
 @validate_hf_hub_args
-def load_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+def load_pretrained(cls: Any, /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
     """Load a model of a `ModelMixin` class: natively, or where that is not sound, by Diffusers' own code alone in the
     process."""
     name = pretrained_model_name_or_path

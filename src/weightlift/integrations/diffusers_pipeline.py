@@ -39,7 +39,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 @validate_hf_hub_args
-def load_pipeline(loader: Loader, cls: Any, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+def load_pipeline(loader: Loader, cls: Any, /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     name = pretrained_model_name_or_path
     return native_or_alone(

@@ -35,7 +35,7 @@ ORIGINAL: Any = original(FromOriginalModelMixin, "from_single_file")
 
 
 @validate_hf_hub_args
-def load_model(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+def load_model(cls: Any, /, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
     """``cls.from_single_file(…)`` of a model class: natively, or where that is not sound, by Diffusers' own code alone
     in the process. A state dict that is given stays as it is."""
     given = pretrained_model_link_or_path_or_dict
@@ -46,7 +46,7 @@ def load_model(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kw
     return native_or_alone(cls, lambda: load_natively(cls, given, **kwargs), alone)
 
 
-def load_natively(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+def load_natively(cls: Any, /, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
     """``cls.from_single_file(…)`` of a model class, or `NotNative`. The caller holds the lock with other readers."""
     refuse(kwargs)
     return _SingleFile(cls, kwargs).load(_copied(pretrained_model_link_or_path_or_dict))

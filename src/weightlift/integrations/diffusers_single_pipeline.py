@@ -38,7 +38,7 @@ _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 @validate_hf_hub_args
-def load_pipeline(loader: Loader, cls: Any, pretrained_model_link_or_path: Any = None, **kwargs: Any) -> Any:
+def load_pipeline(loader: Loader, cls: Any, /, pretrained_model_link_or_path: Any, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     file = pretrained_model_link_or_path
 

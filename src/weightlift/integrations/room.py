@@ -68,7 +68,7 @@ class Handle:
     def __module__(self) -> str:  # type: ignore[override]
         return str(self._cls.__module__)
 
-    def from_pretrained(self, name: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(self, name: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         return self._load(name, *args, **kwargs)
 
 

@@ -14,9 +14,10 @@ def _model_class(module: ModuleType) -> tuple[Any, str, Any]:
     # Now, in the thread that imports Transformers, and not when several threads make their first loads.
     from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
 
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any = None, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         return load_pretrained(cls, pretrained_model_name_or_path, model_args, kwargs)
 
+    from_pretrained.__qualname__ = ORIGINAL.__func__.__qualname__
     from_pretrained.__doc__ = ORIGINAL.__func__.__doc__
     from_pretrained.__wrapped__ = ORIGINAL.__func__  # type: ignore[attr-defined]
     return module.PreTrainedModel, "from_pretrained", classmethod(from_pretrained)
