@@ -123,6 +123,13 @@ def test_damage_is_an_error(vae: Path) -> None:
     (vae / FILE).write_bytes(data[:-1])
     with pytest.raises(wl.CheckpointError, match="beyond the end of the file"):
         wl.from_pretrained(AutoencoderKL, vae)
+    for load in (ORIGINAL.__func__, wl.from_pretrained):
+        with pytest.raises(OSError, match=FILE):
+            load(AutoencoderKL, vae)
+        with pytest.raises(OSError, match=FILE):
+            load(AutoencoderKL, vae, low_cpu_mem_usage=False)
+    with pytest.raises(OSError, match=FILE):
+        wl.from_single_file(AutoencoderKL, str(vae / FILE), config=str(vae))
     (vae / FILE).unlink()
     with pytest.raises(OSError, match="no file named"):
         wl.from_pretrained(AutoencoderKL, vae)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests.concurrency import audit
 from tests.parity.compare import differences, native_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import weightlift as wl
+from weightlift.integrations.transformers_model import ORIGINAL
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,3 +113,14 @@ def test_without_a_first_argument_the_librarys_own_error(cls: Any) -> None:
             cls.from_pretrained()
     finally:
         wl.uninstall()
+
+
+def test_damaged_safetensors_are_an_error_of_theirs_too(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(SafetensorError):
+        ORIGINAL.__func__(LlamaForCausalLM, base)
+    for kind in (SafetensorError, wl.CheckpointError):
+        with pytest.raises(kind, match=r"beyond the end of the file"):
+            wl.from_pretrained(LlamaForCausalLM, base)

@@ -27,7 +27,7 @@ from weightlift.checkpoint import Checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
-from weightlift.errors import CheckpointError, PlanError, Problem
+from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
@@ -51,6 +51,10 @@ _logger = modeling_utils.logger
 
 class DoesNotFit(PlanError, ValueError):
     """A `PlanError` that is also the ValueError which Diffusers raises for shapes that differ."""
+
+
+class Damaged(CheckpointError, OSError):
+    """A `CheckpointError` that is also the OSError which Diffusers raises for files that it can't read."""
 
 
 class Lacking(PlanError, NotImplementedError):
@@ -90,12 +94,17 @@ def headers(checkpoint_file: str | os.PathLike[str], disable_mmap: bool = False)
 
 
 def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None) -> Checkpoint:
-    """The headers of files that Diffusers has found; ``within`` as `open_files` takes it. Raises `CheckpointError`,
-    which is a ValueError."""
+    """The headers of files that Diffusers has found; ``within`` as `open_files` takes it. Raises `Damaged`, and
+    `CheckpointNotFound`, which is an OSError as well."""
     paths = tuple(Path(file).absolute() for file in files)
     if any(path.suffix == ".gguf" for path in paths):
         raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
-    return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), within=within)
+    try:
+        return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), within=within)
+    except CheckpointNotFound:
+        raise
+    except CheckpointError as error:
+        raise Damaged(error.summary, error.problems) from error.__cause__
 
 
 @dataclass(frozen=True, slots=True)

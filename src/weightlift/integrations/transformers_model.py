@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import core_model_loading, modeling_utils
 from transformers.integrations.accelerate import expand_device_map
 from transformers.modeling_utils import PreTrainedModel
@@ -28,7 +29,7 @@ from weightlift.deferred.inventory import Inventory, modules_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
-from weightlift.errors import CheckpointError, PlanError, Problem
+from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.misfits import shapes_differ
 from weightlift.integrations.transformers_conversion import Conversion, convert
@@ -59,6 +60,10 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
         return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
 
     return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, *args, **kwargs))
+
+
+class Damaged(CheckpointError, SafetensorError):
+    """A `CheckpointError` that is also the error which Transformers lets through of damaged safetensors."""
 
 
 class StandIn:
@@ -133,7 +138,9 @@ def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpo
     except CheckpointError as error:
         if not load_config.weights_only and not files[0].endswith(".safetensors"):
             raise NotNative("weights_only=False", "the pickle holds more than plain tensors") from error
-        raise
+        if isinstance(error, CheckpointNotFound) or not files[0].endswith(".safetensors"):
+            raise
+        raise Damaged(error.summary, error.problems) from error.__cause__
 
 
 class Filling:
