@@ -365,3 +365,27 @@ def test_without_a_first_argument_the_librarys_own_error(cls: Any) -> None:
             wl.from_pretrained(cls, device_map="cpu")
     finally:
         wl.uninstall()
+
+
+class Overlapping(ModelMixin, ConfigMixin):
+    """Parameters that lie in the same memory in part, and one whose elements do."""
+
+    @register_to_config
+    def __init__(self, expanded: bool = False) -> None:
+        super().__init__()
+        whole = torch.zeros(9)
+        self.first = torch.nn.Parameter(whole[:6])
+        self.second = torch.nn.Parameter(whole[6:] if expanded else whole[3:])
+        self.third = torch.nn.Parameter(torch.zeros(1).expand(6) if expanded else torch.zeros(6))
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}, {"low_cpu_mem_usage": False}], ids=str)
+def test_tensors_that_cannot_all_hold_their_values(tmp_path: Path, expanded: bool, options: dict[str, Any]) -> None:
+    Overlapping(expanded=expanded).save_config(tmp_path)
+    state = {"first": torch.arange(6.0), "second": torch.arange(3.0 if expanded else 6.0) + 50, "third": torch.ones(6)}
+    save_file(state, tmp_path / FILE, {"format": "pt"})
+    theirs = ORIGINAL.__func__(Overlapping, tmp_path, **options)
+    ours = wl.from_pretrained(Overlapping, tmp_path, **options)
+    assert differences(ours, theirs) == []
+    assert ours.second.tolist() == state["second"].tolist()

@@ -1,4 +1,5 @@
-"""A tied embedding of 256,000 × 2,304 without its head in the checkpoint: nothing is initialised in vain."""
+"""A tied embedding of 256,000 × 2,304 without its head in the checkpoint: nothing is initialised in vain. And tensors
+that share memory in part, which Transformers gives one of its own each."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.compare import native_only
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from safetensors.torch import save_file
+from tests.parity.compare import FellBack, differences, native_only
+from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig, PreTrainedModel
 
 import weightlift as wl
 from weightlift.deferred.tape import Node
+from weightlift.integrations.transformers_model import ORIGINAL
 
 EMBEDDING = "model.embed_tokens.weight"
 CONFIG = Gemma2Config(
@@ -95,3 +98,25 @@ def test_what_is_missing_is_initialised_alone(folder: Path, ran: list[tuple[str,
     assert info["missing_keys"] == {missing}
     assert [nbytes for _, _, nbytes in _samples(ran)] == [2 * 32 * 2304]
     assert 0.015 < model.get_parameter(missing).float().std() < 0.025
+
+
+class Overlapping(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        whole = torch.zeros(9)
+        self.first = torch.nn.Parameter(whole[:6])
+        self.second = torch.nn.Parameter(whole[3:])
+        self.post_init()
+
+
+def test_parameters_that_share_memory_in_part(tmp_path: Path) -> None:
+    PretrainedConfig().save_pretrained(tmp_path)
+    state = {"first": torch.arange(6.0), "second": torch.arange(6.0) + 50}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = ORIGINAL.__func__(Overlapping, tmp_path)
+    with pytest.raises(FellBack, match="second: it shares memory with first"), native_only():
+        wl.from_pretrained(Overlapping, tmp_path)
+    ours = wl.from_pretrained(Overlapping, tmp_path)
+    assert differences(ours, theirs) == [] and ours.second.tolist() == state["second"].tolist()

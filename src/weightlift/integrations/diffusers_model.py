@@ -33,7 +33,7 @@ from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refus
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.diffusers_strides import as_in_files, made_contiguous
 from weightlift.integrations.exclusive import NotNative, native_or_alone
-from weightlift.integrations.misfits import shapes_differ
+from weightlift.integrations.misfits import refuse_shared, shapes_differ
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -299,6 +299,7 @@ class Filling:
         spec = self._subject.inventory.spec(self._subject.record_at)
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
+        refuse_shared(decisions, self._subject.inventory.slots)
         replaced = self._offers if self._wanted.low_cpu_mem_usage else self._assigned
         decisions = as_in_files(decisions, self._subject, replaced)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
