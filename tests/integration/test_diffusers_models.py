@@ -179,6 +179,18 @@ def test_a_constructor_that_makes_parameters_channels_last(vae: Path, options: d
     assert differences(ours, theirs) == []
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_with_the_strides_of_the_model(vae: Path, legacy: bool) -> None:
+    state = {
+        name: value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+        for name, value in load_file(vae / FILE).items()
+    }
+    (vae / FILE).unlink()
+    torch.save(state, vae / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    (ours, _), (theirs, _) = both(ChannelsLast, vae)
+    assert differences(ours, theirs) == []
+
+
 def test_old_attention_names(tmp_path: Path) -> None:
     tiny.vae().save_pretrained(tmp_path)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -300,7 +300,8 @@ class Filling:
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
         decisions = match(spec, supply, self._options)
         refuse_shared(decisions, self._subject.inventory.slots)
-        replaced = self._offers if self._wanted.low_cpu_mem_usage else self._assigned
+        emptied = self._wanted.low_cpu_mem_usage
+        replaced = {name: offer for name, offer in self._offers.items() if emptied or name in self._assigned}
         decisions = as_in_files(decisions, self._subject, replaced)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
         devices = self._devices()

@@ -42,11 +42,12 @@ def _row_major(offer: Offer) -> Offer:
     return composed(offer.name, shape, [part(offer.entry, whole(shape), key=offer.key)], key=offer.key)
 
 
-def as_in_files(decisions: Decisions, subject: Subject, names: Container[str]) -> Decisions:
-    """The decisions, by which those of ``names`` that were to be filled for the sake of their strides get new memory:
-    Diffusers puts the file's tensor in their place."""
+def as_in_files(decisions: Decisions, subject: Subject, offers: Mapping[str, Offer]) -> Decisions:
+    """The decisions, by which names with ``offers`` that were to be filled for their strides' sake get new memory:
+    Diffusers puts the file's tensor in their place. Where that has the same strides they are filled."""
     slots = subject.inventory.slots
-    if all(slot.fqn not in names or is_lazy(slot.tensor) or slot.tensor.is_contiguous() for slot in slots):
+    names = {slot.fqn for slot in slots if slot.fqn in offers and _lies_otherwise(slot.tensor, offers[slot.fqn])}
+    if not names:
         return decisions
     addresses = [storage_address(slot.tensor) for slot in slots]
     users = users_of(slots, addresses)
@@ -60,3 +61,7 @@ def as_in_files(decisions: Decisions, subject: Subject, names: Container[str]) -
     }
     rows = (row._replace(in_place=False) if row.fqn in alone else row for row in decisions.rows)
     return replace(decisions, rows=tuple(rows))
+
+
+def _lies_otherwise(tensor: torch.Tensor, offer: Offer) -> bool:
+    return not is_lazy(tensor) and not tensor.is_contiguous() and tensor.stride() != offer.entry.stride
