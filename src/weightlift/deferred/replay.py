@@ -32,13 +32,19 @@ class Replay:
 
 
 def label_samples(owned: Iterable[Record]) -> None:
-    """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn."""
-    for record in owned:
-        count = 0
-        for node in needed([record]):
-            if node.random and node.seed_label is None:
-                node.seed_label = f"{record.label}#{count}"
-                count += 1
+    """Give every sampling call the name that seeds it: the first of ``owned`` that depends on it, and its turn.
+
+    Which of the calls that only read what one overwrites are still of use depends on what has been collected by now, so
+    their samples come after all others, under names of their own.
+    """
+    records = list(owned)
+    for mark, readers in (("#", False), ("#read#", True)):
+        for record in records:
+            count = 0
+            for node in needed([record], readers=readers):
+                if node.random and node.seed_label is None:
+                    node.seed_label = f"{record.label}{mark}{count}"
+                    count += 1
 
 
 def replays(nodes: list[Node]) -> list[Replay]:

@@ -73,8 +73,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
 
     def outlive(self) -> None:
         """The storage is gone. What was written there stays, if a recorded call has still to read it."""
-        if not self.pending:
-            self.last = None  # which refers back
+        self.last = None  # which refers back; who has to read it knows the version
         if self.opened and self.readers is not None and self.readers.waiting():
             self.scratch = cut_again(self.block, self.offset, self.nbytes)
 
@@ -360,10 +359,13 @@ def generator_for(seed: int, label: str) -> torch.Generator:
     return generator
 
 
-def needed(records: Iterable[Record], supplied: Collection[Record] = ()) -> list[Node]:
+def needed(
+    records: Iterable[Record], supplied: Collection[Record] = (), *, readers: bool = True
+) -> list[Node]:
     """The nodes that must run to give ``records`` their values, in order.
 
-    ``supplied`` are records whose values come from elsewhere: no node is run for their sake.
+    ``supplied`` are records whose values come from elsewhere: no node is run for their sake. ``readers``: also those
+    that have to read what one of the nodes overwrites, if somebody still holds their results.
     """
     found: set[Node] = set()
     stack = [record.last for record in records if record.pending]
@@ -373,7 +375,7 @@ def needed(records: Iterable[Record], supplied: Collection[Record] = ()) -> list
             continue
         found.add(node)
         stack.extend(version for _, version in node.deps)
-        for record in node.writes:
+        for record in node.writes if readers else ():
             stack.extend(_earlier_readers(record, node, supplied))
     return sorted(found, key=lambda node: node.seq)
 

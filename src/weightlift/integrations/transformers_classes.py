@@ -89,7 +89,7 @@ def _of_transformers(method: Any) -> bool:
 
 def _handle(cls: Any) -> Handle:
     """A model class as an Auto class sees it."""
-    return Handle(cls, lambda name, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
+    return Handle(cls, lambda name, /, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
 
 
 def _with_mixin(model_class: Any) -> Handle:

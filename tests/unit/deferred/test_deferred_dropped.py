@@ -92,3 +92,32 @@ def test_memory_that_outlived_its_tensor_goes_back_with_the_call_that_was_to_rea
     finally:
         gc.enable()
     assert torch.equal(loaded.p, torch.ones(side, side))
+
+
+@pytest.mark.parametrize("collected", [False, True])
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_samples_do_not_depend_on_what_has_been_collected(in_a_cycle, collected):
+    def build():
+        owner = nn.Module()
+        weight = torch.randn(30, 30)
+        copied = weight.clone()  # has to read the samples that are overwritten below
+        dropped = [copied]
+        if in_a_cycle:
+            dropped.append(dropped)
+        del copied, dropped
+        if collected:
+            gc.collect()
+        owner.p = nn.Parameter(weight.normal_())
+        return owner
+
+    def plain():
+        owner = nn.Module()
+        owner.p = nn.Parameter(torch.randn(30, 30).normal_())
+        return owner
+
+    gc.disable()
+    try:
+        made = wl.defer(build, seed=3).materialize()
+    finally:
+        gc.enable()
+    assert torch.equal(made.p, wl.defer(plain, seed=3).materialize().p)
