@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.distributed import scenarios_failed
 from tests.distributed.models import (
     Experts,
     Tied,
@@ -115,4 +116,4 @@ SCENARIOS = {
         three_axes,
         uneven_shards_on_four_ranks,
     )
-}
+} | scenarios_failed.SCENARIOS

@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 
 import pytest
-from tests.distributed import scenarios_capture, scenarios_eight, scenarios_four, scenarios_pretrained, scenarios_two
+from tests.distributed import (
+    scenarios_capture,
+    scenarios_eight,
+    scenarios_failed,
+    scenarios_four,
+    scenarios_pretrained,
+    scenarios_two,
+)
 from tests.distributed.launch import launch
 
 RUNS = [
     ("scenarios_two", scenarios_two.SCENARIOS, 2, ()),
+    ("scenarios_failed", scenarios_failed.SCENARIOS, 2, ()),
     ("scenarios_capture", scenarios_capture.SCENARIOS, 2, ()),
     ("scenarios_pretrained", scenarios_pretrained.SCENARIOS, 2, ()),
     ("scenarios_four", scenarios_four.SCENARIOS, 4, pytest.mark.full),

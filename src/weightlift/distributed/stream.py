@@ -2,13 +2,15 @@
 
 Each rank says which boxes of which tensors it wants. The source goes through them tensor by tensor, reads a few
 messages ahead within its budget, and sends each rank its own; what all ranks want alike goes out as a broadcast. A
-receiver holds one message besides what it keeps.
+receiver holds one message besides what it keeps. What the source has read at once is sent in one round
+(`weightlift.distributed.rounds`), between which a rank may fail or be cancelled.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ import torch
 
 from weightlift.distributed.fill import part_of, row_jobs
 from weightlift.distributed.layout import Box
+from weightlift.distributed.rounds import Rounds
 from weightlift.distributed.team import Team
 from weightlift.errors import LoadCancelled
 from weightlift.options import LoadOptions
@@ -58,6 +61,30 @@ class Message:
     dtype: torch.dtype
     box: Box
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.box.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one message goes: a part of what this rank keeps. ``common``: it comes as a broadcast."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    common: bool
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the message."""
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def direct(self, device: torch.device) -> bool:
+        """Whether a message that arrives on ``device`` can be received in place."""
+        tensor = self.tensor
+        return tensor.is_contiguous() and tensor.device == device and tensor.dtype == self.dtype
+
 
 class Stream:
     """The exchange of one load. ``source`` is the source's rank within the team."""
@@ -77,17 +104,52 @@ class Stream:
         asked = [_unpacked(note) for note in notes]
         common = _common(asked)
         self._team.hand_out(self._source, json.dumps(sorted(common)).encode())
+        rounds = Rounds(self._team, self._wire)
+        bundles = self._bundles(asked, common)
+        outbox = torch.empty(0)
+        with rounds.keeping():
+            outbox = self._buffer()
+        while self._serve_round(bundles, offered, source, outbox, rounds):
+            pass
+
+    def _serve_round(
+        self,
+        bundles: Iterator[list[Message]],
+        offered: Mapping[int, Row],
+        source: Bytes,
+        outbox: torch.Tensor,
+        rounds: Rounds,
+    ) -> bool:
+        """Read and send the next messages; False when there are none."""
+        bundle: list[Message] = []
+        staged: list[torch.Tensor] = []
+        with rounds.keeping():
+            bundle = next(bundles, [])
+            staged = self._read(bundle, offered, source)
+        if not rounds.begin(self._counts(bundle)):
+            return False
+        for message, tensor in zip(bundle, staged, strict=True):
+            self._send(message, _as_bytes(tensor), outbox, rounds)
+        return True
+
+    def _bundles(self, asked: Sequence[Sequence[Want]], common: set[int]) -> Iterator[list[Message]]:
+        """All messages, as many at a time as the source may hold."""
         others = [rank for rank in range(self._team.size) if rank != self._source]
         bundle: list[Message] = []
         held = 0
         for message in self._messages(asked, common, others):
-            nbytes = message.box.numel * message.dtype.itemsize
-            if bundle and held + nbytes > self._budget_bytes:
-                self._send(bundle, offered, source)
+            if bundle and held + message.nbytes > self._budget_bytes:
+                yield bundle
                 bundle, held = [], 0
             bundle.append(message)
-            held += nbytes
-        self._send(bundle, offered, source)
+            held += message.nbytes
+        if bundle:
+            yield bundle
+
+    def _counts(self, bundle: Sequence[Message]) -> list[int]:
+        """How many of the messages each rank gets."""
+        to = Counter(message.to for message in bundle)
+        return [0 if rank == self._source else to[rank] + to[None] for rank in range(self._team.size)]
 
     def _messages(self, asked: Sequence[Sequence[Want]], common: set[int], others: Sequence[int]) -> Iterator[Message]:
         """All messages, in the order in which every receiver expects its own."""
@@ -111,9 +173,8 @@ class Stream:
                 start = tuple(a + b for a, b in zip(box.start, low, strict=True))
                 yield Box(start, tuple(a + b for a, b in zip(box.at, low, strict=True)), sizes)
 
-    def _send(self, bundle: Sequence[Message], offered: Mapping[int, Row], source: Bytes) -> None:
-        if not bundle:
-            return
+    def _read(self, bundle: Sequence[Message], offered: Mapping[int, Row], source: Bytes) -> list[torch.Tensor]:
+        self._refuse_cancelled()
         staged: list[torch.Tensor] = []
         jobs: list[Job] = []
         for message in bundle:
@@ -130,42 +191,90 @@ class Stream:
             progress=False,
             cancel=self._options.cancel,
         )
-        for message, tensor in zip(bundle, staged, strict=True):
-            moved = _as_bytes(tensor).to(self._wire.device)
+        return staged
+
+    def _send(self, message: Message, data: torch.Tensor, outbox: torch.Tensor, rounds: Rounds) -> None:
+        carrier = data
+        if self._wire.device.type != "cpu":
+            carrier = outbox[: data.numel()]
+            with rounds.keeping():
+                carrier.copy_(data)
+        with rounds.keeping():
             if message.to is None:
-                self._wire.broadcast(moved, self._source)
+                self._wire.broadcast(carrier, self._source)
             else:
-                self._wire.send(moved, message.to)
+                self._wire.send(carrier, message.to)
 
     def receive(self, wants: Sequence[Want], memory: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """On the others: fill ``memory`` (by target, one tensor a want in order) with what the source sends."""
-        self._team.collect(self._source, _packed(wants))
-        common = set(json.loads(self._team.hand_out(self._source, None)))
-        waiting = {target: iter(tensors) for target, tensors in memory.items()}
-        done = 0
         reporter = Reporter(self._options.progress, sum(want.nbytes for want in wants))
         try:
-            for want in sorted(wants, key=lambda want: want.target):
-                tensor = next(waiting[want.target])
-                for box in self._cut(want):
-                    if self._options.cancel is not None and self._options.cancel.is_set():
-                        raise LoadCancelled
-                    self._receive_one(part_of(tensor, box.at, box.sizes), want, broadcast=want.target in common)
-                    done += box.numel * want.dtype.itemsize
-                    reporter.update(done)
+            self._team.collect(self._source, _packed(wants))
+            common = set(json.loads(self._team.hand_out(self._source, None)))
+            self._fill(wants, memory, common, reporter)
             reporter.finish()
         finally:
             reporter.close()
 
-    def _receive_one(self, place: torch.Tensor, want: Want, *, broadcast: bool) -> None:
-        direct = place.is_contiguous() and place.device == self._wire.device and place.dtype == want.dtype
-        into = place if direct else torch.empty(place.shape, dtype=want.dtype, device=self._wire.device)
-        if broadcast:
-            self._wire.broadcast(_as_bytes(into), self._source)
-        else:
-            self._wire.receive(_as_bytes(into), self._source)
+    def _fill(
+        self,
+        wants: Sequence[Want],
+        memory: Mapping[int, Sequence[torch.Tensor]],
+        common: set[int],
+        reporter: Reporter,
+    ) -> None:
+        rounds = Rounds(self._team, self._wire)
+        inbox, places, done = torch.empty(0), iter(list[Place]()), 0
+        with rounds.keeping():
+            inbox, places = self._buffer(), iter(self._places(wants, memory, common))
+        while True:
+            with rounds.keeping():
+                self._refuse_cancelled()
+            counts = rounds.begin()
+            if not counts:
+                return
+            for _ in range(counts[self._team.rank]):
+                place = next(places)
+                self._receive(place, inbox, rounds)
+                done += place.nbytes
+                if not rounds.failed:
+                    with rounds.keeping():
+                        reporter.update(done)
+                        self._refuse_cancelled()
+
+    def _places(
+        self, wants: Sequence[Want], memory: Mapping[int, Sequence[torch.Tensor]], common: set[int]
+    ) -> list[Place]:
+        """Where messages go, in the order in which they come."""
+        waiting = {target: iter(tensors) for target, tensors in memory.items()}
+        places = []
+        for want in sorted(wants, key=lambda want: want.target):
+            tensor = next(waiting[want.target])
+            alike = want.target in common
+            places += [
+                Place(part_of(tensor, box.at, box.sizes), want.dtype, alike) for box in self._cut(want)
+            ]
+        return places
+
+    def _receive(self, place: Place, inbox: torch.Tensor, rounds: Rounds) -> None:
+        tensor, direct = place.tensor, place.direct(self._wire.device)
+        into = _as_bytes(tensor) if direct else inbox[: place.nbytes]
+        with rounds.keeping():
+            if place.common:
+                self._wire.broadcast(into, self._source)
+            else:
+                self._wire.receive(into, self._source)
         if not direct:
-            place.copy_(into)
+            with rounds.keeping():
+                tensor.copy_(into.view(place.dtype).view(tensor.shape))
+
+    def _buffer(self) -> torch.Tensor:
+        """Room for one message where the wire can carry it, had before a round: in one there is no way back."""
+        return torch.empty(self._message_bytes, dtype=torch.uint8, device=self._wire.device)
+
+    def _refuse_cancelled(self) -> None:
+        if self._options.cancel is not None and self._options.cancel.is_set():
+            raise LoadCancelled
 
 
 def _common(asked: Sequence[Sequence[Want]]) -> set[int]:

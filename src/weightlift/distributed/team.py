@@ -15,7 +15,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from weightlift.errors import Problem, RanksError, WeightliftError
 
@@ -142,25 +142,32 @@ class Team:
         others = range(self.size)
         return [note if other == at else self._hear(f"{place}/{other}", [other]) for other in others]
 
+    def meet(self, at: int) -> None:
+        """Wait until every rank is here; then all of them go on. ``at`` is the rank that finds out."""
+        self.collect(at, b"here")
+        self.hand_out(at, b"go")
+
     def all_done(self) -> None:
         """Wait until every rank has come to this point. Raises RanksError when one will not."""
         self.exchange("done", lambda _: "done")
 
-    def failures(self) -> list[Problem]:
-        """What ranks have reported so far in this stage."""
-        keys = [f"failure/{number}" for number in range(1, self._store.add("failures", 0) + 1)]
-        # A report is counted before it is written; one that is on its way is seen the next time.
-        texts = dict.fromkeys(bytes(self._store.get(key)) for key in keys if self._store.check([key]))
-        return [Problem(**json.loads(text)) for text in texts]
-
     def check(self) -> None:
         """Raise RanksError if a rank has failed."""
-        try:
-            failures = self.failures()
-        except Exception as error:
-            raise self._store_lost(error) from error
-        if failures:
-            raise RanksError("other ranks failed, so this one gives up", failures)
+        self._refuse(self._heard())
+
+    def check_lives(self) -> None:
+        """Raise RanksError if a rank is lost. One that failed still does its part of what has been agreed."""
+        failures = self._heard()
+        if any(lost for _, lost in failures):
+            self._refuse(failures)
+
+    def give_up(self) -> NoReturn:
+        """Raise RanksError once the rank that is known to have failed has said why."""
+        until = time.monotonic() + self._patience_s
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(_FIRST_POLL_S)
+        raise RanksError("another rank failed and did not say why, so this one gives up")
 
     # -- inner workings -----------------------------------------------------------------------------------------------
 
@@ -176,14 +183,13 @@ class Team:
         while True:
             try:
                 # In this order: a rank that wrote the key and failed afterwards has still been heard.
-                failures = self.failures()
+                failures = self._failures()
                 if self._store.check([key]):
                     return bytes(self._store.get(key))
                 lost = lives.lost()
             except Exception as error:
                 raise self._store_lost(error) from error
-            if failures:
-                raise RanksError("other ranks failed, so this one gives up", failures)
+            self._refuse(failures)
             for other in lost:
                 self._add_lost(other)
             time.sleep(pause)
@@ -203,12 +209,30 @@ class Team:
             except Exception:  # the store is gone: the main thread will find out
                 return
 
+    def _failures(self) -> list[tuple[str, bool]]:
+        """Each failure that was reported, and whether it is the loss of a rank."""
+        keys = [f"failure/{number}" for number in range(1, self._store.add("failures", 0) + 1)]
+        # A report is counted before it is written; one that is on its way is seen the next time.
+        texts = dict.fromkeys(bytes(self._store.get(key)) for key in keys if self._store.check([key]))
+        return [(found["what"], found["lost"]) for found in map(json.loads, texts)]
+
+    def _heard(self) -> list[tuple[str, bool]]:
+        try:
+            return self._failures()
+        except Exception as error:
+            raise self._store_lost(error) from error
+
+    def _refuse(self, failures: Sequence[tuple[str, bool]]) -> None:
+        if failures:
+            problems = [Problem(what) for what, _ in failures]
+            raise RanksError("other ranks failed, so this one gives up", problems)
+
     def _add_lost(self, rank: int) -> None:
         text = f"no sign of life for {self._patience_s:g} s while {self._stage}; it was killed"
-        self._add_failure(rank, text)
+        self._add_failure(rank, text, lost=True)
 
-    def _add_failure(self, rank: int, text: str) -> None:
-        found = {"what": f"rank {self.names[rank]}: {text[:_SHOWN_CHARACTERS]}"}
+    def _add_failure(self, rank: int, text: str, *, lost: bool = False) -> None:
+        found = {"what": f"rank {self.names[rank]}: {text[:_SHOWN_CHARACTERS]}", "lost": lost}
         number = self._store.add("failures", 1)
         self._store.set(f"failure/{number}", json.dumps(found))
 
