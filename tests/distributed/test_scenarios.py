@@ -6,6 +6,7 @@ import functools
 
 import pytest
 from tests.distributed import (
+    scenarios_again,
     scenarios_capture,
     scenarios_eight,
     scenarios_failed,
@@ -18,6 +19,7 @@ from tests.distributed.launch import launch
 RUNS = [
     ("scenarios_two", scenarios_two.SCENARIOS, 2, ()),
     ("scenarios_failed", scenarios_failed.SCENARIOS, 2, ()),
+    ("scenarios_again", scenarios_again.SCENARIOS, 3, ()),
     ("scenarios_capture", scenarios_capture.SCENARIOS, 2, ()),
     ("scenarios_pretrained", scenarios_pretrained.SCENARIOS, 2, ()),
     ("scenarios_four", scenarios_four.SCENARIOS, 4, pytest.mark.full),

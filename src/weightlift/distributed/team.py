@@ -14,6 +14,7 @@ import contextlib
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -23,8 +24,10 @@ _JOINING = 10  # times the patience: ranks may come late to a load, but are quic
 _FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
 _SHOWN_CHARACTERS = 2000
 
-_numbers_lock = threading.Lock()
-_numbers: dict[str, int] = {}  # how many loads this process has begun in each group: the same on every rank
+_begun_lock = threading.Lock()
+# How many loads this process has begun in each group: the same on every member. Names of groups are given anew once
+# torch.distributed is initialised again, and then members may have another past.
+_begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class Team:
@@ -51,19 +54,27 @@ class Team:
 
     @classmethod
     def of(cls, group: Any, patience_s: float) -> Team | None:
-        """The team of a process group (None: all ranks); None where this process is alone."""
+        """The team of a process group (None: all ranks); None where this process is alone.
+
+        Raises ValueError where this process is not a member of the group.
+        """
         import torch.distributed as dist
         from torch.distributed import distributed_c10d
 
         if not dist.is_available() or not dist.is_initialized():
             return None
         group = dist.group.WORLD if group is None else group
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"rank {dist.get_rank()} is no member of process_group, whose members load together; "
+                "call it on them alone, or without process_group"
+            )
         if dist.get_world_size(group) < 2 or dist.get_backend(group) == "fake":
             return None
-        name = str(group.group_name)
-        with _numbers_lock:
-            number = _numbers[name] = _numbers.get(name, 0) + 1
-        store = distributed_c10d.PrefixStore(f"weightlift/{name}/{number}", distributed_c10d._get_default_store())
+        with _begun_lock:
+            number = _begun[group] = _begun.get(group, 0) + 1
+        prefix = f"weightlift/{group.group_name}/{number}"
+        store = distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
         return cls(store, dist.get_rank(group), dist.get_process_group_ranks(group), patience_s)
 
     # -- at work ------------------------------------------------------------------------------------------------------
