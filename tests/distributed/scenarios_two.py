@@ -452,6 +452,35 @@ def ranks_that_differ_are_named():
     assert_same_state(wl.load(Tied, other, parallelize=fsdp(mesh(2))), wl.load(Tied, path))
 
 
+def mappings_that_differ_are_named():
+    state = checkpoint_of(Tied)
+    for name in ("embed.weight", "layers.2.norm.bias"):
+        other = dict(state)
+        other[name] = state[name] + RANK
+        other["head.weight"] = other["embed.weight"]
+        with pytest.raises(wl.RanksError, match="rank 1 has another checkpoint than rank 0"):
+            wl.load(Tied, other, parallelize=fsdp(mesh(2)))
+    # What lies elsewhere or otherwise in memory, and what nobody asks for, is no difference.
+    turned = {key: value.t().contiguous().t() if value.dim() == 2 and RANK else value for key, value in state.items()}
+    turned["unused"] = torch.full((3,), float(RANK))
+    assert_same_state(wl.load(Tied, turned, strict=False, parallelize=fsdp(mesh(2))), wl.load(Tied, state))
+    seeded = checkpoint_of(Tied, seed=RANK)
+    assert_same_state(
+        wl.load(Tied, seeded, parallelize=fsdp(mesh(2)), source_rank=0), wl.load(Tied, checkpoint_of(Tied, seed=0))
+    )
+
+
+def a_rank_outside_the_group_is_refused():
+    group = dist.new_group([0])
+    state = checkpoint_of(Tied)
+    for options in ({"source_rank": 0}, {"parallelize": lambda model: model}):
+        if RANK == 0:
+            assert torch.equal(wl.load(Tied, state, process_group=group, **options).scale, state["scale"])
+            continue
+        with pytest.raises(ValueError, match="rank 1 is no member of process_group"):
+            wl.load(Tied, state, process_group=group, **options)
+
+
 def seeds_that_nobody_gave_are_those_of_the_first_rank():
     state = checkpoint_of(Tied, *MISSING)
     reference = wl.load(Tied, state, strict=False, seed=0)
@@ -562,6 +591,8 @@ SCENARIOS = {
         accelerate_fills_the_other_ranks,
         accelerates_variables_name_the_source,
         ranks_that_differ_are_named,
+        mappings_that_differ_are_named,
+        a_rank_outside_the_group_is_refused,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
         an_error_of_one_rank_is_one_of_all,
         the_store_does_not_grow,

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
+import torch
+
+from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
@@ -16,9 +19,11 @@ from weightlift.plan.records import Decisions
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 4
+_TENSORS = 64
+_TENSOR_SAMPLE_BYTES = 128
 _HINTS = {
     "module": "every rank must build the same module",
-    "checkpoint": "every rank must be given the same files",
+    "checkpoint": "every rank must be given the same checkpoint",
     "options": "every rank must pass the same options",
     "contents": "the headers are equal, so these are other weights of the same kind of model",
 }
@@ -40,6 +45,7 @@ def note_of(decisions: Decisions, options: LoadOptions) -> str:
         "options": _hash(chosen),
         "checkpoint": _hash([tensors, files, list(decisions.unexpected_keys)]),
         "places": _hash(places),
+        "memory": options.source_rank is None and any(True for _ in _in_memory(decisions)),
     }
     return json.dumps(parts)
 
@@ -49,20 +55,50 @@ def _entry(entry: object) -> tuple[object, ...]:
     return tuple(getattr(item, "name", None) if hasattr(item, "parent") else str(item) for item in found)
 
 
-def samples_of(files: Iterable[ShardFile]) -> str:
-    """A hash of a few thousand bytes of each file, to tell copies of one checkpoint from other weights."""
+def samples_of(decisions: Decisions, tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of a few thousand bytes of each file and of the tensors in memory, to tell copies of one checkpoint from
+    other weights.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    for sample in _of_files(decisions.files):
+        digest.update(sample)
+    keys = sorted({key for key in _in_memory(decisions) if key in tensors})
+    with outside_modes():
+        for key in keys[:: max(1, -(-len(keys) // _TENSORS))]:
+            for sample in _ends_of(tensors[key].detach()):
+                digest.update(sample)
+    return json.dumps({"contents": digest.hexdigest()})
+
+
+def _of_files(files: Iterable[ShardFile]) -> Iterator[bytes]:
     for file in files:
         with open(file.path, "rb") as handle:
             for number in range(1, _SAMPLES + 1):
                 handle.seek(max(0, file.size_bytes * number // _SAMPLES - _SAMPLE_BYTES), os.SEEK_SET)
-                digest.update(handle.read(_SAMPLE_BYTES))
-    return json.dumps({"contents": digest.hexdigest()})
+                yield handle.read(_SAMPLE_BYTES)
+
+
+def _in_memory(decisions: Decisions) -> Iterator[str]:
+    """Keys of what is loaded from tensors in memory."""
+    return (entry.key for row in decisions.rows for entry in row.entries if entry.file is None)
+
+
+def _ends_of(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The first and the last bytes of its values, wherever they lie."""
+    if not tensor.numel():
+        return
+    tensor = tensor if tensor.dim() else tensor.reshape(1)
+    count = max(1, _TENSOR_SAMPLE_BYTES // tensor.dtype.itemsize)
+    others = tensor.dim() - 1
+    for piece in (tensor[(0,) * others][:count], tensor[(-1,) * others][-count:]):
+        plain = piece.resolve_conj().resolve_neg().cpu().contiguous()
+        yield plain.view(torch.uint8).numpy().tobytes()
 
 
 def same_places(notes: Sequence[str]) -> bool:
-    """Whether all ranks see the very same files, so that their contents need not be compared."""
-    return len({json.loads(note)["places"] for note in notes}) == 1
+    """Whether all ranks see the very same files, and nothing else, so that contents need not be compared."""
+    read = [json.loads(note) for note in notes]
+    return len({note["places"] for note in read}) == 1 and not any(note["memory"] for note in read)
 
 
 def differences(notes: Sequence[str], names: Sequence[int]) -> list[Problem]:

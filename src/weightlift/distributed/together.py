@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from weightlift.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ class Together:
         wanted = options.parallelize is not None or options.source_rank is not None
         self._team = Team.of(options.process_group, options.rank_patience_seconds) if wanted else None
         self._homes: Homes | None = None
+        self._tensors: Mapping[str, torch.Tensor] = {}  # of a checkpoint in memory
         self._leader = 0 if self._team is None else _leader(self._team, options.source_rank)
 
     @contextlib.contextmanager
@@ -47,7 +49,9 @@ class Together:
     def open(self, opened: Callable[[], Checkpoint]) -> Checkpoint:
         """The checkpoint: with ``source_rank`` one rank opens it and tells the others what it found."""
         if self._team is None or self._options.source_rank is None:
-            return opened()
+            checkpoint = opened()
+            self._tensors = checkpoint.tensors
+            return checkpoint
         wire = self._wire(self._team)
         headers = _headers(opened()) if self._team.rank == self._leader else None
         own, shared = headers if headers is not None else (None, None)
@@ -161,7 +165,7 @@ class Together:
 
         verdict = team.exchange(digest.note_of(decisions, self._options), judge)
         if verdict == "compare" and self._options.source_rank is None:
-            note = digest.samples_of(decisions.files)
+            note = digest.samples_of(decisions, self._tensors)
             verdict = team.exchange(note, differences)
             verdict = "same" if verdict == "[]" else verdict
         if verdict not in ("same", "compare"):
