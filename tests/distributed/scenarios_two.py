@@ -452,6 +452,13 @@ def ranks_that_differ_are_named():
     assert_same_state(wl.load(Tied, other, parallelize=fsdp(mesh(2))), wl.load(Tied, path))
 
 
+def ranks_that_would_wait_for_one_another_are_named():
+    state = checkpoint_of(Tied)
+    for options in ({"source_rank": RANK}, {"source_rank": (None, 1)[RANK]}, {"seed": (None, 3)[RANK]}):
+        with pytest.raises(wl.RanksError, match="rank 1 has another set of options than rank 0"):
+            wl.load(Tied, state, parallelize=fsdp(mesh(2)), **options)
+
+
 def mappings_that_differ_are_named():
     state = checkpoint_of(Tied)
     for name in ("embed.weight", "layers.2.norm.bias"):
@@ -591,6 +598,7 @@ SCENARIOS = {
         accelerate_fills_the_other_ranks,
         accelerates_variables_name_the_source,
         ranks_that_differ_are_named,
+        ranks_that_would_wait_for_one_another_are_named,
         mappings_that_differ_are_named,
         a_rank_outside_the_group_is_refused,
         seeds_that_nobody_gave_are_those_of_the_first_rank,

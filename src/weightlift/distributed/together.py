@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -59,11 +60,24 @@ class Together:
         return own if own is not None else Checkpoint(**found)
 
     def seeded(self, given: int | None) -> LoadOptions:
-        """The options with one seed on all ranks: where the user gave none, that of the rank that leads."""
-        if self._team is not None and given is None:
-            own = str(self._options.seed).encode() if self._team.rank == self._leader else None
-            seed = int(self._team.hand_out(self._leader, own))
-            self._options = replace(self._options, seed=seed)
+        """The options with one seed on all ranks: where the user gave none, that of the rank that leads.
+
+        Raises RanksError where ranks differ in what the way to a plan depends on: they would wait for one another.
+        """
+        team = self._team
+        if team is None:
+            return self._options
+
+        def judge(notes: list[str]) -> str:
+            found = digest.as_text(digest.differences(notes, team.names))
+            return found if found != "[]" else str(json.loads(notes[self._leader])["seed"])
+
+        chosen = [self._options.source_rank, given is None]
+        verdict = team.exchange(json.dumps({"options": str(chosen), "seed": self._options.seed}), judge)
+        if verdict.startswith("["):
+            raise _differ(verdict)
+        if given is None:
+            self._options = replace(self._options, seed=int(verdict))
         return self._options
 
     def settle(self, decisions: Decisions, subject: Subject) -> bool:
@@ -169,7 +183,11 @@ class Together:
             verdict = team.exchange(note, differences)
             verdict = "same" if verdict == "[]" else verdict
         if verdict not in ("same", "compare"):
-            raise RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
+            raise _differ(verdict)
+
+
+def _differ(verdict: str) -> RanksError:
+    return RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
 
 
 def _leader(team: Team, source_rank: int | None) -> int:
