@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -29,14 +30,26 @@ def _dying(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _dies(**options):
-    state = Layers().state_dict()
+class Deadly(threading.Event):
+    """A source looks at it every now and then, and some time for the last time."""
+
+    looks = 0
+
+    def is_set(self):
+        self.looks += 1
+        if self.looks > 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+
+def _dies(victim=RANKS - 1, **options):
     torch.manual_seed(0)
+    state = Layers().state_dict()
     began = time.monotonic()
-    with pytest.raises(wl.RanksError, match=f"rank {RANKS - 1}: no sign of life for 2 s while loading"):
+    with pytest.raises(wl.RanksError, match=f"rank {victim}: no sign of life for 2 s while loading"):
         wl.load(
-            Layers, state, parallelize=fsdp(mesh(RANKS)), progress=_dying, workers=1, copy=True,
-            rank_patience_seconds=PATIENCE_S, **options,
+            Layers, state, parallelize=fsdp(mesh(RANKS)), workers=1, copy=True, rank_patience_seconds=PATIENCE_S,
+            **options,
         )  # fmt: skip
     # Stated: the patience, once over for the beat and once for who hears of it. Generous, for busy machines.
     assert time.monotonic() - began < 15 * PATIENCE_S
@@ -44,16 +57,20 @@ def _dies(**options):
 
 
 def killed_while_reading():
-    try:
-        _dies()
-    except BaseException:
-        _note()
-        raise
+    _noted(progress=_dying)
 
 
 def killed_while_receiving():
+    _noted(progress=_dying, source_rank=0)
+
+
+def killed_while_sending():
+    _noted(victim=0, source_rank=0, memory_budget_bytes=1 << 17, cancel=Deadly() if RANK == 0 else None)
+
+
+def _noted(**options):
     try:
-        _dies(source_rank=0)
+        _dies(**options)
     except BaseException:
         _note()
         raise
@@ -66,4 +83,4 @@ def _note():
     os._exit(1)
 
 
-SCENARIOS = {run.__name__: run for run in (killed_while_reading, killed_while_receiving)}
+SCENARIOS = {run.__name__: run for run in (killed_while_reading, killed_while_receiving, killed_while_sending)}

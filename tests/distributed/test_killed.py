@@ -8,12 +8,18 @@ import pytest
 from tests.distributed.launch import launch
 
 FULL = pytest.mark.full
+NAMES = [
+    "killed_while_reading",
+    pytest.param("killed_while_receiving", marks=FULL),
+    pytest.param("killed_while_sending", marks=FULL),
+]
 
 
-@pytest.mark.parametrize("name", ["killed_while_reading", pytest.param("killed_while_receiving", marks=FULL)])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=FULL)])
 def test_a_killed_rank(name, ranks):
-    *others, last = launch("scenarios_killed", ranks, names=(name,), timeout_s=120)
-    assert last["exit"] == -signal.SIGKILL, last["log"]
-    for report in others:
+    reports = launch("scenarios_killed", ranks, names=(name,), timeout_s=120)
+    victim = reports.pop(0 if name == "killed_while_sending" else -1)
+    assert victim["exit"] == -signal.SIGKILL, victim["log"]
+    for report in reports:
         assert report["exit"] == 0, report["log"]

@@ -180,6 +180,19 @@ class Team:
             time.sleep(_FIRST_POLL_S)
         raise RanksError("another rank failed and did not say why, so this one gives up")
 
+    def look_for_losses(self) -> None:
+        """Raise RanksError once a rank has failed or is lost; return when in twice the patience none has."""
+        lives = _Lives(self._store, [rank for rank in range(self.size) if rank != self.rank], self._patience_s)
+        until = time.monotonic() + 2 * self._patience_s
+        while time.monotonic() < until:
+            try:
+                for other in lives.lost():
+                    self._add_lost(other)
+            except Exception as error:
+                raise self._store_lost(error) from error
+            self.check()
+            time.sleep(_LAST_POLL_S)
+
     # -- inner workings -----------------------------------------------------------------------------------------------
 
     def _next_place(self) -> int:

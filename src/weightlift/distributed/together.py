@@ -157,7 +157,7 @@ class Together:
     def _wire(self, team: Team) -> Wire:
         from weightlift.distributed.wire import Wire  # imports torch.distributed
 
-        return Wire(team, self._options.process_group, self._options.rank_patience_seconds)
+        return Wire(team, self._options.process_group)
 
     @contextlib.contextmanager
     def _at_work(self, stage: str) -> Iterator[None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import threading
-import time
 import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -29,10 +28,9 @@ class Wire:
     Raises RanksError when a rank is lost, and what interrupted the wait (Ctrl-C) once an operation has ended.
     """
 
-    def __init__(self, team: Team, group: Any, patience_s: float) -> None:
+    def __init__(self, team: Team, group: Any) -> None:
         self._team = team
         self._group = dist.group.WORLD if group is None else group
-        self._patience_s = patience_s
         self.device = _device_of(self._group)
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
@@ -111,10 +109,7 @@ class Wire:
 
     def _explain(self, error: BaseException) -> NoReturn:
         """A broken connection: the rank behind it says why, or is found to be lost."""
-        until = time.monotonic() + 2 * self._patience_s
-        while time.monotonic() < until:
-            self._team.check()
-            time.sleep(_CHECK_S)
+        self._team.look_for_losses()
         raise RanksError("the connection to another rank broke", [Problem(str(error))]) from error
 
 

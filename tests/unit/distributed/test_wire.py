@@ -23,7 +23,7 @@ class Team:
         self.lost = lost
         self.reported = []
 
-    def check(self):
+    def look_for_losses(self):
         self.check_lives()
 
     def check_lives(self):
@@ -47,7 +47,7 @@ class Work:
 
 def _wire(team):
     wire = Wire.__new__(Wire)
-    wire._team, wire._group, wire._patience_s, wire.device = team, None, 1.0, torch.device("cpu")
+    wire._team, wire._group, wire.device = team, None, torch.device("cpu")
     return wire
 
 
