@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -74,10 +74,13 @@ class Layout:
         ``_StridedShard`` is to say the same, and does for sizes that divide evenly. For others torch's spec can name
         other rows than those that FSDP2 gathers for a forward.
         """
-        if all(split.interleave == 1 for split in self.splits):
-            return self
-        plain = [Split(split.dim, split.parts, split.index) for split in reversed(self.splits)]
-        return Layout(self.shape, tuple(plain))
+        for number, split in enumerate(self.splits):
+            before = (other.parts for other in self.splits[number + 1 :] if other.dim == split.dim)
+            if split.interleave > 1 and split.interleave == prod(before):
+                # What FSDP2 found sharded was cut in the order of the axes; FSDP2's own cut comes last.
+                others = self.splits[:number] + self.splits[number + 1 :]
+                return Layout(self.shape, (*others, replace(split, interleave=1)))
+        return self
 
     def _intervals(self) -> list[list[Interval]]:
         """What is held of each dim, in the local shard's order."""
