@@ -108,22 +108,38 @@ class LoadPlan:
                 f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
             )
         with self._once:
-            if self._subject is None:
+            subject = self._subject
+            if subject is None:
                 raise RuntimeError("this plan was executed already: its module has its values")
-        if self._given is not None and (stale := self._given.changes()):
-            raise PlanError(f"{self.decisions.module} is not what was planned for; nothing was changed", stale)
-        with contextlib.nullcontext() if self._together is None else self._together.loading():
+        together = self._together
+        with contextlib.nullcontext() if together is None else together.loading():
+            self._refuse_stale()
             with outside_modes(), timed(self._trace, "check", "devices and tied names"):
                 # Both may refuse; until then nothing is used up, so that the plan can be executed again.
                 require_devices(self.decisions)
-                settle = settled if self._together is None else self._together.settled
+                settle = settled if together is None else together.settled
                 final = settle(self.decisions, self._source, self._options)
-            module = self._apply(final, self._used())
+            with self._as_it_was(), contextlib.nullcontext() if together is None else together.spread(final, subject):
+                module = self._apply(final, self._used())
         self._final = final
         if self._given is not None:
             self._given = Given.of(module)
         _log_outcome(final, self._options)
         return module
+
+    def _refuse_stale(self) -> None:
+        if self._given is not None and (stale := self._given.changes()):
+            raise PlanError(f"{self.decisions.module} is not what was planned for; nothing was changed", stale)
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Around what fails with a user's tensors back in their places, if not under the same names as before."""
+        try:
+            yield
+        except BaseException:
+            if self._given is not None and self._options.parallelize is not None:
+                self._given = Given.of(self._given.module)
+            raise
 
     def _used(self) -> Subject:
         """The module, for this execution alone if it was built for the plan."""

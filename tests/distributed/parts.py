@@ -49,7 +49,7 @@ def load_merged(ckpt, **options):
     source, together = Bytes(ckpt.files, ckpt.tensors, {}), Together(made)
     with together.planning():
         assert together.settle(decisions, subject)
-    with together.loading():
+    with together.loading(), together.spread(decisions, subject):
         return together.execute(decisions, subject, source, made)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -554,6 +555,103 @@ def a_failed_load_into_a_module_can_be_done_again():
     assert_same_state(plan.execute(), wl.load(Tied, state))
 
 
+def a_module_that_exists_is_parallelised_and_filled():
+    path = _saved("exists.pt", checkpoint_of(Tied))
+    reference = wl.load(Tied, path)
+    for source_rank in (None, 1):
+        model = Tied()
+        before = dict(model.named_parameters())
+        plan = wl.plan(model, path, parallelize=fsdp(mesh(2)), source_rank=source_rank)
+        assert all(before[name] is parameter for name, parameter in model.named_parameters())
+        assert plan.execute() is model
+        assert isinstance(model.embed.weight, DTensor)
+        assert_same_state(model, reference)
+        with torch.no_grad():
+            model.layers[0].up.weight.zero_()
+        kept = model.embed.weight
+        assert_same_state(plan.execute(), reference)
+        assert model.embed.weight is kept
+    assert losses(model) == pytest.approx(losses(reference), rel=1e-5)
+    model = Tied()
+    weight = model.embed.weight
+    wl.load(model, path, parallelize=lambda model: model)
+    assert model.embed.weight is weight
+    assert_same_state(model, wl.load(Tied, path))
+
+
+def _same_tensors(model, before):
+    found = [*model.named_parameters(), *model.named_buffers()]
+    return len(found) == len(before) and all(
+        tensor is old and torch.equal(tensor, value) for (_, tensor), (old, value) in zip(found, before)
+    )
+
+
+def a_module_that_exists_keeps_its_tensors_where_a_load_fails():
+    state = checkpoint_of(Tied)
+    model = Tied()
+    before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
+
+    def everywhere(model):
+        fully_shard(model.layers[0], mesh=mesh(2))
+        raise KeyError("on every rank")
+
+    def on_one(model):
+        if RANK == 1:
+            raise KeyError("only here")
+
+    def spoilt(model):
+        model.embed.weight = nn.Parameter(model.embed.weight[:3])
+
+    for parallelize, expected in ((everywhere, KeyError), (on_one, (KeyError, wl.RanksError)), (spoilt, wl.PlanError)):
+        with pytest.raises(expected):
+            wl.load(model, state, parallelize=parallelize)
+        assert _same_tensors(model, before), parallelize
+        model = Tied()
+        before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
+    other = state | {"head.weight": state["head.weight"] + 1}
+    with pytest.raises(wl.PlanError, match="two different values"):
+        wl.load(model, other, parallelize=fsdp(mesh(2)))
+    assert _same_tensors(model, before)
+
+    own = _own("fails.pt")
+    torch.save(state, own)
+    os.utime(own, (1, 1))
+    plan = wl.plan(model, own, parallelize=fsdp(mesh(2)), copy=True)
+    if RANK == 1:
+        own.rename(own.with_suffix(".away"))
+    with pytest.raises((wl.WeightliftError, OSError)):
+        plan.execute()
+    assert _same_tensors(model, before)
+    if RANK == 1:
+        own.with_suffix(".away").rename(own)
+    assert_same_state(plan.execute(), wl.load(Tied, state))
+    assert isinstance(model.embed.weight, DTensor)
+
+
+def a_deferred_module_that_could_not_be_parallelised_can_be_materialised():
+    state = checkpoint_of(Tied)
+    deferred = wl.defer(Tied, seed=0)
+
+    def parallelize(model):
+        raise KeyError("not today")
+
+    with pytest.raises(KeyError):
+        deferred.load(state, parallelize=parallelize)
+    assert_same_state(deferred.materialize(), wl.defer(Tied, seed=0).materialize())
+
+
+def a_module_that_has_changed_on_one_rank_stops_all_at_once():
+    model = fsdp(mesh(2))(Tied())
+    plan = wl.plan(model, checkpoint_of(Tied), source_rank=0, rank_patience_seconds=5)
+    if RANK == 1:
+        model.register_buffer("more", torch.zeros(1))
+    began = time.monotonic()
+    expected, text = ((wl.RanksError, "rank 1: PlanError"), (wl.PlanError, "more: is new"))[RANK]
+    with pytest.raises(expected, match=text):
+        plan.execute()
+    assert time.monotonic() - began < 20
+
+
 def a_file_that_breaks_for_one_rank_stops_all():
     state = checkpoint_of(Tied)
     own = _own("broken.pt")
@@ -605,6 +703,10 @@ SCENARIOS = {
         an_error_of_one_rank_is_one_of_all,
         the_store_does_not_grow,
         a_failed_load_into_a_module_can_be_done_again,
+        a_module_that_exists_is_parallelised_and_filled,
+        a_module_that_exists_keeps_its_tensors_where_a_load_fails,
+        a_deferred_module_that_could_not_be_parallelised_can_be_materialised,
+        a_module_that_has_changed_on_one_rank_stops_all_at_once,
         a_file_that_breaks_for_one_rank_stops_all,
     )
 }

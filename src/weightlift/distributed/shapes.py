@@ -8,9 +8,10 @@ stand-ins is the `Home` of each name; the deferred tensors wait outside, unread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
     """Call ``parallelize`` on the module as shapes, and find every name's home.
 
     ``parallelize`` takes the module and returns it, a wrapper of it, or None. Raises what it raises, and PlanError
-    with every tensor whose part can't be told. The module is usable only once its homes are filled.
+    with every tensor whose part can't be told. The module is usable only once its homes are filled; see `put_back`.
     """
     stand_ins = _stand_ins(inventory, rows) if parallelize is not None else {}
     module = inventory.module
@@ -128,6 +129,39 @@ def _views(homes: Sequence[Home]) -> list[Problem]:
     return problems
 
 
+@contextlib.contextmanager
+def put_back(inventory: Inventory) -> Iterator[None]:
+    """Around all that changes a module: where it fails, the module has the tensors that it has now."""
+    before = [(slot, held(slot)) for slot in inventory.slots]
+    try:
+        yield
+    except BaseException:
+        for slot, tensor in before:
+            if tensor is not None and held(slot) is not tensor:
+                place(slot, tensor)
+        raise
+
+
+def settled_again(homes: Homes) -> Homes:
+    """Put what ``parallelize`` made in its places again, where `put_back` has undone it."""
+    for home in homes.homes:
+        if held(home.slot) is not home.now:
+            place(home.slot, home.now)
+    return homes
+
+
+def filled(homes: Homes) -> Homes:
+    """A module whose homes have their values, to be filled once more."""
+    now = [(home, tensor) for home in homes.homes if (tensor := held(home.slot)) is not None]
+    found = tuple(replace(home, slot=home.slot._replace(tensor=tensor), now=tensor) for home, tensor in now)
+    return replace(homes, inventory=replace(homes.inventory, slots=tuple(home.slot for home in found)), homes=found)
+
+
+def held(slot: Slot) -> torch.Tensor | None:
+    """The tensor that a slot holds by now."""
+    return (slot.owner._parameters if slot.kind == "parameter" else slot.owner._buffers).get(slot.attribute)
+
+
 def place(slot: Slot, tensor: torch.Tensor) -> None:
     """Put a tensor in a slot; modules with a ``__setattr__`` of their own (recurrent ones keep lists) hear of it."""
     if type(slot.owner).__setattr__ is nn.Module.__setattr__:
@@ -189,7 +223,7 @@ def _stand_in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int], *, fsdp: bool) -> Home:
     if id(slot.owner) not in inside:
         raise ValueError("its module is not part of what parallelize returned")
-    now = (slot.owner._parameters if slot.kind == "parameter" else slot.owner._buffers).get(slot.attribute)
+    now = held(slot)
     if now is None:
         raise ValueError("parallelize removed it")
     if is_lazy(now):

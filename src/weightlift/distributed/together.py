@@ -14,7 +14,7 @@ from torch import nn
 from weightlift.checkpoint import Checkpoint
 from weightlift.distributed import digest
 from weightlift.distributed.apply import Ranks, apply_sharded, refuse_conflicts
-from weightlift.distributed.shapes import Homes, is_dtensor, settle
+from weightlift.distributed.shapes import Homes, filled, is_dtensor, put_back, settle, settled_again
 from weightlift.distributed.stream import Stream
 from weightlift.distributed.team import Team
 from weightlift.distributed.unfilled import leave_unfilled
@@ -81,32 +81,54 @@ class Together:
         return self._options
 
     def settle(self, decisions: Decisions, subject: Subject) -> bool:
-        """Compare plans with the other ranks, then parallelise. False when the module is an ordinary one after all.
+        """Compare plans with the other ranks. False when the module is an ordinary one after all.
 
-        A plan with problems, the same on all ranks, is left as it is. Raises RanksError when ranks differ, and what
-        ``parallelize`` raises.
+        A plan with problems, the same on all ranks, is left as it is. Raises RanksError when ranks differ, and
+        PlanError where a DTensor of the module can't be filled. A plan changes nothing: see `spread`.
         """
-        parallelize = self._options.parallelize
         if self._team is not None:
             self._agree(self._team, decisions)
         if decisions.problems:
             return self._team is not None
-        if parallelize is not None or any(is_dtensor(slot.tensor) for slot in subject.inventory.slots):
-            self._homes = settle(subject.inventory, decisions.rows, parallelize)
+        if not self._parallelizes and any(is_dtensor(slot.tensor) for slot in subject.inventory.slots):
+            self._homes = settle(subject.inventory, decisions.rows, None)
         if self._team is not None:
             self._team.all_done()
-        return self._team is not None or self._homes is not None
+        return self._team is not None or self._parallelizes or self._homes is not None
+
+    @property
+    def _parallelizes(self) -> bool:
+        return self._options.parallelize is not None
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Around `settled` and `execute`."""
+        """Around `settled`, `spread` and `execute`."""
         with self._at_work("loading"):
             yield
+
+    @contextlib.contextmanager
+    def spread(self, decisions: Decisions, subject: Subject) -> Iterator[None]:
+        """Around `execute`: the module is parallelised. Where something fails it has its tensors of before.
+
+        Raises what ``parallelize`` raises, on any rank, before a byte is read.
+        """
+        if not self._parallelizes:
+            yield
+            return
+        with put_back(subject.inventory):
+            if self._homes is None:
+                self._homes = settle(subject.inventory, decisions.rows, self._options.parallelize)
+            else:
+                settled_again(self._homes)
+            if self._team is not None:
+                self._team.all_done()
+            yield
+        self._homes = filled(self._homes) if subject.existing else None
 
     def settled(self, decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
         """As `weightlift.transfer.ties.settled`. One rank compares the bytes of tied names, and tells the others."""
         team = self._team
-        if self._homes is not None:
+        if self._parallelizes or self._homes is not None:
             refuse_conflicts(decisions, source, options, self._ranks)
             return decisions
         if team is None:
