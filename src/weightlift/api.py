@@ -16,6 +16,7 @@ from torch import nn
 from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
+from weightlift.distributed.fsdp import reshard
 from weightlift.distributed.paper import on_mesh
 from weightlift.distributed.placing import MeshShape, Placements
 from weightlift.handles import CheckpointSource, Deferred, LoadPlan, opened, planned
@@ -209,6 +210,7 @@ def _subject(
     module: nn.Module | Callable[[], nn.Module], checkpoint: Checkpoint, options: LoadOptions
 ) -> Subject:
     if isinstance(module, nn.Module):
+        reshard(module)
         return Subject(Inventory.of(module), None, existing=True)
     load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
     built, recorder = construct(module, load)

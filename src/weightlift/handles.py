@@ -21,6 +21,7 @@ from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import label_samples, replays
 from weightlift.deferred.tape import needed
+from weightlift.distributed.fsdp import reshard
 from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
@@ -128,7 +129,10 @@ class LoadPlan:
         return module
 
     def _refuse_stale(self) -> None:
-        if self._given is not None and (stale := self._given.changes()):
+        if self._given is None:
+            return
+        reshard(self._given.module)
+        if stale := self._given.changes():
             raise PlanError(f"{self.decisions.module} is not what was planned for; nothing was changed", stale)
 
     @contextlib.contextmanager

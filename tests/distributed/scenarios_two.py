@@ -320,6 +320,26 @@ def modules_that_have_dtensors_already():
     assert_same_state(wl.load(build, state, defer=False), reference)
 
 
+def modules_whose_root_is_unsharded_after_a_forward():
+    path = _saved("forward.pt", checkpoint_of(Tied))
+    reference = wl.load(Tied, path)
+    tokens = torch.arange(12).view(2, 6)
+    for source_rank in (None, 0):
+        for before in (False, True):
+            model = fsdp(mesh(2))(Tied())
+            plan = wl.plan(model, path, source_rank=source_rank) if before else None
+            sharded = model.embed.weight
+            with torch.no_grad():
+                model(tokens)
+            assert model.embed.weight is not sharded
+            wl.load(model, path, source_rank=source_rank) if plan is None else plan.execute()
+            assert model.embed.weight is sharded
+            with torch.no_grad():
+                assert torch.allclose(model(tokens), reference(tokens), rtol=1e-5)
+            assert_same_state(model, reference)
+    assert losses(model) == pytest.approx(losses(deepcopy(reference)), rel=1e-5)
+
+
 def what_parallelize_spoils_is_said():
     def shrink(model):
         model.head = nn.Linear(3, 3, device="meta")
@@ -686,6 +706,7 @@ SCENARIOS = {
         nothing_is_initialised_for_what_is_loaded,
         recurrent_modules_keep_their_lists,
         modules_that_have_dtensors_already,
+        modules_whose_root_is_unsharded_after_a_forward,
         what_parallelize_spoils_is_said,
         tied_values_that_differ_are_refused,
         one_rank_reads_for_all,

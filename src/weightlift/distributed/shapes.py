@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from weightlift.deferred.inventory import Inventory, Slot, is_lazy
+from weightlift.distributed.fsdp import has_fsdp
 from weightlift.distributed.layout import Layout, splits_of
 from weightlift.errors import PlanError, Problem
 from weightlift.options import Parallelize
@@ -73,7 +74,7 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
     homes: list[Home] = []
     problems: list[Problem] = []
     inside = {id(owner) for owner in Inventory.of(module).modules}
-    fsdp = _has_fsdp(module)
+    fsdp = has_fsdp(module)
     for slot, row in zip(inventory.slots, rows, strict=True):
         try:
             homes.append(_home(slot, row, stand_ins.get(id(slot.tensor)), inside, fsdp=fsdp))
@@ -87,16 +88,12 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
     return Homes(module, inventory, tuple(homes), device_of_mesh(meshes[0]) if meshes else None)
 
 
-def _has_fsdp(module: nn.Module) -> bool:
-    return any(hasattr(child, "_get_fsdp_state") for child in module.modules())
-
-
 def _tie_again(inventory: Inventory, rows: Sequence[Row], module: nn.Module) -> None:
     """``parallelize_module`` replaces the parameters of one layer after the other, which unties them.
 
     They are tied again where both are placed alike. FSDP2 keeps ties, and holds on to what it has seen.
     """
-    fsdp = _has_fsdp(module)
+    fsdp = has_fsdp(module)
     first: dict[int, tuple[Slot, Any]] = {}
     for slot, row in zip(inventory.slots, rows, strict=True):
         now: Any = slot.owner._parameters.get(slot.attribute)

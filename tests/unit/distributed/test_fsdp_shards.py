@@ -1,4 +1,4 @@
-"""Which rows FSDP2 keeps of what was sharded before, against FSDP2 itself: every rank of a mesh in turn, without peers."""
+"""Which rows FSDP2 keeps of what was sharded before, against FSDP2 itself: a process is every rank in turn."""
 
 from __future__ import annotations
 
