@@ -275,6 +275,69 @@ def dtypes_are_what_parallelize_sees():
     assert_same_state(cast, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
+class Plain(nn.Module):
+    """Two layers, and buffers that no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.register_buffer("positions", torch.linspace(0, 1, 5), persistent=False)
+        self.register_buffer("offset", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def values_after_to_empty_are_those_of_a_single_process():
+    def parallelize(model):
+        fully_shard(model.a, mesh=mesh(2))
+        model.to_empty(device="cpu")
+        nn.init.normal_(model.b.weight)  # what a rank samples for itself
+        model.offset.fill_(RANK + 1)
+
+    path = _saved("to_empty.pt", checkpoint_of(Plain, "a.bias", "b.weight"))
+    reference = wl.load(Plain, path, strict=False, seed=3)
+    for source_rank in (None, 0):
+        model = wl.load(Plain, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
+        assert torch.equal(model.offset, torch.full((3,), RANK + 1.0))
+        model.offset.zero_()
+        assert_same_state(model, reference)
+
+
+def hooks_and_attributes_that_parallelize_sets_are_kept():
+    calls, handles = [], []
+
+    def parallelize(model):
+        fully_shard(model.a, mesh=mesh(2))
+        for name, parameter in model.named_parameters():
+            parameter.tag = name
+            parameter.register_hook(lambda grad, name=name: calls.append(f"grad of {name}"))
+            hook = lambda _, name=name: calls.append(f"accumulated {name}")  # noqa: E731
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def ran(model):
+        calls.clear()
+        model(torch.ones(2, 4)).sum().backward()
+        return sorted(calls)
+
+    ordinary = Plain()
+    parallelize(ordinary)
+    expected = ran(ordinary)
+    handles.clear()
+    for swap in (False, True):
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            model = wl.load(Plain, checkpoint_of(Plain), parallelize=parallelize)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        assert [parameter.tag for parameter in model.parameters()] == [name for name, _ in model.named_parameters()]
+        assert ran(model) == expected
+        while handles:
+            handles.pop().remove()
+        assert ran(model) == [name for name in expected if name.startswith("grad")]
+
+
 def nothing_is_initialised_for_what_is_loaded():
     ran = []
 
@@ -703,6 +766,8 @@ SCENARIOS = {
         tensors_merged_of_several_are_sharded,
         more_ranks_than_rows,
         dtypes_are_what_parallelize_sees,
+        values_after_to_empty_are_those_of_a_single_process,
+        hooks_and_attributes_that_parallelize_sets_are_kept,
         nothing_is_initialised_for_what_is_loaded,
         recurrent_modules_keep_their_lists,
         modules_that_have_dtensors_already,

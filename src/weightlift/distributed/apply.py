@@ -15,8 +15,9 @@ from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.replay import label_samples
 from weightlift.deferred.tape import Record
 from weightlift.distributed.fill import Local, assign_locals, loaded_rows, locals_of, read_locals
+from weightlift.distributed.kept import hand_over
 from weightlift.distributed.layout import Box
-from weightlift.distributed.shapes import Home, Homes
+from weightlift.distributed.shapes import Home, Homes, held
 from weightlift.distributed.stream import Stream, Want
 from weightlift.distributed.team import Team
 from weightlift.errors import PlanError, Problem
@@ -71,6 +72,9 @@ def apply_sharded(
         inventory = replace(homes.inventory, slots=tuple(home.slot for home in whole))
         left = replace(decisions, rows=rest, checks=())
         apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False), trace)
+        for home in whole:
+            if home.left is not None and (tensor := held(home.slot)) is not None:
+                hand_over(home.left, tensor)
         return homes.module
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from weightlift.deferred.replay import Replay, replays
 from weightlift.deferred.tape import Record, needed
+from weightlift.distributed.kept import hand_over
 from weightlift.distributed.layout import Box
 from weightlift.distributed.shapes import Home, place
 from weightlift.options import LoadOptions
@@ -261,7 +262,9 @@ def assign_locals(shards: Iterable[Local]) -> None:
         filled: Any = DTensor(shard.tensor, now._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         if isinstance(now, nn.Parameter):
             filled = nn.Parameter(filled, requires_grad=now.requires_grad)
-            filled.__dict__.update({name: value for name, value in now.__dict__.items() if name not in filled.__dict__})
+            own = dict(filled.__dict__)  # what torch keeps there of itself
+            hand_over(now, filled)
+            filled.__dict__.update(own)
         if torch.__future__.get_swap_module_params_on_conversion():
             torch.utils.swap_tensors(now, filled)  # type: ignore[no-untyped-call]
             continue

@@ -19,10 +19,11 @@ from torch import nn
 
 from weightlift.deferred.inventory import Inventory, Slot, is_lazy
 from weightlift.distributed.fsdp import has_fsdp
+from weightlift.distributed.kept import Births
 from weightlift.distributed.layout import Layout, splits_of
 from weightlift.errors import PlanError, Problem
 from weightlift.options import Parallelize
-from weightlift.plan.records import Row
+from weightlift.plan.records import Action, Row
 
 _log = logging.getLogger("weightlift")
 
@@ -33,13 +34,15 @@ class Home:
 
     ``slot`` is where the module held it and the tensor that it held then. ``now`` is what that place holds after
     ``parallelize``: a DTensor, of which this rank fills the part that ``layout`` says, or (``layout`` None) the
-    tensor of before.
+    tensor of before, or one that ``parallelize`` gave a value. ``left`` is what it left in the place of the tensor of
+    before: that gets its hooks in the end.
     """
 
     row: Row
     slot: Slot
     now: torch.Tensor
     layout: Layout | None = None
+    left: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,14 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
     with every tensor whose part can't be told. The module is usable only once its homes are filled; see `put_back`.
     """
     stand_ins = _stand_ins(inventory, rows) if parallelize is not None else {}
-    module = inventory.module
+    module, births = inventory.module, Births()
     if parallelize is not None:
         for slot in inventory.slots:
             if (stand_in := stand_ins.get(id(slot.tensor))) is not None:
                 place(slot, stand_in)
-        module = _checked(parallelize(module), module)
+        with births:
+            returned = parallelize(module)
+        module = _checked(returned, module)
         _tie_again(inventory, rows, module)
     homes: list[Home] = []
     problems: list[Problem] = []
@@ -77,7 +82,7 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
     fsdp = has_fsdp(module)
     for slot, row in zip(inventory.slots, rows, strict=True):
         try:
-            homes.append(_home(slot, row, stand_ins.get(id(slot.tensor)), inside, fsdp=fsdp))
+            homes.append(_home(slot, row, stand_ins.get(id(slot.tensor)), inside, births, fsdp=fsdp))
         except ValueError as error:
             hint = "load first and change the module afterwards, or leave this tensor out of parallelize"
             problems.append(Problem(str(error), fqn=slot.fqn, hint=hint))
@@ -150,7 +155,7 @@ def settled_again(homes: Homes) -> Homes:
 def filled(homes: Homes) -> Homes:
     """A module whose homes have their values, to be filled once more."""
     now = [(home, tensor) for home in homes.homes if (tensor := held(home.slot)) is not None]
-    found = tuple(replace(home, slot=home.slot._replace(tensor=tensor), now=tensor) for home, tensor in now)
+    found = tuple(replace(home, slot=home.slot._replace(tensor=tensor), now=tensor, left=None) for home, tensor in now)
     return replace(homes, inventory=replace(homes.inventory, slots=tuple(home.slot for home in found)), homes=found)
 
 
@@ -217,7 +222,9 @@ def _stand_in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return made
 
 
-def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int], *, fsdp: bool) -> Home:
+def _home(
+    slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int], births: Births, *, fsdp: bool
+) -> Home:
     if id(slot.owner) not in inside:
         raise ValueError("its module is not part of what parallelize returned")
     now = held(slot)
@@ -230,12 +237,22 @@ def _home(slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int],
         return Home(row, slot, now, _checked_layout(now, row, fsdp=fsdp))
     if tuple(now.shape) != row.shape:
         raise ValueError(f"parallelize replaced it by a tensor of shape {list(now.shape)} that names no part of it")
-    if now is stand_in or (now.is_meta and stand_in is not None):
-        # Untouched, or changed as a tensor: frozen, cast. The tensor of before takes its place again.
-        slot.tensor.requires_grad_(now.requires_grad)
-        place(slot, slot.tensor)
-        return Home(row, slot, slot.tensor)
-    return Home(row, slot._replace(tensor=now), now)
+    if stand_in is None or not (now is stand_in or now.is_meta or _is_computed(row, now, slot.tensor, births)):
+        return Home(row, slot._replace(tensor=now), now)
+    # Untouched, or changed as a tensor: frozen, cast, moved. The tensor of before takes its place again.
+    place(slot, slot.tensor)
+    return Home(row, slot, slot.tensor, left=now)
+
+
+def _is_computed(row: Row, now: torch.Tensor, before: torch.Tensor, births: Births) -> bool:
+    """Whether a tensor that ``parallelize`` put in a place gets what the constructor meant.
+
+    So do parameters that the checkpoint lacks, as they do where they are sharded: what a rank samples for itself is
+    not what the others do. Buffers keep a value that they were given.
+    """
+    if row.action in (Action.LOADED, Action.TIED) or type(now) is not type(before):
+        return False
+    return row.kind == "parameter" or not births.has_values(now)
 
 
 def _checked_layout(tensor: Any, row: Row, *, fsdp: bool) -> Layout:
