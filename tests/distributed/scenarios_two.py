@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from copy import deepcopy
@@ -104,6 +105,38 @@ def ties_that_tensor_parallelism_gives_up_are_tied_again():
     assert isinstance(model.head.weight, DTensor)
     assert model.head.weight is model.embed.weight
     assert_same_state(model, wl.load(Tied, state))
+
+
+def a_frozen_alias_of_a_trained_weight_stays_frozen():
+    class Alias(Plain):
+        def __init__(self):
+            super().__init__()
+            self.b.weight = nn.Parameter(self.a.weight, requires_grad=False)
+
+    state = checkpoint_of(Alias)
+    reference = wl.load(Alias, state)
+    for parallelize in (lambda model: model, fsdp_root, lambda m: fully_shard(m.a, mesh=mesh(2)) and None):
+        model = wl.load(Alias, state, parallelize=parallelize)
+        assert model.a.weight.requires_grad
+        assert not model.b.weight.requires_grad
+        assert_same_state(model, reference)
+    model = wl.load(Alias, state, parallelize=lambda model: model)
+    assert model.a.weight.data_ptr() == model.b.weight.data_ptr()
+
+
+def a_tie_of_which_one_name_is_sharded_is_told_of():
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("weightlift").addHandler(handler)
+    try:
+        parallelize = lambda model: parallelize_module(model, mesh(2), {"head": ColwiseParallel()})  # noqa: E731
+        model = wl.load(Tied, checkpoint_of(Tied, "head"), parallelize=parallelize)
+    finally:
+        logging.getLogger("weightlift").removeHandler(handler)
+    assert isinstance(model.head.weight, DTensor) and not isinstance(model.embed.weight, DTensor)
+    assert "parallelize unties head.weight from embed.weight: each gets memory of its own" in told
+    assert_same_state(model, wl.load(Tied, checkpoint_of(Tied, "head")))
 
 
 def fsdp2_llama():
@@ -757,6 +790,8 @@ SCENARIOS = {
         the_plan_names_what_the_load_will_do,
         tensor_parallel_llama,
         ties_that_tensor_parallelism_gives_up_are_tied_again,
+        a_frozen_alias_of_a_trained_weight_stays_frozen,
+        a_tie_of_which_one_name_is_sharded_is_told_of,
         fsdp2_llama,
         fsdp2_and_experts,
         every_byte_is_read_once_over_all_ranks,

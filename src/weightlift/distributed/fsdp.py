@@ -19,5 +19,5 @@ def reshard(module: nn.Module) -> None:
     to them is lost.
     """
     for child in modules_of(module):
-        if hasattr(child, "_get_fsdp_state") and hasattr(child, "reshard"):
-            child.reshard()
+        if hasattr(child, "_get_fsdp_state") and callable(undo := getattr(child, "reshard", None)):
+            undo()

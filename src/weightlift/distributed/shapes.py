@@ -101,16 +101,18 @@ def _tie_again(inventory: Inventory, rows: Sequence[Row], module: nn.Module) -> 
     fsdp = has_fsdp(module)
     first: dict[int, tuple[Slot, Any]] = {}
     for slot, row in zip(inventory.slots, rows, strict=True):
-        now: Any = slot.owner._parameters.get(slot.attribute)
-        if now is None or not is_dtensor(now):
+        now: Any = held(slot)
+        if now is None:
             continue
         owner, tied = first.setdefault(row.target, (slot, now))
-        if tied is now:
+        spread = is_dtensor(tied), is_dtensor(now)
+        if tied is now or not any(spread):
             continue
-        if not fsdp and tied._spec == now._spec and tied.requires_grad == now.requires_grad:
+        alike = all(spread) and tied._spec == now._spec and tied.requires_grad == now.requires_grad
+        if alike and not fsdp and slot.kind == owner.kind:
             place(slot, tied)
         else:
-            _log.warning("parallelize unties %s from %s: each gets its own local shard", slot.fqn, owner.fqn)
+            _log.warning("parallelize unties %s from %s: each gets memory of its own", slot.fqn, owner.fqn)
 
 
 def _views(homes: Sequence[Home]) -> list[Problem]:
@@ -199,14 +201,15 @@ def _checked(returned: Any, module: nn.Module) -> nn.Module:
 
 
 def _stand_ins(inventory: Inventory, rows: Sequence[Row]) -> dict[int, torch.Tensor]:
-    """By the id of a tensor, its stand-in; names with one value share one, so that ties stay ties."""
+    """By the id of a tensor, its stand-in; names with one value share one, so that ties stay ties, unless only one of
+    them is frozen."""
     made: dict[int, torch.Tensor] = {}
-    by_value: dict[tuple[int, str], torch.Tensor] = {}
+    by_value: dict[tuple[int, str, bool], torch.Tensor] = {}
     for slot, row in zip(inventory.slots, rows, strict=True):
         tensor = slot.tensor
         if id(tensor) in made or is_lazy(tensor) or is_dtensor(tensor) or tensor.layout is not torch.strided:
             continue
-        key = (row.target, slot.kind)
+        key = (row.target, slot.kind, tensor.requires_grad)
         if key not in by_value:
             by_value[key] = _stand_in(tensor, row.dtype)
         made[id(tensor)] = by_value[key]
