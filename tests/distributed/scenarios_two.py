@@ -618,6 +618,21 @@ def seeds_that_nobody_gave_are_those_of_the_first_rank():
         wl.defer(Tied, seed=RANK).load(state, strict=False, parallelize=fsdp(mesh(2)))
 
 
+def what_ordinary_constructors_sample_has_to_be_the_same():
+    state = checkpoint_of(Plain, "b.weight")
+    for parallelize in (fsdp_root, lambda m: fully_shard(m.a, mesh=mesh(2)) and None):
+        options = {"strict": False, "defer": False, "seed": 1, "parallelize": parallelize}
+        torch.manual_seed(RANK)
+        with pytest.raises(wl.RanksError, match=r"b\.weight: missing in the checkpoint.*on rank 1 than on rank 0"):
+            wl.load(Plain, state, **options)
+        torch.manual_seed(7)
+        model = wl.load(Plain, state, **options)
+        torch.manual_seed(7)
+        assert_same_state(model, wl.load(Plain, state, strict=False, defer=False))
+        torch.manual_seed(RANK)
+        assert_same_state(wl.load(Plain, checkpoint_of(Plain), **options), wl.load(Plain, checkpoint_of(Plain)))
+
+
 def an_error_of_one_rank_is_one_of_all():
     path = _saved("error.pt", checkpoint_of(Tied))
 
@@ -821,6 +836,7 @@ SCENARIOS = {
         mappings_that_differ_are_named,
         a_rank_outside_the_group_is_refused,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
+        what_ordinary_constructors_sample_has_to_be_the_same,
         an_error_of_one_rank_is_one_of_all,
         the_store_does_not_grow,
         a_failed_load_into_a_module_can_be_done_again,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from weightlift.checkpoint import Checkpoint
-from weightlift.distributed import digest
+from weightlift.distributed import constructed, digest
 from weightlift.distributed.apply import Ranks, apply_sharded, refuse_conflicts
 from weightlift.distributed.shapes import Homes, filled, is_dtensor, put_back, settle, settled_again
 from weightlift.distributed.stream import Stream
@@ -90,6 +90,8 @@ class Together:
             self._agree(self._team, decisions)
         if decisions.problems:
             return self._team is not None
+        if self._team is not None and self._parallelizes and not self._options.defer:
+            self._compare_missing(self._team, decisions, subject)
         if not self._parallelizes and any(is_dtensor(slot.tensor) for slot in subject.inventory.slots):
             self._homes = settle(subject.inventory, decisions.rows, None)
         if self._team is not None:
@@ -210,6 +212,16 @@ class Together:
 
 def _differ(verdict: str) -> RanksError:
     return RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
+
+
+    def _compare_missing(self, team: Team, decisions: Decisions, subject: Subject) -> None:
+        """What ordinary constructors gave the missing weights has to be the same on all ranks."""
+        own = constructed.note_of_missing(subject.inventory.slots, decisions.rows)
+        found = digest.from_text(
+            team.exchange(own, lambda notes: digest.as_text(constructed.differences(notes, team.names)))
+        )
+        if found:
+            raise RanksError("the ranks do not load the same; nothing was read", found)
 
 
 def _leader(team: Team, source_rank: int | None) -> int:
