@@ -492,11 +492,43 @@ def another_engine_fills_the_other_ranks():
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
+def another_engine_fills_modules_that_exist():
+    class Normed(Tied):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+    state = checkpoint_of(Normed)
+    state["norm.running_mean"] += 5
+    path = _saved("existing_unfilled.pt", state)
+    mine = path if RANK == 0 else "/nowhere"
+    for dtype in (None, torch.bfloat16):
+        model = Normed()
+        kept, values = model.embed.weight, model.embed.weight.detach().clone()
+        memory = kept.data_ptr()
+        assert wl.load(model, mine, source_rank=0, dtype=dtype) is model
+        assert model.embed.weight is model.head.weight is kept
+        assert {p.dtype for p in model.parameters()} == {dtype or torch.float32}
+        assert model.positions.dtype == (dtype or torch.float32)
+        if RANK == 1:
+            assert torch.equal(kept, values.to(dtype or torch.float32))
+            assert (kept.data_ptr() == memory) == (dtype is None)
+        assert_same_state(DistributedDataParallel(model).module, wl.load(Normed, path, dtype=dtype))
+    model = wl.load(Normed, mine, source_rank=0)
+    assert bool(model.norm.running_mean.any()) == (RANK == 0)  # it comes with the parameters
+    assert_same_state(DistributedDataParallel(model).module, wl.load(Normed, path))
+    ordinary = wl.load(Normed, mine, source_rank=0, dtype=torch.bfloat16, defer=False)
+    assert_same_state(DistributedDataParallel(ordinary).module, wl.load(Normed, path, dtype=torch.bfloat16))
+
+
 def a_tie_that_the_source_gives_up_is_given_up_by_all():
     state = checkpoint_of(Tied)
     state["head.weight"] = state["head.weight"] + 1
     path = _saved("given_up.pt", state)
     model = wl.load(Tied, path if RANK == 0 else "/nowhere", strict=False, source_rank=0)
+    assert model.head.weight is not model.embed.weight
+    assert_same_state(DistributedDataParallel(model).module, wl.load(Tied, state, strict=False))
+    model = wl.load(Tied(), path if RANK == 0 else "/nowhere", strict=False, source_rank=0)
     assert model.head.weight is not model.embed.weight
     assert_same_state(DistributedDataParallel(model).module, wl.load(Tied, state, strict=False))
 
@@ -827,6 +859,7 @@ SCENARIOS = {
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,
         another_engine_fills_the_other_ranks,
+        another_engine_fills_modules_that_exist,
         a_tie_that_the_source_gives_up_is_given_up_by_all,
         what_another_engine_fills_takes_no_memory_before,
         accelerate_fills_the_other_ranks,

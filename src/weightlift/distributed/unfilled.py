@@ -1,8 +1,8 @@
 """``source_rank`` without ``parallelize``: the other ranks get a module that another engine will fill.
 
 FSDP1's ``sync_module_states``, DistributedDataParallel and accelerate send a module's parameters from one rank to the
-others. Until then these hold address space without memory. Buffers have their values, because not every such engine
-sends those that are not persistent.
+others. Until then these hold address space without memory. Buffers that no checkpoint holds have their values, because
+not every such engine sends those; the others come with the parameters, and are until then as the constructor made them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from weightlift.transfer.subject import Bytes, Subject
 def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
     """The module of a rank that opens no file: buffers computed, parameters of the planned dtype and without values.
 
-    An existing module is left as it is.
+    What was not built deferred, such as a user's module, keeps its values, in the dtype and on the device of the plan.
     """
     if subject.recorder is None:
-        return subject.inventory.module
+        return _converted(decisions, subject, source, options)
     with outside_modes():
         untouched, untied = Reservations(), dict[int, nn.Parameter]()
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
@@ -41,6 +41,21 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
         inventory = replace(subject.inventory, slots=slots)
         left = replace(decisions, rows=rows, checks=())
         return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
+
+
+def _converted(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
+    slots, untied = [], dict[int, nn.Parameter]()
+    with outside_modes():
+        for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
+            if row.untied and slot.kind == "parameter":
+                own = slot.tensor.detach().clone()
+                new = untied.setdefault(row.target, nn.Parameter(own, requires_grad=slot.tensor.requires_grad))
+                slot.put(new)
+                slot = slot._replace(tensor=new)
+            slots.append(slot)
+        left = replace(decisions, rows=tuple(map(_computed, decisions.rows)), checks=())
+        subject = replace(subject, inventory=replace(subject.inventory, slots=tuple(slots)))
+        return apply(left, subject, source, replace(options, progress=False))
 
 
 def _another(tensor: torch.Tensor, row: Row, untouched: Reservations) -> nn.Parameter:
@@ -70,7 +85,7 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, untouche
 
 
 def _computed(row: Row) -> Row:
-    """A buffer that was to be loaded keeps what the constructor computes: its value comes with the parameters."""
+    """What was to be loaded keeps what it has: its value comes with the parameters."""
     if row.action in (Action.LOADED, Action.TIED):
         return row._replace(action=Action.KEPT, offer=None, parts=(), tied_to=None)
     return row
