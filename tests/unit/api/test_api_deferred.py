@@ -341,3 +341,24 @@ def test_what_was_built_on_meta_cannot_be_materialised():
     state = nn.Linear(3, 2).state_dict()
     loaded = handle.load(state)  # nothing was used up
     assert torch.equal(loaded.weight, state["weight"])
+
+
+class Entangled(nn.Module):
+    """What no checkpoint holds is computed of the initial values of a weight, which others see parts of."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = nn.Linear(300, 300)
+        self.y = nn.Linear(300, 300)
+        with torch.no_grad():
+            self.y.weight.copy_(self.x.weight)
+        self.register_buffer("view", self.x.weight.detach()[1])
+        self.register_buffer("sums", torch.cumsum(self.y.weight.detach(), 0), persistent=False)
+
+
+def test_initialisers_that_others_need_do_not_write_over_what_is_read():
+    torch.manual_seed(0)
+    state = {key: value.clone() for key, value in Entangled().state_dict().items()}
+    for seed in range(20):
+        model = wl.load(Entangled, state, seed=seed)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), seed
