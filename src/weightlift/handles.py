@@ -102,7 +102,7 @@ class LoadPlan:
 
         Raises PlanError when ``problems`` speak against it, tied names turn out to differ, or a module that existed is
         another one than was planned for (nothing was changed), TransferError when reading fails, LoadCancelled,
-        RuntimeError on a second call.
+        RuntimeError on a second call, and what ``parallelize`` raises, which is called here.
         """
         if self.problems:
             raise PlanError(

@@ -450,6 +450,28 @@ def what_parallelize_spoils_is_said():
         wl.load(Tied, checkpoint_of(Tied), parallelize=cut)
 
 
+def views_of_a_tensor_that_is_sharded_are_refused_where_values_would_be_lost():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Linear(4, 4)
+            self.register_buffer("row", self.x.weight.detach()[1])
+            both = torch.randn(6, 4)
+            self.one, self.two = nn.Parameter(both[:2]), nn.Parameter(both[2:])
+
+    state = checkpoint_of(Views)
+    for left_out in ((), ("x.weight",), ("row",)):
+        rest = {name: value for name, value in state.items() if name not in left_out}
+        with pytest.raises(wl.PlanError, match=r"row: it is a view of x\.weight"):
+            wl.load(Views, rest, strict=False, parallelize=fsdp_root)
+
+    def parallelize(model):
+        for name in ("one", "two"):
+            setattr(model, name, nn.Parameter(distribute_tensor(getattr(model, name), mesh(2), [Shard(0)])))
+
+    assert_same_state(wl.load(Views, state, parallelize=parallelize), wl.load(Views, state))
+
+
 def tied_values_that_differ_are_refused():
     state = checkpoint_of(Tied)
     state["head.weight"] = state["head.weight"] + 1
@@ -855,6 +877,7 @@ SCENARIOS = {
         modules_that_have_dtensors_already,
         modules_whose_root_is_unsharded_after_a_forward,
         what_parallelize_spoils_is_said,
+        views_of_a_tensor_that_is_sharded_are_refused_where_values_would_be_lost,
         tied_values_that_differ_are_refused,
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,

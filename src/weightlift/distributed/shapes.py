@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.deferred.inventory import Inventory, Slot, is_lazy
+from weightlift.deferred.inventory import Inventory, Slot, is_lazy, storage_address
 from weightlift.distributed.fsdp import has_fsdp
 from weightlift.distributed.kept import Births
 from weightlift.distributed.layout import Layout, splits_of
@@ -117,20 +117,39 @@ def _tie_again(inventory: Inventory, rows: Sequence[Row], module: nn.Module) -> 
 
 def _views(homes: Sequence[Home]) -> list[Problem]:
     """Tensors that are parts of another one's memory have no value of their own once that is sharded."""
-    by_fqn = {home.row.fqn: home for home in homes}
-    problems = []
+    on_storage: dict[int, list[Home]] = {}
     for home in homes:
-        owner = by_fqn.get(home.row.tied_to or "")
-        if owner is None or owner.row.target == home.row.target or (home.layout is None and owner.layout is None):
-            continue
-        problems.append(
+        if not is_lazy(home.slot.tensor) and (address := storage_address(home.slot.tensor)) >= 0:
+            on_storage.setdefault(address, []).append(home)
+    problems = []
+    for members in on_storage.values():
+        whole = max(members, key=lambda home: home.slot.tensor.nbytes)
+        problems += [
             Problem(
-                f"it is a view of {owner.row.fqn}, and parallelize shards one of them",
+                f"it is a view of {whole.row.fqn}, and parallelize shards one of them",
                 fqn=home.row.fqn,
                 hint="give it memory of its own in the constructor",
             )
-        )
+            for home in members
+            if home.row.target != whole.row.target and _loses(home, whole)
+        ]
     return problems
+
+
+def _loses(one: Home, other: Home) -> bool:
+    """Whether a value that is loaded into two tensors' common memory would arrive in one of them only."""
+    loaded = Action.LOADED in (one.row.action, other.row.action) or other.row.fqn == one.row.tied_to
+    if not loaded or (one.layout is None and other.layout is None):
+        return False
+    (first, last), (start, end) = (_bytes_of(home.slot.tensor) for home in (one, other))
+    return first < end and start < last
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends."""
+    extent = sum((count - 1) * int(step) for count, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
+    return begin * size, (begin + (extent if tensor.numel() else 0)) * size
 
 
 @contextlib.contextmanager
