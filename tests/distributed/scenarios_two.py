@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -105,38 +103,6 @@ def ties_that_tensor_parallelism_gives_up_are_tied_again():
     assert isinstance(model.head.weight, DTensor)
     assert model.head.weight is model.embed.weight
     assert_same_state(model, wl.load(Tied, state))
-
-
-def a_frozen_alias_of_a_trained_weight_stays_frozen():
-    class Alias(Plain):
-        def __init__(self):
-            super().__init__()
-            self.b.weight = nn.Parameter(self.a.weight, requires_grad=False)
-
-    state = checkpoint_of(Alias)
-    reference = wl.load(Alias, state)
-    for parallelize in (lambda model: model, fsdp_root, lambda m: fully_shard(m.a, mesh=mesh(2)) and None):
-        model = wl.load(Alias, state, parallelize=parallelize)
-        assert model.a.weight.requires_grad
-        assert not model.b.weight.requires_grad
-        assert_same_state(model, reference)
-    model = wl.load(Alias, state, parallelize=lambda model: model)
-    assert model.a.weight.data_ptr() == model.b.weight.data_ptr()
-
-
-def a_tie_of_which_one_name_is_sharded_is_told_of():
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("weightlift").addHandler(handler)
-    try:
-        parallelize = lambda model: parallelize_module(model, mesh(2), {"head": ColwiseParallel()})  # noqa: E731
-        model = wl.load(Tied, checkpoint_of(Tied, "head"), parallelize=parallelize)
-    finally:
-        logging.getLogger("weightlift").removeHandler(handler)
-    assert isinstance(model.head.weight, DTensor) and not isinstance(model.embed.weight, DTensor)
-    assert "parallelize unties head.weight from embed.weight: each gets memory of its own" in told
-    assert_same_state(model, wl.load(Tied, checkpoint_of(Tied, "head")))
 
 
 def fsdp2_llama():
@@ -308,69 +274,6 @@ def dtypes_are_what_parallelize_sees():
     assert_same_state(cast, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
 
 
-class Plain(nn.Module):
-    """Two layers, and buffers that no checkpoint holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-        self.b = nn.Linear(4, 4)
-        self.register_buffer("positions", torch.linspace(0, 1, 5), persistent=False)
-        self.register_buffer("offset", torch.zeros(3), persistent=False)
-
-    def forward(self, x):
-        return self.b(self.a(x))
-
-
-def values_after_to_empty_are_those_of_a_single_process():
-    def parallelize(model):
-        fully_shard(model.a, mesh=mesh(2))
-        model.to_empty(device="cpu")
-        nn.init.normal_(model.b.weight)  # what a rank samples for itself
-        model.offset.fill_(RANK + 1)
-
-    path = _saved("to_empty.pt", checkpoint_of(Plain, "a.bias", "b.weight"))
-    reference = wl.load(Plain, path, strict=False, seed=3)
-    for source_rank in (None, 0):
-        model = wl.load(Plain, path, strict=False, seed=3, parallelize=parallelize, source_rank=source_rank)
-        assert torch.equal(model.offset, torch.full((3,), RANK + 1.0))
-        model.offset.zero_()
-        assert_same_state(model, reference)
-
-
-def hooks_and_attributes_that_parallelize_sets_are_kept():
-    calls, handles = [], []
-
-    def parallelize(model):
-        fully_shard(model.a, mesh=mesh(2))
-        for name, parameter in model.named_parameters():
-            parameter.tag = name
-            parameter.register_hook(lambda grad, name=name: calls.append(f"grad of {name}"))
-            hook = lambda _, name=name: calls.append(f"accumulated {name}")  # noqa: E731
-            handles.append(parameter.register_post_accumulate_grad_hook(hook))
-
-    def ran(model):
-        calls.clear()
-        model(torch.ones(2, 4)).sum().backward()
-        return sorted(calls)
-
-    ordinary = Plain()
-    parallelize(ordinary)
-    expected = ran(ordinary)
-    handles.clear()
-    for swap in (False, True):
-        torch.__future__.set_swap_module_params_on_conversion(swap)
-        try:
-            model = wl.load(Plain, checkpoint_of(Plain), parallelize=parallelize)
-        finally:
-            torch.__future__.set_swap_module_params_on_conversion(False)
-        assert [parameter.tag for parameter in model.parameters()] == [name for name, _ in model.named_parameters()]
-        assert ran(model) == expected
-        while handles:
-            handles.pop().remove()
-        assert ran(model) == [name for name in expected if name.startswith("grad")]
-
-
 def nothing_is_initialised_for_what_is_loaded():
     ran = []
 
@@ -416,26 +319,6 @@ def modules_that_have_dtensors_already():
     assert_same_state(wl.load(build, state, defer=False), reference)
 
 
-def modules_whose_root_is_unsharded_after_a_forward():
-    path = _saved("forward.pt", checkpoint_of(Tied))
-    reference = wl.load(Tied, path)
-    tokens = torch.arange(12).view(2, 6)
-    for source_rank in (None, 0):
-        for before in (False, True):
-            model = fsdp(mesh(2))(Tied())
-            plan = wl.plan(model, path, source_rank=source_rank) if before else None
-            sharded = model.embed.weight
-            with torch.no_grad():
-                model(tokens)
-            assert model.embed.weight is not sharded
-            wl.load(model, path, source_rank=source_rank) if plan is None else plan.execute()
-            assert model.embed.weight is sharded
-            with torch.no_grad():
-                assert torch.allclose(model(tokens), reference(tokens), rtol=1e-5)
-            assert_same_state(model, reference)
-    assert losses(model) == pytest.approx(losses(deepcopy(reference)), rel=1e-5)
-
-
 def what_parallelize_spoils_is_said():
     def shrink(model):
         model.head = nn.Linear(3, 3, device="meta")
@@ -448,28 +331,6 @@ def what_parallelize_spoils_is_said():
 
     with pytest.raises(wl.PlanError, match=r"shape \[3, 30\] that names no part"):
         wl.load(Tied, checkpoint_of(Tied), parallelize=cut)
-
-
-def views_of_a_tensor_that_is_sharded_are_refused_where_values_would_be_lost():
-    class Views(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.x = nn.Linear(4, 4)
-            self.register_buffer("row", self.x.weight.detach()[1])
-            both = torch.randn(6, 4)
-            self.one, self.two = nn.Parameter(both[:2]), nn.Parameter(both[2:])
-
-    state = checkpoint_of(Views)
-    for left_out in ((), ("x.weight",), ("row",)):
-        rest = {name: value for name, value in state.items() if name not in left_out}
-        with pytest.raises(wl.PlanError, match=r"row: it is a view of x\.weight"):
-            wl.load(Views, rest, strict=False, parallelize=fsdp_root)
-
-    def parallelize(model):
-        for name in ("one", "two"):
-            setattr(model, name, nn.Parameter(distribute_tensor(getattr(model, name), mesh(2), [Shard(0)])))
-
-    assert_same_state(wl.load(Views, state, parallelize=parallelize), wl.load(Views, state))
 
 
 def tied_values_that_differ_are_refused():
@@ -512,35 +373,6 @@ def another_engine_fills_the_other_ranks():
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3, dtype=torch.bfloat16))
-
-
-def another_engine_fills_modules_that_exist():
-    class Normed(Tied):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
-
-    state = checkpoint_of(Normed)
-    state["norm.running_mean"] += 5
-    path = _saved("existing_unfilled.pt", state)
-    mine = path if RANK == 0 else "/nowhere"
-    for dtype in (None, torch.bfloat16):
-        model = Normed()
-        kept, values = model.embed.weight, model.embed.weight.detach().clone()
-        memory = kept.data_ptr()
-        assert wl.load(model, mine, source_rank=0, dtype=dtype) is model
-        assert model.embed.weight is model.head.weight is kept
-        assert {p.dtype for p in model.parameters()} == {dtype or torch.float32}
-        assert model.positions.dtype == (dtype or torch.float32)
-        if RANK == 1:
-            assert torch.equal(kept, values.to(dtype or torch.float32))
-            assert (kept.data_ptr() == memory) == (dtype is None)
-        assert_same_state(DistributedDataParallel(model).module, wl.load(Normed, path, dtype=dtype))
-    model = wl.load(Normed, mine, source_rank=0)
-    assert bool(model.norm.running_mean.any()) == (RANK == 0)  # it comes with the parameters
-    assert_same_state(DistributedDataParallel(model).module, wl.load(Normed, path))
-    ordinary = wl.load(Normed, mine, source_rank=0, dtype=torch.bfloat16, defer=False)
-    assert_same_state(DistributedDataParallel(ordinary).module, wl.load(Normed, path, dtype=torch.bfloat16))
 
 
 def a_tie_that_the_source_gives_up_is_given_up_by_all():
@@ -672,21 +504,6 @@ def seeds_that_nobody_gave_are_those_of_the_first_rank():
         wl.defer(Tied, seed=RANK).load(state, strict=False, parallelize=fsdp(mesh(2)))
 
 
-def what_ordinary_constructors_sample_has_to_be_the_same():
-    state = checkpoint_of(Plain, "b.weight")
-    for parallelize in (fsdp_root, lambda m: fully_shard(m.a, mesh=mesh(2)) and None):
-        options = {"strict": False, "defer": False, "seed": 1, "parallelize": parallelize}
-        torch.manual_seed(RANK)
-        with pytest.raises(wl.RanksError, match=r"b\.weight: missing in the checkpoint.*on rank 1 than on rank 0"):
-            wl.load(Plain, state, **options)
-        torch.manual_seed(7)
-        model = wl.load(Plain, state, **options)
-        torch.manual_seed(7)
-        assert_same_state(model, wl.load(Plain, state, strict=False, defer=False))
-        torch.manual_seed(RANK)
-        assert_same_state(wl.load(Plain, checkpoint_of(Plain), **options), wl.load(Plain, checkpoint_of(Plain)))
-
-
 def an_error_of_one_rank_is_one_of_all():
     path = _saved("error.pt", checkpoint_of(Tied))
 
@@ -740,103 +557,6 @@ def a_failed_load_into_a_module_can_be_done_again():
     assert_same_state(plan.execute(), wl.load(Tied, state))
 
 
-def a_module_that_exists_is_parallelised_and_filled():
-    path = _saved("exists.pt", checkpoint_of(Tied))
-    reference = wl.load(Tied, path)
-    for source_rank in (None, 1):
-        model = Tied()
-        before = dict(model.named_parameters())
-        plan = wl.plan(model, path, parallelize=fsdp(mesh(2)), source_rank=source_rank)
-        assert all(before[name] is parameter for name, parameter in model.named_parameters())
-        assert plan.execute() is model
-        assert isinstance(model.embed.weight, DTensor)
-        assert_same_state(model, reference)
-        with torch.no_grad():
-            model.layers[0].up.weight.zero_()
-        kept = model.embed.weight
-        assert_same_state(plan.execute(), reference)
-        assert model.embed.weight is kept
-    assert losses(model) == pytest.approx(losses(reference), rel=1e-5)
-    model = Tied()
-    weight = model.embed.weight
-    wl.load(model, path, parallelize=lambda model: model)
-    assert model.embed.weight is weight
-    assert_same_state(model, wl.load(Tied, path))
-
-
-def _same_tensors(model, before):
-    found = [*model.named_parameters(), *model.named_buffers()]
-    return len(found) == len(before) and all(
-        tensor is old and torch.equal(tensor, value) for (_, tensor), (old, value) in zip(found, before)
-    )
-
-
-def a_module_that_exists_keeps_its_tensors_where_a_load_fails():
-    state = checkpoint_of(Tied)
-    model = Tied()
-    before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
-
-    def everywhere(model):
-        fully_shard(model.layers[0], mesh=mesh(2))
-        raise KeyError("on every rank")
-
-    def on_one(model):
-        if RANK == 1:
-            raise KeyError("only here")
-
-    def spoilt(model):
-        model.embed.weight = nn.Parameter(model.embed.weight[:3])
-
-    for parallelize, expected in ((everywhere, KeyError), (on_one, (KeyError, wl.RanksError)), (spoilt, wl.PlanError)):
-        with pytest.raises(expected):
-            wl.load(model, state, parallelize=parallelize)
-        assert _same_tensors(model, before), parallelize
-        model = Tied()
-        before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
-    other = state | {"head.weight": state["head.weight"] + 1}
-    with pytest.raises(wl.PlanError, match="two different values"):
-        wl.load(model, other, parallelize=fsdp(mesh(2)))
-    assert _same_tensors(model, before)
-
-    own = _own("fails.pt")
-    torch.save(state, own)
-    os.utime(own, (1, 1))
-    plan = wl.plan(model, own, parallelize=fsdp(mesh(2)), copy=True)
-    if RANK == 1:
-        own.rename(own.with_suffix(".away"))
-    with pytest.raises((wl.WeightliftError, OSError)):
-        plan.execute()
-    assert _same_tensors(model, before)
-    if RANK == 1:
-        own.with_suffix(".away").rename(own)
-    assert_same_state(plan.execute(), wl.load(Tied, state))
-    assert isinstance(model.embed.weight, DTensor)
-
-
-def a_deferred_module_that_could_not_be_parallelised_can_be_materialised():
-    state = checkpoint_of(Tied)
-    deferred = wl.defer(Tied, seed=0)
-
-    def parallelize(model):
-        raise KeyError("not today")
-
-    with pytest.raises(KeyError):
-        deferred.load(state, parallelize=parallelize)
-    assert_same_state(deferred.materialize(), wl.defer(Tied, seed=0).materialize())
-
-
-def a_module_that_has_changed_on_one_rank_stops_all_at_once():
-    model = fsdp(mesh(2))(Tied())
-    plan = wl.plan(model, checkpoint_of(Tied), source_rank=0, rank_patience_seconds=5)
-    if RANK == 1:
-        model.register_buffer("more", torch.zeros(1))
-    began = time.monotonic()
-    expected, text = ((wl.RanksError, "rank 1: PlanError"), (wl.PlanError, "more: is new"))[RANK]
-    with pytest.raises(expected, match=text):
-        plan.execute()
-    assert time.monotonic() - began < 20
-
-
 def a_file_that_breaks_for_one_rank_stops_all():
     state = checkpoint_of(Tied)
     own = _own("broken.pt")
@@ -859,8 +579,6 @@ SCENARIOS = {
         the_plan_names_what_the_load_will_do,
         tensor_parallel_llama,
         ties_that_tensor_parallelism_gives_up_are_tied_again,
-        a_frozen_alias_of_a_trained_weight_stays_frozen,
-        a_tie_of_which_one_name_is_sharded_is_told_of,
         fsdp2_llama,
         fsdp2_and_experts,
         every_byte_is_read_once_over_all_ranks,
@@ -870,19 +588,14 @@ SCENARIOS = {
         tensors_merged_of_several_are_sharded,
         more_ranks_than_rows,
         dtypes_are_what_parallelize_sees,
-        values_after_to_empty_are_those_of_a_single_process,
-        hooks_and_attributes_that_parallelize_sets_are_kept,
         nothing_is_initialised_for_what_is_loaded,
         recurrent_modules_keep_their_lists,
         modules_that_have_dtensors_already,
-        modules_whose_root_is_unsharded_after_a_forward,
         what_parallelize_spoils_is_said,
-        views_of_a_tensor_that_is_sharded_are_refused_where_values_would_be_lost,
         tied_values_that_differ_are_refused,
         one_rank_reads_for_all,
         the_source_can_be_any_rank_and_a_mapping,
         another_engine_fills_the_other_ranks,
-        another_engine_fills_modules_that_exist,
         a_tie_that_the_source_gives_up_is_given_up_by_all,
         what_another_engine_fills_takes_no_memory_before,
         accelerate_fills_the_other_ranks,
@@ -892,14 +605,9 @@ SCENARIOS = {
         mappings_that_differ_are_named,
         a_rank_outside_the_group_is_refused,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
-        what_ordinary_constructors_sample_has_to_be_the_same,
         an_error_of_one_rank_is_one_of_all,
         the_store_does_not_grow,
         a_failed_load_into_a_module_can_be_done_again,
-        a_module_that_exists_is_parallelised_and_filled,
-        a_module_that_exists_keeps_its_tensors_where_a_load_fails,
-        a_deferred_module_that_could_not_be_parallelised_can_be_materialised,
-        a_module_that_has_changed_on_one_rank_stops_all_at_once,
         a_file_that_breaks_for_one_rank_stops_all,
     )
 }
