@@ -82,8 +82,9 @@ def plan(
     rank of such a mesh would read and hold; no process group is needed. ``placements`` maps patterns of names to one
     torch placement an axis, or is a function of name and shape; None goes by the names of the axes (docs/scale.md).
 
-    A plan that does not fit is returned like any other, with its ``problems``. Raises CheckpointError for a checkpoint
-    that breaks its format, and what the constructor raises.
+    A plan that does not fit is returned like any other, with its ``problems``. ``parallelize`` is called when
+    the plan is executed. Raises CheckpointError for a checkpoint that breaks its format, and what the constructor
+    raises.
     """
     _require_module(module, ckpt)
     options = LoadOptions.create(
