@@ -209,11 +209,6 @@ class Together:
         if verdict not in ("same", "compare"):
             raise _differ(verdict)
 
-
-def _differ(verdict: str) -> RanksError:
-    return RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
-
-
     def _compare_missing(self, team: Team, decisions: Decisions, subject: Subject) -> None:
         """What ordinary constructors gave the missing weights has to be the same on all ranks."""
         own = constructed.note_of_missing(subject.inventory.slots, decisions.rows)
@@ -222,6 +217,10 @@ def _differ(verdict: str) -> RanksError:
         )
         if found:
             raise RanksError("the ranks do not load the same; nothing was read", found)
+
+
+def _differ(verdict: str) -> RanksError:
+    return RanksError("the ranks do not load the same; nothing was read", digest.from_text(verdict))
 
 
 def _leader(team: Team, source_rank: int | None) -> int:
