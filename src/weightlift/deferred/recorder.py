@@ -51,6 +51,7 @@ from weightlift.deferred.tape import (
     generator_for,
     live_readers,
     needed,
+    needed_by,
     new_record,
 )
 
@@ -360,7 +361,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run what has to read this memory before it is changed at once."""
         record = self.record_of(tensor)
         if record is not None and (readers := live_readers(record)):
-            self._execute(needed([target for node in readers for target in node.writes]), why)
+            self._execute(needed_by(readers), why)
 
     def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
         """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""

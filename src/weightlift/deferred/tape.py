@@ -367,8 +367,15 @@ def needed(
     ``supplied`` are records whose values come from elsewhere: no node is run for their sake. ``readers``: also those
     that have to read what one of the nodes overwrites, if somebody still holds their results.
     """
+    return needed_by((record.last for record in records if record.pending), supplied, readers=readers)
+
+
+def needed_by(
+    nodes: Iterable[Node | None], supplied: Collection[Record] = (), *, readers: bool = True
+) -> list[Node]:
+    """These nodes and those that must run before; as `needed`."""
     found: set[Node] = set()
-    stack = [record.last for record in records if record.pending]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node.done or node in found:

@@ -121,3 +121,14 @@ def test_samples_do_not_depend_on_what_has_been_collected(in_a_cycle, collected)
     finally:
         gc.enable()
     assert torch.equal(made.p, wl.defer(plain, seed=3).materialize().p)
+
+
+def test_memory_that_somebody_takes_is_read_first_by_what_a_dropped_result_was_to_read():
+    def build():
+        owner = nn.Module()
+        weight = torch.full((80, 80), 2.0)
+        owner.p = nn.Parameter(weight * 2 + 1)  # of which the product is dropped
+        weight.numpy()[:] = 9
+        return owner
+
+    assert torch.equal(wl.defer(build).materialize().p, build().p)
