@@ -164,6 +164,15 @@ def a_module_that_has_changed_on_one_rank_stops_all_at_once():
     assert time.monotonic() - began < 20
 
 
+def a_dtensor_keeps_its_dtype():
+    path = _saved("dtype.pt", checkpoint_of(Tied))
+    model = fsdp(mesh(2))(Tied())
+    with pytest.raises(wl.PlanError, match=r"embed\.weight: it is a DTensor of .*cast the module before"):
+        wl.plan(model, path, dtype=torch.bfloat16)
+    reference = wl.load(Tied, path, dtype=torch.bfloat16)
+    assert_same_state(wl.load(fsdp(mesh(2))(Tied().bfloat16()), path, dtype=torch.bfloat16), reference)
+
+
 SCENARIOS = {
     run.__name__: run
     for run in (
@@ -173,5 +182,6 @@ SCENARIOS = {
         a_module_that_exists_keeps_its_tensors_where_a_load_fails,
         a_deferred_module_that_could_not_be_parallelised_can_be_materialised,
         a_module_that_has_changed_on_one_rank_stops_all_at_once,
+        a_dtensor_keeps_its_dtype,
     )
 }

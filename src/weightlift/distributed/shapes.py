@@ -26,6 +26,7 @@ from weightlift.options import Parallelize
 from weightlift.plan.records import Action, Row
 
 _log = logging.getLogger("weightlift")
+_LOAD_FIRST = "load first and change the module afterwards, or leave this tensor out of parallelize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,12 @@ def settle(inventory: Inventory, rows: Sequence[Row], parallelize: Parallelize |
         try:
             homes.append(_home(slot, row, stand_ins.get(id(slot.tensor)), inside, births, fsdp=fsdp))
         except ValueError as error:
-            hint = "load first and change the module afterwards, or leave this tensor out of parallelize"
-            problems.append(Problem(str(error), fqn=slot.fqn, hint=hint))
+            what, hint = (*error.args, _LOAD_FIRST)[:2]
+            problems.append(Problem(what, fqn=slot.fqn, hint=hint))
     problems += _views(homes)
     if problems:
-        raise PlanError("parallelize made something of the module that can't be loaded", problems)
+        made = "parallelize made something of the module that" if parallelize is not None else "the module has what"
+        raise PlanError(f"{made} can't be loaded", problems)
     meshes = [home.now.device_mesh for home in homes if home.layout is not None]  # type: ignore[attr-defined]
     return Homes(module, inventory, tuple(homes), device_of_mesh(meshes[0]) if meshes else None)
 
@@ -254,6 +256,9 @@ def _home(
         raise ValueError("parallelize removed it")
     if is_lazy(now):
         raise ValueError("it has no shape yet")
+    if now is slot.tensor and is_dtensor(now) and now.dtype != row.dtype:
+        what = f"it is a DTensor of {now.dtype} already, which keeps its dtype, and is to be loaded as {row.dtype}"
+        raise ValueError(what, "cast the module before, or leave dtype out")
     row = row._replace(dtype=now.dtype)
     if is_dtensor(now):
         return Home(row, slot, now, _checked_layout(now, row, fsdp=fsdp))
