@@ -23,7 +23,14 @@ from torch import nn
 import weightlift as wl
 
 SEED = 7
-EXAMPLES = int(os.environ.get("WEIGHTLIFT_EXAMPLES", "150"))  # thousands take minutes
+# The same few each time, or as many others as are asked for: thousands take minutes.
+EXAMPLES = os.environ.get("WEIGHTLIFT_EXAMPLES")
+SEARCH = settings(
+    max_examples=int(EXAMPLES or 200),
+    derandomize=EXAMPLES is None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 SHAPES = [(4,), (4, 4), (3, 4), (1, 4), (40, 50), (0, 4)]
 FILLS: list[Callable[[torch.Tensor], object]] = [
     lambda t: nn.init.normal_(t),
@@ -219,7 +226,7 @@ def cast(tensor, dtype):
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@SEARCH
 @given(programs, st.sets(st.integers(0, 4), max_size=3), st.sampled_from([1, 8]), st.booleans(), st.booleans())
 def test_a_load_gives_what_torch_gives(program, lacking, workers, copy, in_file):
     if refused(program):
@@ -241,7 +248,7 @@ def test_a_load_gives_what_torch_gives(program, lacking, workers, copy, in_file)
         assert shared(existing) == shared(wanted)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@SEARCH
 @given(programs, st.sets(st.integers(0, 4), max_size=3), st.booleans())
 def test_a_load_that_casts_gives_what_torch_gives_cast(program, lacking, is_existing):
     if refused(program):
@@ -266,7 +273,7 @@ def without_samples(program):
             yield (name, *numbers)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@SEARCH
 @given(programs.map(lambda program: list(without_samples(program))))
 def test_a_module_is_made_as_by_its_constructor(program):
     if refused(program):
