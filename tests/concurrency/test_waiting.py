@@ -3,6 +3,8 @@
 import logging
 import threading
 
+import pytest
+
 from weightlift.integrations import exclusive
 
 PATIENCE_SECONDS = 0.2
@@ -80,3 +82,15 @@ def test_a_load_that_waits_long_for_one_that_runs_alone_says_so_once(monkeypatch
         waiting.join(LONG_SECONDS)
     (record,) = caplog.records
     assert "runs alone" in record.getMessage() and "wl.install()" in record.getMessage()
+
+
+def test_a_load_that_a_helper_hands_over_is_told_of_once(caplog):
+    def native():
+        raise exclusive.NotNative("a test", "it is one")
+
+    with caplog.at_level(logging.INFO, "weightlift"):
+        with exclusive.LOADING.helping(), pytest.raises(exclusive.HelperThread):
+            exclusive.native_or_alone(dict, native, dict)
+        assert not caplog.records
+        assert exclusive.native_or_alone(dict, native, dict) == {}
+    assert len(caplog.records) == 1

@@ -178,7 +178,8 @@ def native_or_alone(cls: Any, native: Callable[[], T], original: Callable[[], T]
     try:
         with LOADING.shared():
             return native()
-    except NotNative as reason:
+    except NotNative as found:
+        reason = found
+    with LOADING.alone():  # which a helper leaves to the thread that it helps, the telling too
         reason.report(cls)
-    with LOADING.alone():
         return original()
