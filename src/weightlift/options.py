@@ -90,19 +90,13 @@ class LoadOptions:
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
-        if workers is not None and not isinstance(workers, int):
-            raise TypeError(f"workers must be a whole number, found {workers!r}")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, found {workers!r}")
+        _check_count("workers", workers)
+        _check_count("memory_budget_bytes", memory_budget_bytes)
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be a bool or a callable of bytes done and in all, found {progress!r}")
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise TypeError(f"cancel must be a threading.Event, found {cancel!r}")
         _check_key_mapping(key_mapping)
-        if memory_budget_bytes is not None and not isinstance(memory_budget_bytes, int):
-            raise TypeError(f"memory_budget_bytes must be a whole number of bytes, found {memory_budget_bytes!r}")
-        if memory_budget_bytes is not None and memory_budget_bytes < 1:
-            raise ValueError(f"memory_budget_bytes must be positive, found {memory_budget_bytes}")
         _check_ranks(parallelize, source_rank, rank_patience_seconds)
         if verify and (parallelize is not None or source_rank is not None):
             raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
@@ -142,6 +136,13 @@ def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
     elif not os.access(target.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{option}: nothing may be written to the folder {target.parent}; choose another")
     return target
+
+
+def _check_count(option: str, count: int | None) -> None:
+    if count is not None and not isinstance(count, int):
+        raise TypeError(f"{option} must be a whole number, found {count!r}")
+    if count is not None and count < 1:
+        raise ValueError(f"{option} must be at least 1, found {count!r}")
 
 
 def _check_ranks(parallelize: Parallelize | None, source_rank: int | None, patience: float) -> None:

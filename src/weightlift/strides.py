@@ -40,6 +40,11 @@ def span_elements(sizes: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))
 
 
+def interval(shape: Sequence[int], stride: Sequence[int], offset: int) -> tuple[int, int]:
+    """Where a view begins and ends (half open); nowhere without elements."""
+    return (0, 0) if 0 in shape else (offset, offset + span_elements(shape, stride))
+
+
 def joined(
     shape: Sequence[int], first: Sequence[int], second: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

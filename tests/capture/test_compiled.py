@@ -17,15 +17,11 @@ from torch import nn
 
 import weightlift as wl
 
-pytestmark = [pytest.mark.timeout(500), pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.timeout(500),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("nothing_compiled"),
+]
 
 
 def compiles() -> int:

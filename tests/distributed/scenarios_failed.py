@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import Tied, assert_same_state, checkpoint_of, fsdp, mesh
+from tests.distributed.scenarios_two import FOLDER, RANK, _saved
 from torch import nn
 
 import weightlift as wl
 
-RANK = int(os.environ.get("RANK", "0"))
 RANKS = int(os.environ.get("WORLD_SIZE", "2"))
 LAST = RANKS - 1
-FOLDER = Path(os.environ.get("SCENARIO_FOLDER", "."))
 BUDGET_BYTES = 1 << 17  # rounds of 64 KiB, in one message or several
 
 
@@ -36,14 +34,6 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(96 + 8 * (number % 3), 100) for number in range(30))
-
-
-def _saved(name, state):
-    path = FOLDER / name
-    if RANK == 0:
-        torch.save(state, path)
-    dist.barrier()
-    return path
 
 
 def _the_group_works():

@@ -26,6 +26,7 @@ from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
 from weightlift.checkpoint.write import write_safetensors
 from weightlift.errors import CheckpointError, Problem, TransferError
+from weightlift.lazy_views import shown
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SUMMARY = "cannot be saved as safetensors"
@@ -157,8 +158,7 @@ def _untied(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     ties: dict[str, str] = {}
     for key, tensor in tensors.items():
         if tensor.numel():
-            lazily = tensor.is_conj(), tensor.is_neg()
-            mark = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), lazily)
+            mark = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), shown(tensor))
             owner = first.setdefault(mark, key)
             if owner != key:
                 ties[key] = owner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 
@@ -82,30 +81,25 @@ def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
 
 
-def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `weightlift.plan`. Raises UsageError for a dtype, device or expression torch refuses."""
-    return {
-        **hub_options(arguments),
-        "dtype": _dtype(arguments.dtype),
+def load_options(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The keyword arguments of `weightlift.plan`, with ``more`` of them. Raises UsageError for what can't be meant."""
+    from weightlift.options import LoadOptions
+
+    options = {
+        "dtype": arguments.dtype,
         "device": _device(arguments.device),
         "strict": arguments.strict,
         "ignore_mismatched": arguments.ignore_mismatched,
-        "key_mapping": _renames(arguments.rename),
+        "key_mapping": None if arguments.rename is None else dict(arguments.rename),
         "seed": arguments.seed,
         "defer": arguments.defer,
+        **more,
     }
-
-
-def _dtype(text: str | None) -> Any:
-    import torch
-
-    if text is None or text == "auto":
-        return text
-    found = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        known = "auto, float32, bfloat16, float16, float64, float8_e4m3fn, …"
-        raise UsageError(f"--dtype {text!r}: not a floating-point dtype of torch; expected one of {known}")
-    return found
+    try:
+        LoadOptions.create(**options)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return {**hub_options(arguments), **options}
 
 
 def _device(text: str | None) -> Any:
@@ -118,17 +112,4 @@ def _device(text: str | None) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {text!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise UsageError("--device 'meta': a model without values can't be loaded; see `weightlift plan`")
     return device
-
-
-def _renames(pairs: list[list[str]] | None) -> dict[str, str] | None:
-    if pairs is None:
-        return None
-    for pattern, replacement in pairs:
-        try:
-            re.compile(pattern).sub(replacement, "")
-        except (re.error, IndexError) as error:
-            raise UsageError(f"--rename {pattern!r} {replacement!r}: {error}") from error
-    return dict(pairs)

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, load_options, positive
+from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive
 
 if TYPE_CHECKING:
     from weightlift import LoadPlan
@@ -29,27 +29,20 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.cli.model import builder
     from weightlift.cli.notes import heard, tell
     from weightlift.cli.output import add, console, table
-    from weightlift.options import writable_target
     from weightlift.plan.report import human_bytes
 
-    if arguments.trace is not None:
-        try:
-            writable_target("--trace", arguments.trace)
-        except OSError as error:
-            raise UsageError(str(error)) from error
-    build, options = builder(arguments.model), load_options(arguments)
+    options = load_options(
+        arguments,
+        copy=arguments.copy,
+        workers=arguments.workers,
+        memory_budget_bytes=arguments.memory_budget,
+        progress=False if arguments.quiet else None,
+        trace=arguments.trace,
+    )
+    build = builder(arguments.model)
     start = time.perf_counter()
     with heard("load") as notes:
-        made = wl.plan(
-            build,
-            arguments.path,
-            copy=arguments.copy,
-            workers=arguments.workers,
-            memory_budget_bytes=arguments.memory_budget,
-            progress=False if arguments.quiet else None,
-            trace=arguments.trace,
-            **options,
-        )
+        made = wl.plan(build, arguments.path, **options)
         planned = time.perf_counter()
         made.execute()
     done = time.perf_counter()

@@ -17,9 +17,10 @@ _FLAGS = {
     "in device or device_map": "in --device",
     "key_mapping": "--rename",
     "memory_budget_bytes": "--memory-budget",
+    "trace:": "--trace:",
+    "trace must be": "--trace must be",
 }
-_KNOWN = re.compile("|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in _FLAGS))
-
+_KNOWN = re.compile("|".join(rf"(?<![\w-]){re.escape(words)}(?!\w)" for words in _FLAGS))
 
 # A mapping that a hint gives ready to be passed.
 _MAPPING = re.compile(r"""key_mapping=(\{(?:r?(?:"[^"]*"|'[^']*')[:,]? ?)+\})""")

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from weightlift.deferred.tape import Record
+from weightlift.lazy_views import shown
 from weightlift.strides import has_overlap
 
 Kind = Literal["parameter", "buffer"]
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
-_AS_IT_LIES, _CONJUGATED = (False, False), (True, False)
 _storage_address: Callable[[torch.Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
 
@@ -153,7 +153,7 @@ class Inventory:
                     address < 0 and is_lazy(tensor),
                     in_place,
                     place,
-                    shown(tensor) if address >= 0 else _AS_IT_LIES,
+                    shown(tensor) if address >= 0 else (False, False),
                 )
             )
         return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
@@ -164,11 +164,6 @@ class Inventory:
             return range(len(self.slots))
         places: dict[tuple[int, str], int] = {}
         return [places.setdefault((id(slot.owner), slot.attribute), len(places)) for slot in self.slots]
-
-
-def shown(tensor: torch.Tensor) -> tuple[bool, bool]:
-    """Whether a tensor shows its memory conjugated, and negated."""
-    return (tensor.is_conj(), True) if tensor.is_neg() else _CONJUGATED if tensor.is_conj() else _AS_IT_LIES
 
 
 def users_of(slots: Iterable[Slot], addresses: Iterable[int]) -> dict[int, int]:

@@ -33,7 +33,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
-from weightlift.deferred.refusals import Trials, lie_alike, may_fit
+from weightlift.deferred.refusals import Trials
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
@@ -43,7 +43,6 @@ from weightlift.deferred.tape import (
     Fill,
     Node,
     Operation,
-    Readers,
     Record,
     TensorRef,
     forget,
@@ -84,7 +83,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seeding = SeedWatch()
         self.trials = Trials()
         self._in_use = threading.RLock()
-        # The buffer of a dead storage takes its record along, before the address can be used again.
         self._on_death: Callable[[Any], object] = functools.partial(forget, self.records)
 
     @classmethod
@@ -215,24 +213,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- recording --------------------------------------------------------------------------------------------------
 
     def _append(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        writes: tuple[Record, ...],
-        deps: tuple[tuple[Record, Node | None], ...],
-        outputs: tuple[TensorRef, ...] | None,
-        random: bool,
-    ) -> None:
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: tuple[Record, ...],
+        deps: tuple[tuple[Record, Node | None], ...], outputs: tuple[TensorRef, ...] | None, random: bool,
+    ) -> None:  # fmt: skip
         self._seq += 1
         node = Operation(self._seq, func, args, kwargs, writes, deps, outputs, random)
         for record in writes:
             record.last = node
         for record, _ in deps:
             if record not in writes:
-                if record.readers is None:
-                    record.readers = Readers()
-                record.readers.add(node)
+                record.known_readers().add(node)
 
     def append_alone(
         self, func: Any, record: Record, tensor: torch.Tensor, values: tuple[Any, ...], overwrites: bool, random: bool
@@ -270,16 +260,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(targets) == 1 and type(targets[0]) is list:
             targets = targets[0]  # _foreach_*, split_copy.out
         records = [self.record_of(target) for target in targets]
-        if any(record is None or record.pinned for record in records):
+        if any(record is None or record.pinned for record in records) or self._samples_now(call, kwargs):
             return self._now(func, call, args, kwargs)
-        if len(targets) == 1 and not may_fit(func, call, targets[0], args, kwargs):
+        beside = [tensor for tensor in tensors_in((args, kwargs)) if self.record_of(tensor) is records[0]]
+        if not self.trials.may_wait(func, call, targets, args, kwargs, beside):
             return self._now(func, call, args, kwargs)  # which raises
-        if call.written == (0,) and not call.random:
-            beside = [tensor for tensor in tensors_in((args, kwargs)) if self.record_of(tensor) is records[0]]
-            if not (self.trials.are_taken(func, args, kwargs) and all(lie_alike(targets[0], it) for it in beside)):
-                return self._now(func, call, args, kwargs)
-        if call.random and (kwargs.get("generator") is not None or self._seeding.seeded()):
-            return self._now(func, call, args, kwargs)
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
@@ -293,6 +278,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
         return result_of(func, targets)
 
+    def _samples_now(self, call: Call, kwargs: Any) -> bool:
+        return call.random and (kwargs.get("generator") is not None or self._seeding.seeded())
+
     def _pure(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
         pending, elements = False, 0
@@ -300,10 +288,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             record = self.record_of(tensor)
             pending = pending or (record is not None and record.pending)
             elements += tensor.numel()
-        if call.random:
-            if kwargs.get("generator") is not None or seeded_variant(func) is None or self._seeding.seeded():
-                return self._now(func, call, args, kwargs)
-        elif not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
+        if self._samples_now(call, kwargs) or (call.random and seeded_variant(func) is None):
+            return self._now(func, call, args, kwargs)
+        if not call.random and not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
             return self._run(func, args, kwargs, tensors)
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)

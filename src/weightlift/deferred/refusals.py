@@ -14,6 +14,7 @@ import torch
 from weightlift.ambient import outside_modes
 from weightlift.deferred.calls import Call, tensors_in
 from weightlift.deferred.schema import is_bounded
+from weightlift.strides import interval
 
 _DIMS = 6  # of which a small tensor has more than one element each
 _MASKED = {"aten::masked_fill_"}
@@ -41,6 +42,16 @@ class Trials:
         if key is not None:
             self._passed.add(key)
 
+    def may_wait(
+        self, func: Any, call: Call, targets: list[torch.Tensor], args: Any, kwargs: Any, beside: list[torch.Tensor]
+    ) -> bool:
+        """False for a call that writes to ``targets`` and that torch would refuse, or might. ``beside``: those of its
+        tensors that lie in the memory of the first target."""
+        if len(targets) == 1:
+            target = targets[0]
+            if not _may_fit(func, call, target, args, kwargs) or not all(_may_meet(target, other) for other in beside):
+                return False
+        return call.random or call.written != (0,) or self.are_taken(func, args, kwargs)
 
     def are_taken(self, func: Any, args: Any, kwargs: Any) -> bool:
         """False where torch may have no kernel of ``func`` for these dtypes, which their shapes alone do not tell:
@@ -83,7 +94,7 @@ def _repeated(tensor: torch.Tensor) -> list[bool]:
     return [step == 0 and extent > 1 for extent, step in zip(tensor.shape, tensor.stride())]
 
 
-def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any) -> bool:
+def _may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any) -> bool:
     """False where ``copy_`` or a pointwise call in place is one that torch would refuse, for its shapes or dtypes."""
     name = func._schema.name
     if name == "aten::clamp_" and not is_bounded(args, kwargs):
@@ -105,10 +116,16 @@ def may_fit(func: Any, call: Call, target: torch.Tensor, args: Any, kwargs: Any)
     return plain and all(tensor.dtype == target.dtype for tensor in others)
 
 
-def lie_alike(target: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two views of one storage are the same, or torch might refuse to write to the one and read the other."""
+def _may_meet(target: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one storage are the same, or lie apart: else torch may refuse to write to the one out of the
+    other."""
     places = [(item.storage_offset(), item.size(), item.stride(), item.dtype) for item in (target, other)]
-    return other is target or places[0] == places[1]
+    if other is target or places[0] == places[1]:
+        return True
+    if other.dtype != target.dtype:
+        return False
+    (start, end), (first, last) = (interval(size, stride, int(offset)) for offset, size, stride, _ in places)
+    return end <= first or last <= start
 
 
 def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:

@@ -282,10 +282,9 @@ class _Rehearsal:
         """Everything that was found, free of stand-ins."""
         result = self._result
         with _scope(self._recorder):
-            slots, modules, prefixes = self._slots_after()
+            result.inventory = self._inventory_after()
             result.extras = {name: self._plain(value) for name, value in result.extras.items()}
             result.changes = self._doubles.changes(lambda tensor: self._memory(tensor) in self._held)
-        result.inventory = Inventory(self._inventory.module, tuple(modules), tuple(prefixes), tuple(slots))
         for name, load in self._loads.items():
             if isinstance(load, Offered):
                 result.names[name] = load
@@ -296,13 +295,12 @@ class _Rehearsal:
         result.unexpected = [
             (name, self._origins.get(name, name if name in given else None)) for name in self.unexpected
         ]
-        wanted = [slot.fqn for slot in slots if slot.persistent]
-        wanted += [f"{prefix}_extra_state" for prefix, module in zip(prefixes, modules) if has_extra_state(module)]
-        result.excused = set(wanted) - set(self._loads) - set(result.extras) - set(self.missing)
+        wanted = {slot.fqn for slot in result.inventory.slots if slot.persistent}.union(result.inventory.extra_state)
+        result.excused = wanted - set(self._loads) - set(result.extras) - set(self.missing)
         result.early = self._stand_ins.early
         return result
 
-    def _slots_after(self) -> tuple[list[Slot], list[nn.Module], list[str]]:
+    def _inventory_after(self) -> Inventory:
         slots: list[Slot] = []
         modules: list[nn.Module] = []
         prefixes: list[str] = []
@@ -316,7 +314,7 @@ class _Rehearsal:
                 if module is not original or id(module) not in known:
                     persistent = self._look_at(fqn, tensor, prefix) or persistent
                 slots.append(Slot(fqn, kind, original, name, self._doubles.original(tensor), persistent))
-        return slots, modules, prefixes
+        return Inventory(self._inventory.module, tuple(modules), tuple(prefixes), tuple(slots))
 
     def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str) -> bool:
         """Note a slot of a double that is another than it was. True if it gets a value that was written into it."""

@@ -205,8 +205,7 @@ def _same_place(first: TensorRef, second: TensorRef) -> bool:
         and first.size == second.size
         and first.stride == second.stride
         and first.dtype == second.dtype
-        and first.conjugate == second.conjugate
-        and first.negative == second.negative
+        and first.lazily == second.lazily
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from weightlift.deferred.reserve import Block, cut_again, give_back, open_range, unseal
+from weightlift.lazy_views import shown, shown_as
 
 
 class Record(weakref.ref):  # type: ignore[type-arg]
@@ -60,9 +61,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         buffer = self()
         if buffer is not None:
             if not self.opened:
-                if self.readers is None:
-                    self.readers = Readers()
-                open_range(buffer, self.block, self.offset, self.readers.waiting)
+                open_range(buffer, self.block, self.offset, self.known_readers().waiting)
                 self.opened = True
             return buffer  # type: ignore[no-any-return]
         if self.scratch is None:
@@ -70,6 +69,12 @@ class Record(weakref.ref):  # type: ignore[type-arg]
             unseal(block, 0, self.nbytes)
             self.scratch = block.view
         return self.scratch
+
+    def known_readers(self) -> Readers:
+        """The recorded calls that read it, to be added to."""
+        if self.readers is None:
+            self.readers = Readers()
+        return self.readers
 
     def outlive(self) -> None:
         """The storage is gone. What was written there stays, if a recorded call has still to read it."""
@@ -96,10 +101,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """As `flat`, with the geometry of ``ref``, and conjugated or negated where that is."""
-        view = self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset)
-        if ref.conjugate:
-            view = view.conj()
-        return torch._neg_view(view) if ref.negative else view
+        return shown_as(self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset), ref.lazily)
 
 
 def new_record(
@@ -119,7 +121,8 @@ def new_record(
 
 
 def forget(records: dict[int, Record], record: Record) -> None:
-    """The buffer of ``record`` is gone, and with it the storage; what recorded calls still read of it is kept."""
+    """The buffer of ``record`` is gone, and with it the storage, whose address can be used again; what recorded calls
+    still read of it is kept."""
     records.pop(record.key, None)
     record.outlive()
 
@@ -156,7 +159,7 @@ class TensorRef:
     """A tensor argument of a recorded call: which storage, the geometry of the view, and whether it shows the memory's
     numbers conjugated (``tensor.conj()``) or negated (the ``imag`` of that)."""
 
-    __slots__ = ("conjugate", "dtype", "negative", "offset", "record", "size", "stride")
+    __slots__ = ("dtype", "lazily", "offset", "record", "size", "stride")
 
     def __init__(self, record: Record, tensor: torch.Tensor) -> None:
         self.record = record
@@ -164,8 +167,7 @@ class TensorRef:
         self.size = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
-        self.conjugate = tensor.is_conj()
-        self.negative = tensor.is_neg()
+        self.lazily = shown(tensor)
 
     def covers(self) -> bool:
         """True when the view is the whole storage, every byte once, in whatever order."""
@@ -188,7 +190,7 @@ class TensorRef:
 
     def is_whole(self) -> bool:
         """True for a row-major view of the whole storage, as it is."""
-        if self.conjugate or self.negative:
+        if any(self.lazily):
             return False
         expected = 1
         for extent, step in zip(reversed(self.size), reversed(self.stride)):

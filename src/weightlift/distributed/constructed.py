@@ -16,6 +16,7 @@ from weightlift.deferred.inventory import Slot, is_lazy
 from weightlift.distributed.shapes import is_dtensor
 from weightlift.errors import Problem
 from weightlift.plan.records import Action, Row
+from weightlift.transfer.memory import bytes_of_values
 
 
 def note_of_missing(slots: Sequence[Slot], rows: Sequence[Row]) -> str:
@@ -44,5 +45,4 @@ def differences(notes: Sequence[str], ranks: Sequence[int]) -> list[Problem]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return hashlib.blake2b(plain.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).hexdigest()
+    return hashlib.blake2b(bytes_of_values(tensor), digest_size=16).hexdigest()

@@ -16,6 +16,7 @@ from weightlift.checkpoint.entry import ShardFile
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Decisions
+from weightlift.transfer.memory import bytes_of_values
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 4
@@ -65,8 +66,8 @@ def samples_of(decisions: Decisions, tensors: Mapping[str, torch.Tensor]) -> str
     keys = sorted({key for key in _in_memory(decisions) if key in tensors})
     with outside_modes():
         for key in keys[:: max(1, -(-len(keys) // _TENSORS))]:
-            for sample in _ends_of(tensors[key].detach()):
-                digest.update(sample)
+            for end in _ends_of(tensors[key].detach()):
+                digest.update(end)
     return json.dumps({"contents": digest.hexdigest()})
 
 
@@ -83,7 +84,7 @@ def _in_memory(decisions: Decisions) -> Iterator[str]:
     return (entry.key for row in decisions.rows for entry in row.entries if entry.file is None)
 
 
-def _ends_of(tensor: torch.Tensor) -> Iterator[bytes]:
+def _ends_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The first and the last bytes of its values, wherever they lie."""
     if not tensor.numel():
         return
@@ -91,8 +92,7 @@ def _ends_of(tensor: torch.Tensor) -> Iterator[bytes]:
     count = max(1, _TENSOR_SAMPLE_BYTES // tensor.dtype.itemsize)
     others = tensor.dim() - 1
     for piece in (tensor[(0,) * others][:count], tensor[(-1,) * others][-count:]):
-        plain = piece.resolve_conj().resolve_neg().cpu().contiguous()
-        yield plain.view(torch.uint8).numpy().tobytes()
+        yield bytes_of_values(piece)
 
 
 def same_places(notes: Sequence[str]) -> bool:

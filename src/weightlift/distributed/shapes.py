@@ -24,6 +24,7 @@ from weightlift.distributed.layout import Layout, splits_of
 from weightlift.errors import PlanError, Problem
 from weightlift.options import Parallelize
 from weightlift.plan.records import Action, Row
+from weightlift.strides import interval
 
 _log = logging.getLogger("weightlift")
 _LOAD_FIRST = "load first and change the module afterwards, or leave this tensor out of parallelize"
@@ -149,9 +150,8 @@ def _loses(one: Home, other: Home) -> bool:
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Where in its storage a tensor begins and ends."""
-    extent = sum((count - 1) * int(step) for count, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    begin, size = int(tensor.storage_offset()), tensor.element_size()
-    return begin * size, (begin + (extent if tensor.numel() else 0)) * size
+    start, end = interval(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+    return start * tensor.element_size(), end * tensor.element_size()
 
 
 @contextlib.contextmanager
@@ -167,12 +167,11 @@ def put_back(inventory: Inventory) -> Iterator[None]:
         raise
 
 
-def settled_again(homes: Homes) -> Homes:
+def settled_again(homes: Homes) -> None:
     """Put what ``parallelize`` made in its places again, where `put_back` has undone it."""
     for home in homes.homes:
         if held(home.slot) is not home.now:
             place(home.slot, home.now)
-    return homes
 
 
 def filled(homes: Homes) -> Homes:

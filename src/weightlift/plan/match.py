@@ -12,14 +12,12 @@ from weightlift.checkpoint.entry import ShardFile
 from weightlift.deferred.inventory import ModuleSpec, TensorSpec
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
-from weightlift.plan.nearest import nearest_names
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.prefixes import in_short
+from weightlift.plan.problems import lacking, mismatched, unfit, unplaced, without_value
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
 from weightlift.strides import has_overlap, is_row_major
-
-_HINTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +47,51 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
 
     ``existing``: the module is a user's, so that what nothing provides keeps the value it has.
     """
+    problems = list(supply.problems)
+    rows, checks = _decided(spec.tensors, supply, options, existing, problems)
+    unexpected = supply.unexpected
+    if unexpected is None:
+        unexpected = _unexpected(supply, {item.fqn for item in spec.tensors if item.persistent}.union(spec.extra_state))
+    unexpected_keys = tuple(item.key for item in unexpected)
+    missing_extra = tuple(
+        name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
+    )
+    missing = [row for row in rows if row.lacking]
+    if options.strict:
+        lacks = lacking(missing, unexpected_keys)
+        lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
+        lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
+        extra = [(item, unplaced(item)) for item in unexpected]
+        problems += in_short(lacks, extra, rows, options.key_mapping)
+    problems += without_value(spec, rows, options)
+    return Decisions(
+        module=spec.name,
+        source=supply.source,
+        rows=rows,
+        unexpected_keys=unexpected_keys,
+        checks=tuple(checks),
+        problems=tuple(problems),
+        files=supply.files,
+        strict=options.strict,
+        missing_extra_state=missing_extra,
+        early_keys=supply.early_keys,
+        extra_state=tuple(name for name in spec.extra_state if name in supply.extra_state),
+        existing=existing,
+        hook_missing=supply.hook_missing,
+        announced_missing=(*(row.fqn for row in missing), *missing_extra, *supply.hook_missing),
+        announced_unexpected=tuple(item.name for item in unexpected),
+    )
+
+
+def _decided(
+    tensors: Sequence[TensorSpec], supply: Supply, options: LoadOptions, existing: bool, problems: list[Problem]
+) -> tuple[tuple[Row, ...], list[Check]]:
+    """A row for every tensor, in order, and the checks. Adds to ``problems`` what speaks against single values."""
     rows: dict[str, Row] = {}
     checks: list[Check] = []
-    problems = list(supply.problems)
     target = 0
-    shared = _shared_storages(spec.tensors)
-    for item in spec.tensors:
+    shared = _shared_storages(tensors)
+    for item in tensors:
         group = shared.get(item.storage)
         if group is None:
             if (row := _simple(item, target, supply, options)) is not None:
@@ -72,39 +109,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
             one = _Group(tuple(names), target, covering, over.get(number), dtype, device, existing, len(ties) > 1)
             _decide(one, supply, options, rows, checks, problems)
             target += 1
-    ordered = tuple(rows[item.fqn] for item in spec.tensors)
-    unexpected = supply.unexpected
-    if unexpected is None:
-        unexpected = _unexpected(supply, {item.fqn for item in spec.tensors if item.persistent}.union(spec.extra_state))
-    unexpected_keys = tuple(item.key for item in unexpected)
-    missing_extra = tuple(
-        name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
-    )
-    missing = [row for row in ordered if row.lacking]
-    if options.strict:
-        lacks = _missing_problems(missing, unexpected_keys)
-        lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
-        lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        extra = [(item, _unexpected_problem(item)) for item in unexpected]
-        problems += in_short(lacks, extra, ordered, options.key_mapping)
-    problems += _meta_problems(spec, ordered, options)
-    return Decisions(
-        module=spec.name,
-        source=supply.source,
-        rows=ordered,
-        unexpected_keys=unexpected_keys,
-        checks=tuple(checks),
-        problems=tuple(problems),
-        files=supply.files,
-        strict=options.strict,
-        missing_extra_state=missing_extra,
-        early_keys=supply.early_keys,
-        extra_state=tuple(name for name in spec.extra_state if name in supply.extra_state),
-        existing=existing,
-        hook_missing=supply.hook_missing,
-        announced_missing=(*(row.fqn for row in missing), *missing_extra, *supply.hook_missing),
-        announced_unexpected=tuple(item.name for item in unexpected),
-    )
+    return tuple(rows[item.fqn] for item in tensors), checks
 
 
 def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions) -> Row | None:
@@ -237,7 +242,7 @@ def _decide(
     fitting = [(item, offer) for item, offer in offered if _fits(item, offer)]
     misfits = {item.fqn: offer for item, offer in offered if not _fits(item, offer)}
     if not options.ignore_mismatched:
-        problems += [_mismatch(item, misfits[item.fqn]) for item in wanted if item.fqn in misfits]
+        problems += [mismatched(item, misfits[item.fqn]) for item in wanted if item.fqn in misfits]
     if group.over is not None:
         over, part = group.over
         checks += [
@@ -256,7 +261,7 @@ def _decide(
     device = group.device or device_of(names[0].fqn, names[0].device, options)
     stays = (dtype, device) == (names[0].dtype, names[0].device) or group.shares
     if owner is not None and stays and _folded(owner[0]):
-        problems.append(_unfit(*owner))
+        problems.append(unfit(*owner))
     provider = owner[0] if owner else group.over[0] if group.over else group.covering
     for item in names:
         action, offer, tied_to = _action(item, group, owner, provider, misfits)
@@ -301,80 +306,3 @@ def _action(
         # Its value is that of the mismatched name; the checkpoint has it, only not in this shape.
         return Action.TIED, None, next(iter(misfits))
     return (Action.KEPT if group.existing or not item.persistent else Action.INITIALISED), None, None
-
-
-def _unfit(item: TensorSpec, offer: Offer) -> Problem:
-    return Problem(
-        f"elements of the {item.kind} share memory (it is expanded), so that it cannot be filled",
-        key=offer.key,
-        fqn=item.fqn,
-        file=offer.entry.file,
-        found=f"strides {list(item.stride)} for shape {list(item.shape)}",
-        hint="clone() it where the module makes it, as load_state_dict would need it, too",
-    )
-
-
-def _mismatch(item: TensorSpec, offer: Offer) -> Problem:
-    entry = offer.entry
-    return Problem(
-        "the shapes differ",
-        key=offer.key,
-        fqn=item.fqn,
-        file=entry.file,
-        start=entry.start if entry.file else None,
-        end=entry.end if entry.file else None,
-        expected=f"{list(item.shape)} as the module has it",
-        found=f"{list(entry.shape)} in the checkpoint",
-        hint="build the module with the checkpoint's configuration, or pass ignore_mismatched=True to initialise it",
-    )
-
-
-def _missing_problems(missing: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
-    problems: list[Problem] = []
-    for row in missing:
-        # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
-        near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
-        problems.append(
-            Problem(
-                f"the {row.kind} is missing in the checkpoint",
-                fqn=row.fqn,
-                expected=f"a tensor of shape {list(row.shape)}",
-                hint=(f"similar keys: {', '.join(near)}; " if near else "")
-                + "map names with key_mapping, or pass strict=False to initialise what is missing",
-            )
-        )
-    return problems
-
-
-def _meta_problems(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:
-    """What was built on ``meta`` and gets no value. A name that strict finds missing is not told twice."""
-    if all(item.device != "meta" for item in spec.tensors):
-        return []
-    mismatched = {row.fqn for row in rows if row.action is Action.MISMATCHED}
-    provided = {
-        row.target for row in rows if row.entries or (row.tied_to is not None and row.tied_to not in mismatched)
-    }
-    told = {row.fqn for row in rows if row.lacking} if options.strict else set()
-    return [
-        Problem(
-            f"the {row.kind} was built without a value, on meta, and nothing provides one",
-            fqn=row.fqn,
-            hint="build it outside torch.device('meta'), or add it to the checkpoint",
-        )
-        for item, row in zip(spec.tensors, rows, strict=True)
-        if item.device == "meta" and not item.lazy and row.target not in provided and row.fqn not in told
-    ]
-
-
-def _unexpected_problem(item: Unexpected) -> Problem:
-    entry = item.entry
-    file = None if entry is None else entry.file
-    return Problem(
-        "no tensor of the module has this name" if entry is not None else "the module has no place for this",
-        key=item.key,
-        file=file,
-        start=entry.start if entry is not None and file else None,
-        end=entry.end if entry is not None and file else None,
-        found=f"a tensor of shape {list(entry.shape)}" if entry is not None else None,
-        hint="map names with key_mapping, or pass strict=False to leave it out",
-    )

@@ -11,7 +11,7 @@ from weightlift.errors import Problem
 from weightlift.plan.parts import overlap, within
 from weightlift.plan.records import Offer
 from weightlift.plan.regions import Region
-from weightlift.strides import is_row_major, row_major, span_elements
+from weightlift.strides import interval, is_row_major, row_major, span_elements
 
 Fitting = Mapping[int, tuple[TensorSpec, Offer]]
 
@@ -57,10 +57,8 @@ def _says_less(item: TensorSpec) -> tuple[int, bool, tuple[bool, bool]]:
 
 
 def _range(item: TensorSpec) -> tuple[int, int]:
-    size = item.dtype.itemsize
-    if item.lazy or item.numel == 0:
-        return 0, 0
-    return item.offset * size, (item.offset + span_elements(item.shape, item.stride)) * size
+    start, end = (0, 0) if item.lazy else interval(item.shape, item.stride, item.offset)
+    return start * item.dtype.itemsize, end * item.dtype.itemsize
 
 
 def _overlap(a: TensorSpec, b: TensorSpec) -> bool:

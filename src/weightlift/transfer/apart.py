@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.lazy_views import shown, shown_as
 from weightlift.strides import row_major
 from weightlift.transfer.jobs import Job
-from weightlift.transfer.memory import shown_as
 
 _Range = tuple[int, int]
 
@@ -89,7 +89,7 @@ def _same_place(tensor: torch.Tensor, entry: TensorEntry, into: torch.Tensor | N
         and tensor.data_ptr() + entry.start == into.data_ptr()
         and entry.shape == tuple(into.shape)
         and (row_major(entry.shape) if entry.stride is None else entry.stride) == into.stride()
-        and (tensor.is_conj(), tensor.is_neg()) == (into.is_conj(), into.is_neg())
+        and shown(tensor) == shown(into)
     )
 
 
@@ -102,4 +102,4 @@ def _copied(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> 
     with torch.no_grad():
         plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         plain.set_(storages[address], tensor.storage_offset(), tensor.size(), tensor.stride())
-        return shown_as(plain, (tensor.is_conj(), tensor.is_neg()))
+        return shown_as(plain, shown(tensor))

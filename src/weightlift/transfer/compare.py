@@ -14,8 +14,9 @@ from weightlift import strides
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
+from weightlift.lazy_views import shown_as
 from weightlift.transfer import chunks
-from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory, shown_as
+from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Progress, Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source

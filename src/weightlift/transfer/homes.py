@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from weightlift.deferred.inventory import Slot, is_lazy, shown
+from weightlift.deferred.inventory import Slot, is_lazy
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem, TransferError
+from weightlift.lazy_views import shown, shown_as
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
-from weightlift.transfer.memory import new_tensor, shown_as
+from weightlift.transfer.memory import new_tensor
 
 
 class Member(NamedTuple):

@@ -130,11 +130,10 @@ def in_memory(entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> torch.
     return tensor.resolve_conj().resolve_neg()
 
 
-def shown_as(tensor: torch.Tensor, lazily: tuple[bool, bool]) -> torch.Tensor:
-    """A view of the same memory that is conjugated, and negated, once more: twice is not at all."""
-    conjugated, negated = lazily
-    tensor = tensor.conj() if conjugated else tensor
-    return torch._neg_view(tensor) if negated else tensor
+def bytes_of_values(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values, row-major, wherever and however it lies. A copy, but for what lies so on the CPU."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def memory_of(tensor: torch.Tensor, at: int, nbytes: int) -> memoryview:

@@ -285,7 +285,7 @@ def test_wrong_model(here, run, model, why, command):
 @pytest.mark.parametrize(
     ("option", "why"),
     [
-        (("--dtype", "float33"), "not a floating-point dtype"),
+        (("--dtype", "float33"), "'float33' is not a dtype of torch"),
         (("--dtype", "int8"), "not a floating-point dtype"),
         (("--device", "abacus"), "--device 'abacus'"),
         (("--device", "meta"), "without values"),

@@ -65,6 +65,7 @@ REFUSED = {
     "its own transpose copied": lambda: (made := torch.full((80, 80), 2.0)).copy_(made.mT),
     "its own transpose added": lambda: (made := torch.full((80, 80), 2.0)).add_(made.mT),
     "rows copied over the next": lambda: (made := torch.full((80, 80), 2.0))[1:].copy_(made[:-1]),
+    "out over its own input": lambda: torch.add((made := torch.ones(300))[1:], 1, out=made[:-1]),
     "its own row multiplied": lambda: (made := torch.full((80, 80), 2.0)).mul_(made[0]),
     "a mask of another shape": lambda: torch.ones(300, 200).masked_fill_(torch.ones(7, 7, dtype=torch.bool), 1.0),
 }
@@ -104,6 +105,8 @@ ACCEPTED = {
     "a sum of bfloat16": lambda: torch.ones(500, 8).bfloat16().add_(torch.ones(500, 8).bfloat16()),
     "itself": lambda: (made := torch.full((80, 80), 2.0)).copy_(made).add_(made),
     "integers of integers": lambda: ints(300).add_(ints(300)),
+    "one half copied to the other": lambda: (made := torch.full((80, 80), 2.0), made[40:].copy_(made[:40].mul_(3)))[0],
+    "one half added to the other": lambda: (made := torch.full((80, 80), 2.0), made[:40].add_(made[40:]))[0],
 }
 
 

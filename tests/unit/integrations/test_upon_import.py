@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -77,19 +77,25 @@ def test_the_drop_in_is_taken_out_before_the_import(library: Path) -> None:
     assert loaded() == "theirs"
 
 
-def test_while_another_thread_imports(library: Path) -> None:
-    library.write_text(SLOW)
-    importing = threading.Thread(target=loaded)
+def install_within_an_import(load: Callable[[], object], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """`install` while another thread is within its import of the module, which waits to be told to go on."""
+    importing = threading.Thread(target=load)
     importing.start()
     while not hasattr(sys.modules.get("somebodys.models"), "entered"):
         importing.join(0.01)
     module = sys.modules["somebodys.models"]
+    meanwhile()
     installing = threading.Thread(target=drop_in.install)
     installing.start()
     installing.join(0.2)
     module.go_on.set()
     installing.join(60)
     importing.join(60)
+
+
+def test_while_another_thread_imports(library: Path) -> None:
+    library.write_text(SLOW)
+    install_within_an_import(loaded)
     assert loaded() == "ours"
 
 
@@ -103,19 +109,11 @@ def test_an_import_that_fails_meanwhile(library: Path) -> None:
         except RuntimeError as error:
             seen.append(error)
 
-    importing = threading.Thread(target=failing)
-    importing.start()
-    while not hasattr(sys.modules.get("somebodys.models"), "entered"):
-        importing.join(0.01)
-    module = sys.modules["somebodys.models"]
-    library.write_text(LIBRARY)
-    importlib.invalidate_caches()
-    installing = threading.Thread(target=drop_in.install)
-    installing.start()
-    installing.join(0.2)
-    module.go_on.set()
-    installing.join(60)
-    importing.join(60)
+    def afterwards() -> None:
+        library.write_text(LIBRARY)
+        importlib.invalidate_caches()
+
+    install_within_an_import(failing, afterwards)
     assert len(seen) == 1 and loaded() == "ours"
 
 

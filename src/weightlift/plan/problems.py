@@ -1,0 +1,94 @@
+"""What speaks against a plan, name by name, as a user reads it: records in, `Problem`s out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weightlift.deferred.inventory import ModuleSpec, TensorSpec
+from weightlift.errors import Problem
+from weightlift.options import LoadOptions
+from weightlift.plan.nearest import nearest_names
+from weightlift.plan.records import Action, Offer, Row, Unexpected
+
+_HINTS = 20
+
+
+def unfit(item: TensorSpec, offer: Offer) -> Problem:
+    """For a tensor that has to be filled in place and that can't hold any value."""
+    return Problem(
+        f"elements of the {item.kind} share memory (it is expanded), so that it cannot be filled",
+        key=offer.key,
+        fqn=item.fqn,
+        file=offer.entry.file,
+        found=f"strides {list(item.stride)} for shape {list(item.shape)}",
+        hint="clone() it where the module makes it, as load_state_dict would need it, too",
+    )
+
+
+def mismatched(item: TensorSpec, offer: Offer) -> Problem:
+    """For a tensor that is offered in another shape."""
+    entry = offer.entry
+    return Problem(
+        "the shapes differ",
+        key=offer.key,
+        fqn=item.fqn,
+        file=entry.file,
+        start=entry.start if entry.file else None,
+        end=entry.end if entry.file else None,
+        expected=f"{list(item.shape)} as the module has it",
+        found=f"{list(entry.shape)} in the checkpoint",
+        hint="build the module with the checkpoint's configuration, or pass ignore_mismatched=True to initialise it",
+    )
+
+
+def lacking(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
+    """For each row that nothing provides, with the most similar of the ``unexpected`` keys."""
+    problems: list[Problem] = []
+    for row in rows:
+        # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
+        near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
+        problems.append(
+            Problem(
+                f"the {row.kind} is missing in the checkpoint",
+                fqn=row.fqn,
+                expected=f"a tensor of shape {list(row.shape)}",
+                hint=(f"similar keys: {', '.join(near)}; " if near else "")
+                + "map names with key_mapping, or pass strict=False to initialise what is missing",
+            )
+        )
+    return problems
+
+
+def without_value(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:
+    """What was built on ``meta`` and gets no value. A name that strict finds missing is not told twice."""
+    if all(item.device != "meta" for item in spec.tensors):
+        return []
+    mismatched = {row.fqn for row in rows if row.action is Action.MISMATCHED}
+    provided = {
+        row.target for row in rows if row.entries or (row.tied_to is not None and row.tied_to not in mismatched)
+    }
+    told = {row.fqn for row in rows if row.lacking} if options.strict else set()
+    return [
+        Problem(
+            f"the {row.kind} was built without a value, on meta, and nothing provides one",
+            fqn=row.fqn,
+            hint="build it outside torch.device('meta'), or add it to the checkpoint",
+        )
+        for item, row in zip(spec.tensors, rows, strict=True)
+        if item.device == "meta" and not item.lazy and row.target not in provided and row.fqn not in told
+    ]
+
+
+def unplaced(item: Unexpected) -> Problem:
+    """For what the checkpoint holds and the module has no place for."""
+    entry = item.entry
+    file = None if entry is None else entry.file
+    return Problem(
+        "no tensor of the module has this name" if entry is not None else "the module has no place for this",
+        key=item.key,
+        file=file,
+        start=entry.start if entry is not None and file else None,
+        end=entry.end if entry is not None and file else None,
+        found=f"a tensor of shape {list(entry.shape)}" if entry is not None else None,
+        hint="map names with key_mapping, or pass strict=False to leave it out",
+    )
