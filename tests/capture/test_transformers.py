@@ -16,7 +16,7 @@ import torch
 from tests.capture.architectures import ARCHITECTURES, Architecture, build, expected
 from tests.capture.nets import hooks_on, same
 from tests.capture.test_capture_threads import run_threads
-from tests.capture.test_compiled import compiling_elsewhere, fresh  # noqa: F401  (a fixture)
+from tests.capture.test_compiled import compiling_elsewhere
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -25,7 +25,11 @@ from transformers.utils import output_capturing
 import weightlift as wl
 from weightlift.integrations.transformers_collector import SafeCollector
 
-pytestmark = [pytest.mark.timeout(500), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(500),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("nothing_compiled"),
+]
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
