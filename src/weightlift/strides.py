@@ -26,6 +26,8 @@ def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether two elements may share memory (expanded and sliding-window views)."""
+    if 0 in shape:
+        return False
     span = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if size > 1:

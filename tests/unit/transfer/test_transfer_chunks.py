@@ -116,4 +116,5 @@ def test_overlapping():
 def test_geometry():
     assert strides.is_row_major((3, 1, 4), (4, 99, 1)) and not strides.is_row_major((3, 4), (1, 3))
     assert strides.has_overlap((3, 4), (0, 1)) and strides.has_overlap((5, 3), (1, 1))
+    assert not strides.has_overlap((2, 0), (0, 1))
     assert not strides.has_overlap((3, 4), (1, 3)) and not strides.has_overlap((1, 4), (0, 2))
