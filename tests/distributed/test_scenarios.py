@@ -7,6 +7,7 @@ import functools
 import pytest
 from tests.distributed import (
     scenarios_again,
+    scenarios_any,
     scenarios_capture,
     scenarios_eight,
     scenarios_existing,
@@ -24,6 +25,8 @@ RUNS = [
     ("scenarios_again", scenarios_again.SCENARIOS, 3, ()),
     ("scenarios_parallelize", scenarios_parallelize.SCENARIOS, 2, ()),
     ("scenarios_existing", scenarios_existing.SCENARIOS, 2, ()),
+    ("scenarios_any", scenarios_any.SCENARIOS, 2, ()),
+    ("scenarios_any", scenarios_any.SCENARIOS, 4, pytest.mark.full),
     ("scenarios_capture", scenarios_capture.SCENARIOS, 2, ()),
     ("scenarios_pretrained", scenarios_pretrained.SCENARIOS, 2, ()),
     ("scenarios_four", scenarios_four.SCENARIOS, 4, pytest.mark.full),
@@ -39,7 +42,7 @@ def reports():
 @pytest.mark.parametrize(
     ("module", "ranks", "name"),
     [
-        pytest.param(module, ranks, name, marks=marks, id=f"{module}-{name}")
+        pytest.param(module, ranks, name, marks=marks, id=f"{module}-{name}-{ranks}")
         for module, scenarios, ranks, marks in RUNS
         for name in scenarios
     ],

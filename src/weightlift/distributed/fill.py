@@ -55,13 +55,12 @@ class Local:
         """The local shard's tensor: the one that a user's DTensor has already, else a new one."""
         if self.tensor is None:
             held: torch.Tensor = self.home.now._local_tensor  # type: ignore[attr-defined]
-            assert self.home.layout is not None
             if not held.is_meta:
                 self.tensor = held.detach()
             elif self.device.type == "cpu":
-                self.tensor = new_tensor(self.home.layout.local_shape, self.row.dtype)
+                self.tensor = new_tensor(held.shape, self.row.dtype)
             else:
-                self.tensor = torch.empty(self.home.layout.local_shape, dtype=self.row.dtype, device=self.device)
+                self.tensor = torch.empty(held.shape, dtype=self.row.dtype, device=self.device)
         return self.tensor
 
     def boxes(self) -> tuple[Box, ...]:
