@@ -282,3 +282,23 @@ def test_a_module_is_made_as_by_its_constructor(program):
     assert not differing(made, ordinary)
     assert shared(made) == shared(ordinary)
     assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in ordinary.parameters()]
+
+
+@SEARCH
+@given(programs, st.sets(st.integers(0, 4), max_size=3), st.sampled_from([None, torch.bfloat16]), st.booleans())
+def test_an_ordinary_construction_is_filled_as_torch_fills_it(program, lacking, dtype, copy):
+    if refused(program):
+        return
+
+    def build():
+        torch.manual_seed(SEED)
+        return Made(program)
+
+    state = state_for(build(), lacking)
+    wanted = build()
+    wanted.load_state_dict(state, strict=False)
+    source = {name: value.clone() for name, value in state.items()}
+    loaded = wl.load(build, source, strict=False, defer=False, copy=copy, dtype=dtype)
+    assert not [name for name in differing(loaded, wanted, dtype) if dtype is None or not name.startswith("held")]
+    if dtype is None:
+        assert shared(loaded) == shared(wanted)
