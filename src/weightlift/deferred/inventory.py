@@ -63,11 +63,13 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """A module as data: its class, its tensors in ``state_dict`` order, the keys of its extra state."""
+    """A module as data: its class, its tensors in ``state_dict`` order, the keys of its extra state, the prefixes of
+    children that are None."""
 
     name: str
     tensors: tuple[TensorSpec, ...]
     extra_state: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
 
 
 class Slot(NamedTuple):
@@ -91,13 +93,14 @@ class Inventory:
     """A module with all its slots, names of shared modules and tensors repeated as ``state_dict`` repeats them.
 
     ``modules`` are all within it, and ``prefixes`` their names with a dot: not in pairs, each of which would be one
-    more object for the collector.
+    more object for the collector. ``empty`` are the prefixes of children that are None.
     """
 
     module: nn.Module
     modules: tuple[nn.Module, ...]
     prefixes: tuple[str, ...]
     slots: tuple[Slot, ...]
+    empty: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module) -> Inventory:
@@ -105,8 +108,9 @@ class Inventory:
         modules: list[nn.Module] = []
         prefixes: list[str] = []
         slots: list[Slot] = []
-        _walk(module, "", modules, prefixes, slots)
-        return cls(module, tuple(modules), tuple(prefixes), tuple(slots))
+        empty: list[str] = []
+        _walk(module, "", modules, prefixes, slots, empty)
+        return cls(module, tuple(modules), tuple(prefixes), tuple(slots), tuple(empty))
 
     @property
     def extra_state(self) -> tuple[str, ...]:
@@ -156,7 +160,7 @@ class Inventory:
                     shown(tensor) if address >= 0 else (False, False),
                 )
             )
-        return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state)
+        return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state, self.empty)
 
     def _places(self) -> Sequence[int]:
         """A number for every slot; the same for one that a module has under several of its names."""
@@ -203,7 +207,12 @@ def has_other_users(tensor: torch.Tensor, address: int, holders: int) -> bool:
 
 
 def _walk(
-    module: nn.Module, prefix: str, modules: list[nn.Module], prefixes: list[str], slots: list[Slot]
+    module: nn.Module,
+    prefix: str,
+    modules: list[nn.Module],
+    prefixes: list[str],
+    slots: list[Slot],
+    empty: list[str],
 ) -> None:
     modules.append(module)
     prefixes.append(prefix)
@@ -216,7 +225,9 @@ def _walk(
             slots.append(Slot(prefix + name, "buffer", module, name, buffer, name not in transient))
     for name, child in module._modules.items():
         if child is not None:
-            _walk(child, f"{prefix}{name}.", modules, prefixes, slots)
+            _walk(child, f"{prefix}{name}.", modules, prefixes, slots, empty)
+        else:
+            empty.append(f"{prefix}{name}.")
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -51,12 +51,15 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     rows, checks = _decided(spec.tensors, supply, options, existing, problems)
     unexpected = supply.unexpected
     if unexpected is None:
-        unexpected = _unexpected(supply, {item.fqn for item in spec.tensors if item.persistent}.union(spec.extra_state))
+        unexpected = _unexpected(spec, supply)
     unexpected_keys = tuple(item.key for item in unexpected)
     missing_extra = tuple(
         name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
     )
     missing = [row for row in rows if row.lacking]
+    if supply.hook_missing:
+        tied = {row.fqn for row in rows if row.action is Action.TIED}
+        supply = replace(supply, hook_missing=tuple(name for name in supply.hook_missing if name not in tied))
     if options.strict:
         lacks = lacking(missing, unexpected_keys)
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
@@ -140,10 +143,12 @@ def _folded(item: TensorSpec) -> bool:
     return item.in_place and not is_row_major(item.shape, item.stride) and has_overlap(item.shape, item.stride)
 
 
-def _unexpected(supply: Supply, wanted: Collection[str]) -> tuple[Unexpected, ...]:
+def _unexpected(spec: ModuleSpec, supply: Supply) -> tuple[Unexpected, ...]:
+    wanted = {item.fqn for item in spec.tensors if item.persistent}.union(spec.extra_state)
     found = [Unexpected(offer.key, name, offer.entry) for name, offer in supply.offers.items() if name not in wanted]
     found += [Unexpected(key, name) for name, key in supply.others.items() if name not in wanted]
-    return tuple(found)
+    # What belongs to a child that is None (a head that was taken off) is left alone, as torch does it.
+    return tuple([item for item in found if not item.name.startswith(spec.empty)] if spec.empty else found)
 
 
 def _shared_storages(tensors: Sequence[TensorSpec]) -> dict[int, list[TensorSpec]]:

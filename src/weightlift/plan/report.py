@@ -19,9 +19,10 @@ class LoadReport:
     """The outcome of matching, by name. ``mismatched_keys`` holds (fqn, shape in the checkpoint, shape in the module).
 
     ``missing_keys`` are names of the module that nothing provides, as torch counts them but without tied names that
-    another name provides, and without those that a state-dict hook excused. They are among the ``initialised``, in an
-    ``existing`` module among the ``kept``; texts about a plan that is ``refused`` call them missing. ``left_out`` holds
-    (fqn, fqn of the same memory whose value was taken instead), once a plan was executed without ``strict``.
+    another name provides, and without those that a state-dict hook excused. Tensors are among the ``initialised``, in
+    an ``existing`` module among the ``kept``, extra state in neither; texts about a plan that is ``refused`` call them
+    missing. ``left_out`` holds (fqn, fqn of the same memory whose value was taken instead), once a plan was executed
+    without ``strict``.
     ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value) of mismatched keys that have one.
     """
 
@@ -98,7 +99,9 @@ def report(decisions: Decisions) -> LoadReport:
         tied=names(Action.TIED),
         initialised=names(Action.INITIALISED),
         kept=names(Action.KEPT),
-        missing_keys=(*(row.fqn for row in rows if row.lacking), *decisions.hook_missing),
+        missing_keys=(
+            *(row.fqn for row in rows if row.lacking), *decisions.missing_extra_state, *decisions.hook_missing
+        ),
         unexpected_keys=decisions.unexpected_keys,
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape)

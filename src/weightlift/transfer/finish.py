@@ -51,17 +51,19 @@ class _Finish:
     def _announce(self, fqn: str, module: nn.Module) -> None:
         """Add the names that torch would find here: this module's own, and those below it that no child will find."""
         for names, keys in ((self._missing, self._keys.missing_keys), (self._unexpected, self._keys.unexpected_keys)):
-            keys += names.pop(fqn, [])
+            found = names.pop(fqn, [])
             start = f"{fqn}." if fqn else ""
             for prefix in [item for item in names if item.startswith(start)]:
                 if module._modules.get(prefix[len(start) :].partition(".")[0]) is None:
-                    keys += names.pop(prefix)
+                    found += names.pop(prefix)
+            keys += [name for _, name in sorted(found)]
 
 
-def _by_prefix(names: tuple[str, ...]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name.rpartition(".")[0], []).append(name)
+def _by_prefix(names: tuple[str, ...]) -> dict[str, list[tuple[int, str]]]:
+    """The names directly below each prefix, with their places among all."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for place, name in enumerate(names):
+        found.setdefault(name.rpartition(".")[0], []).append((place, name))
     return found
 
 

@@ -363,3 +363,31 @@ def test_a_load_state_dict_that_is_not_called_is_named(existing, caplog):
     within = {f"0.{key}": value for key, value in state.items()}
     nn.Sequential(OwnLoad(2, 2)).load_state_dict(within)  # torch calls it as little
     assert said(lambda: nn.Sequential(OwnLoad(2, 2)), within) == []
+
+
+# -- what tests/property/test_any_state_dict.py found ----------------------------------------------------------------
+
+
+def test_post_hooks_are_told_names_in_the_order_of_the_checkpoint():
+    told = []
+
+    def build():
+        module = nn.Linear(2, 2)
+        module.register_load_state_dict_post_hook(lambda module, keys: told.append(list(keys.unexpected_keys)))
+        return module
+
+    state = OrderedDict({"part.x": torch.ones(1), "y": torch.ones(1)}, **nn.Linear(2, 2).state_dict())
+    build().load_state_dict(state, strict=False)
+    wl.load(build, state, strict=False)
+    assert told == [["part.x", "y"]] * 2
+
+
+def test_a_part_that_was_taken_off_is_not_missed_with_or_without_hooks():
+    def build():
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        module[1] = None
+        return module
+
+    state = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
+    both_ways(build, state)
+    assert wl.plan(build, state).report.unexpected_keys == ()
