@@ -19,9 +19,10 @@ from weightlift.checkpoint.memory import entry_of
 from weightlift.deferred.construct import recording
 from weightlift.deferred.doubles import Change
 from weightlift.deferred.inventory import Inventory, ModuleSpec, TensorSpec
-from weightlift.deferred.rewrite import forgiven, has_post_hooks, is_bypassed, rewrite
+from weightlift.deferred.rewrite import forgiven, rewrite
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import Offered
+from weightlift.deferred.walk import has_post_hooks, is_bypassed
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
 from weightlift.plan.idle import idle_patterns
@@ -211,7 +212,7 @@ class _Matching:
             self.early[key] = value
             final[name] = Offer(name, name, entry_of(key, value), computed_by=owner or "the module")
         self.extras = Extras({name: self._extra(value) for name, value in done.extras.items()})
-        known = {item.fqn for item in self._spec.tensors} | set(self._spec.extra_state)
+        known = {item.fqn for item in self._spec.tensors if item.persistent} | set(self._spec.extra_state)
         problems = [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
         problems += [_no_tensor(name, self._others.get(name, name)) for name in done.not_tensors]
         return Supply(

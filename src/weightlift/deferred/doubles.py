@@ -13,7 +13,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing to do to a module so that it is as its double was left: an attribute, its class, or the contents of a
-    container (then ``target`` is that and ``name`` None). ``gone``: the attribute was deleted.
+    """One thing to do to a module so that it is as its double was left: an attribute of it or of one of its tensors,
+    its class, or the contents of a container (then ``target`` is that and ``name`` None). ``gone``: the attribute was
+    deleted.
     """
 
     target: Any
@@ -45,6 +46,8 @@ class Change:
             _refill(self.target, self.value)
         elif self.name == "__class__":
             self.target.__class__ = self.value
+        elif self.name == "requires_grad" and isinstance(self.target, torch.Tensor):
+            self.target.requires_grad_(self.value)
         elif self.gone:
             self.target.__dict__.pop(self.name, None)
         else:
@@ -70,8 +73,10 @@ class Doubles:
         self._originals: dict[int, Any] = {}  # id of what stands for something → the original
         self._modules: list[_Pair] = []
         self._containers: list[_Pair] = []
+        self._tensors: list[_Pair] = []
         self._slots: set[int] = set()  # ids of the doubles' ``_parameters`` and ``_buffers``
         self._marks: dict[int, object] = {}  # of tensors' stand-ins
+        self._records: dict[int, object] = {}  # likewise
         self._loaded: Callable[[torch.Tensor], bool] = lambda tensor: False
 
     def of(self, module: nn.Module) -> nn.Module:
@@ -110,6 +115,11 @@ class Doubles:
         """True when a tensor is no longer the stand-in that it was made as."""
         return self._marks.get(id(stand_in)) != self._stand_ins.mark(stand_in)
 
+    def moved(self, stand_in: torch.Tensor) -> bool:
+        """True when a stand-in was given other memory than it was made with."""
+        made = self._records[id(stand_in)]
+        return made is not None and self._stand_ins.record_of(stand_in) is not made
+
     def _remember(self, original: Any, made: Any) -> None:
         self._made[id(original)] = original, made
         self._originals[id(made)] = original
@@ -128,6 +138,8 @@ class Doubles:
             made = self._stand_ins.own(value)
             self._remember(value, made)
             self._marks[id(made)] = self._stand_ins.mark(made)
+            self._records[id(made)] = self._stand_ins.record_of(made)
+            self._tensors.append(_Pair(value, made, (made.requires_grad, dict(made.__dict__))))
             return made
         if type(value) in _CONTAINERS:
             return self._map_container(value)
@@ -229,11 +241,26 @@ class Doubles:
                 if name not in pair.before or pair.before[name] is not value or self._is_written(value):
                     found.append(Change(pair.original, name, self.back(value)))
             found += [Change(pair.original, name, gone=True) for name in pair.before if name not in now]
+        for pair in self._tensors:
+            found += self._tensor_changes(pair)
         for pair in self._containers:
             written = id(pair.copy) not in self._slots and self._holds_written(pair.copy)
             if written or not _same_contents(pair.copy, pair.before):
                 found.append(Change(pair.original, None, self._contents_back(pair.copy)))
         return tuple(found)
+
+    def _tensor_changes(self, pair: _Pair) -> Iterator[Change]:
+        """What was done to a tensor beside its values."""
+        requires_grad, before = pair.before
+        if pair.copy.requires_grad != requires_grad:
+            yield Change(pair.original, "requires_grad", pair.copy.requires_grad)
+        now = pair.copy.__dict__
+        for name, value in now.items():
+            if name not in before or before[name] is not value:
+                yield Change(pair.original, name, self.back(value))
+        for name in before:
+            if name not in now:
+                yield Change(pair.original, name, gone=True)
 
     def back(self, value: Any) -> Any:
         """What the module gets for ``value``: originals for what stands for them, tensors with values of their own."""
@@ -274,7 +301,10 @@ class Doubles:
         """Empty the doubles: they refer to each other, and their memory should not wait for a collector."""
         for pair in self._modules:
             pair.copy.__dict__.clear()
-        for held in (self._modules, self._containers, self._made, self._originals, self._marks):
+        self._modules.clear()
+        self._containers.clear()
+        self._tensors.clear()
+        for held in (self._made, self._originals, self._marks, self._records):
             held.clear()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,36 +21,17 @@ from torch import nn
 
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.doubles import Doubles
+from weightlift.deferred.filled import Filled
 from weightlift.deferred.functions import FunctionRecorder
-from weightlift.deferred.inventory import Inventory, Kind, Slot, has_extra_state, is_lazy
+from weightlift.deferred.inventory import Inventory, Kind, Slot, has_extra_state, is_lazy, storage_address, users_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import label_samples
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
+from weightlift.deferred.walk import has_post_hooks, has_state_hooks, is_overridden, partition, slots_of, walk
 
 _IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
-
-
-def is_overridden(module: nn.Module) -> bool:
-    """True when a module has a ``_load_from_state_dict`` of its own."""
-    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-    return own or "_load_from_state_dict" in module.__dict__
-
-
-def is_bypassed(module: nn.Module) -> bool:
-    """True when a module has a ``load_state_dict`` of its own: here its walk is gone through, and it is not called."""
-    return type(module).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in module.__dict__
-
-
-def has_state_hooks(module: nn.Module) -> bool:
-    """True when ``load_state_dict`` would run code of this module's own on the state dict."""
-    return is_overridden(module) or bool(module._load_state_dict_pre_hooks)
-
-
-def has_post_hooks(module: nn.Module) -> bool:
-    """True when ``load_state_dict`` would run code of this module's own after it."""
-    return bool(module._load_state_dict_post_hooks)
 
 
 def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed: int) -> Rewritten | None:
@@ -103,8 +84,9 @@ class _Rehearsal:
         self._origins: dict[str, str | None] = {}  # unexpected name → offered name
         self._visited: tuple[nn.Module, str] | None = None
         self._result = Rewritten(inventory)
-        self._filled: set[object] = set()  # memory that was loaded under some name
+        self._filled = Filled(self._stand_ins)
         self._held: set[object] = set()  # memory of stand-ins for parameters and buffers
+        self._groups: dict[object, int] = {}  # where tensors lie that were made anew
         self._born: set[Record] = set()
 
     # -- the scope ----------------------------------------------------------------------------------------------------
@@ -121,14 +103,28 @@ class _Rehearsal:
     def _walk(self) -> None:
         self._born = set(self._recorder.records.values())
         self._label()
-        for module in self._special:
-            self._doubles.of(module)
+        self._double_modules()
         state: OrderedDict[str, Any] = OrderedDict(self._given.extras)
         for name, (shape, dtype) in self._given.tensors.items():
             state[name] = self._stand_ins.offered(name, shape, dtype)
         if self._given.metadata is not None:
             state._metadata = self._metadata  # type: ignore[attr-defined]
         self._visit(self._doubles.find(self._inventory.module), "", state)
+
+    def _double_modules(self) -> None:
+        """Modules with code of their own, all that these refer to, and whatever shares memory with any of them."""
+        more, slots = self._special, self._inventory.slots
+        addresses = [storage_address(slot.tensor) for slot in slots]
+        users = users_of(slots, addresses)
+        self._stand_ins.shared = {address for address, count in users.items() if count > 1}
+        while more:
+            for module in more:
+                self._doubles.of(module)
+            alone = [self._doubles.find(slot.owner) is slot.owner for slot in slots]
+            held = {address for address, is_alone in zip(addresses, alone) if not is_alone}
+            found = zip(slots, addresses, alone)
+            tied = [slot.owner for slot, address, is_alone in found if is_alone and address in held]
+            more = [module for module in tied if self._doubles.of(module) is not module]
 
     def __exit__(self, *_: object) -> None:
         self._doubles.dissolve()
@@ -157,7 +153,7 @@ class _Rehearsal:
                 with self._functions:
                     hook(*arguments)
             self._load(module, prefix, state)
-        parts = _partition(state, prefix, module)
+        parts = partition(state, prefix, module)
         for name, child in module._modules.items():
             if child is not None:
                 self._visit(self._doubles.find(child), f"{prefix}{name}.", parts.get(name, {}))
@@ -172,7 +168,7 @@ class _Rehearsal:
 
     def _load(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
         """What ``nn.Module._load_from_state_dict`` does after its hooks."""
-        slots = _slots(module)
+        slots = slots_of(module)
         for name, _, tensor, persistent in slots:
             if not persistent:
                 continue
@@ -194,7 +190,8 @@ class _Rehearsal:
         names = {name for name, _, _, persistent in slots if persistent}
         for key in list(state):
             first, *rest = key[len(prefix) :].split(".", 1)
-            if key != extra and first not in (module._modules if rest else names):
+            ours = key.startswith(prefix) and key != extra  # a hook may have added what belongs elsewhere
+            if ours and first not in (module._modules if rest else names):
                 self._note_unexpected(key, state)
 
     def _load_one(self, module: nn.Module, key: str, tensor: torch.Tensor, value: torch.Tensor, prefix: str) -> None:
@@ -204,32 +201,48 @@ class _Rehearsal:
         self._loads[key] = self._settled(value, prefix)
         if lazy or not self._doubles.stands_in(module):
             return
-        if value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,)):
+        if _can_hold(tensor, value):
             tensor.copy_(value.reshape(tensor.shape))
-            self._filled.add(self._memory(tensor))
+            self._filled.note(key, tensor, offered=True)
 
     def _call_override(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
         """Call a module's own ``_load_from_state_dict`` on its double, and see what has been written."""
-        before = {name: self._stand_ins.mark(tensor) for name, _, tensor, _ in _slots(module)}
-        known, count = len(self._result.errors), len(self.unexpected)
+        before = {name: self._stand_ins.mark(tensor) for name, _, tensor, _ in slots_of(module)}
+        known, count, missed = len(self._result.errors), len(self.unexpected), len(self.missing)
         self._visited = module, prefix
         with self._functions:
             module._load_from_state_dict(*self._arguments(prefix, state))
         self._visited = None
         for name in self.unexpected[count:]:
             self._note_origin(name, state)
+        self._take_written(prefix, slots_of(module), before, state, missed, known)
+
+    def _take_written(
+        self,
+        prefix: str,
+        slots: list[tuple[str, Kind, torch.Tensor, bool]],
+        before: dict[str, object],
+        state: dict[str, Any],
+        missed: int,
+        known: int,
+    ) -> None:
+        """Note what an override gave to ``slots``, whose marks were ``before``. ``missed``, ``known``: how many names
+        were missing, and how many complaints made, when it was called."""
         complaints = self._result.errors[known:]
-        for name, _, tensor, _ in _slots(module):
+        taken: set[object] = set()
+        missing = {*self.missing[missed:]}
+        # What is missing comes last: where it is tied to a name that was loaded, that one provides its value.
+        for name, _, tensor, persistent in sorted(slots, key=lambda slot: prefix + slot[0] in missing):
             fqn, offered = prefix + name, state.get(prefix + name)
-            if is_lazy(tensor):
+            if is_lazy(tensor) or (fqn in missing and self._stand_ins.memory(tensor) in taken):
                 continue
             if name not in before or self._stand_ins.mark(tensor) != before[name]:
                 self._take(fqn, tensor, prefix)
-            elif isinstance(offered, torch.Tensor) and f"size mismatch for {fqn}:" in " ".join(complaints):
-                self._loads[fqn] = self._settled(offered, prefix)  # the plan reports it, or forgives
-        for text in complaints:
-            if any(text.startswith(f"size mismatch for {fqn}:") for fqn in self._loads):
-                self._result.errors.remove(text)
+                taken.add(self._stand_ins.memory(tensor))
+            elif persistent and isinstance(offered, torch.Tensor) and not _can_hold(tensor, offered):
+                for text in [item for item in complaints if item.startswith(f"size mismatch for {fqn}:")]:
+                    self._loads[fqn] = self._settled(offered, prefix)  # the plan reports it, or forgives
+                    self._result.errors.remove(text)
 
     def _note_unexpected(self, name: str, state: dict[str, Any]) -> None:
         self.unexpected.append(name)
@@ -253,10 +266,7 @@ class _Rehearsal:
         if origin is OWN and self._doubles.stands_in(tensor):
             return
         self._loads[fqn] = self._settled(tensor, prefix)
-        self._filled.add(self._memory(tensor))
-
-    def _memory(self, tensor: torch.Tensor) -> object:
-        return self._recorder.record_of(tensor) or id(tensor)
+        self._filled.note(fqn, tensor, offered=isinstance(self._loads[fqn], Offered))
 
     def _settled(self, value: torch.Tensor, prefix: str) -> Offered | tuple[torch.Tensor, str]:
         """An offered value under whatever name, or one that was computed, as it is at this moment."""
@@ -284,7 +294,7 @@ class _Rehearsal:
         with _scope(self._recorder):
             result.inventory = self._inventory_after()
             result.extras = {name: self._plain(value) for name, value in result.extras.items()}
-            result.changes = self._doubles.changes(lambda tensor: self._memory(tensor) in self._held)
+            result.changes = self._doubles.changes(lambda tensor: self._stand_ins.memory(tensor) in self._held)
         for name, load in self._loads.items():
             if isinstance(load, Offered):
                 result.names[name] = load
@@ -305,29 +315,40 @@ class _Rehearsal:
         modules: list[nn.Module] = []
         prefixes: list[str] = []
         known = {id(module) for module in self._inventory.modules}
-        for prefix, module in _walk(self._inventory.module, "", self._doubles.find):
+        found = list(walk(self._inventory.module, "", self._doubles.find))
+        names = {prefix + name for prefix, module in found for name, *_ in slots_of(module)}
+        provided = self._filled.provided(names)
+        for prefix, module in found:
             original = self._doubles.original(module)
             modules.append(original)
             prefixes.append(prefix)
-            for name, kind, tensor, persistent in _slots(module):
+            for name, kind, tensor, persistent in slots_of(module):
                 fqn = prefix + name
                 if module is not original or id(module) not in known:
-                    persistent = self._look_at(fqn, tensor, prefix) or persistent
+                    persistent = self._look_at(fqn, tensor, prefix, provided) or persistent
                 slots.append(Slot(fqn, kind, original, name, self._doubles.original(tensor), persistent))
         return Inventory(self._inventory.module, tuple(modules), tuple(prefixes), tuple(slots))
 
-    def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str) -> bool:
-        """Note a slot of a double that is another than it was. True if it gets a value that was written into it."""
+    def _look_at(self, fqn: str, tensor: torch.Tensor, prefix: str, provided: set[object]) -> bool:
+        """Note a slot of a double that is another than it was. True if it gets a value that was written into it.
+
+        ``provided``: memory that was loaded under some name that is still there.
+        """
         stands_in = self._doubles.stands_in(tensor)
         if stands_in and not is_lazy(tensor):
-            self._held.add(self._memory(tensor))
-        if is_lazy(tensor) or (stands_in and not self._doubles.written(tensor)):
-            return False
-        if fqn not in self._loads and self._memory(tensor) not in self._filled:
-            self._take(fqn, tensor, prefix)
+            self._held.add(self._stand_ins.memory(tensor))
         original = self._doubles.original(tensor)
-        if not stands_in or not (is_lazy(original) or _alike(tensor, original)):
-            self._result.refits[fqn] = Refit(tuple(tensor.shape), tensor.dtype, id(original))
+        if is_lazy(tensor):
+            return False
+        kept = stands_in and (is_lazy(original) or (_alike(tensor, original) and not self._doubles.moved(tensor)))
+        if kept and not self._doubles.written(tensor):
+            return False
+        unknown = fqn not in self._loads and self._stand_ins.memory(tensor) not in provided
+        if unknown or self._filled.is_outdated(fqn, tensor):
+            self._take(fqn, tensor, prefix)
+        if not kept:
+            place = self._groups.setdefault(self._stand_ins.place(tensor), len(self._groups))
+            self._result.refits[fqn] = Refit(tuple(tensor.shape), tensor.dtype, place)
         return fqn in self._loads
 
     def _give_values_to_what_is_left(self) -> None:
@@ -353,31 +374,9 @@ def _records(slots: Iterable[Slot], recorder: Recorder) -> list[Record]:
     return [record for record in found if record is not None]
 
 
-def _slots(module: nn.Module) -> list[tuple[str, Kind, torch.Tensor, bool]]:
-    """Name, kind, tensor and persistence of a module's own slots, in ``state_dict`` order."""
-    transient = module._non_persistent_buffers_set
-    found: list[tuple[str, Kind, torch.Tensor, bool]] = []
-    found += [(name, "parameter", item, True) for name, item in module._parameters.items() if item is not None]
-    buffers = ((name, item) for name, item in module._buffers.items() if item is not None)
-    return found + [(name, "buffer", item, name not in transient) for name, item in buffers]
-
-
-def _walk(module: nn.Module, prefix: str, find: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    found = find(module)
-    yield prefix, found
-    for name, child in found._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{prefix}{name}.", find)
-
-
-def _partition(state: dict[str, Any], prefix: str, module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The part of the state that each child gets."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in state.items():
-        first, *rest = key[len(prefix) :].split(".", 1)
-        if rest and first in module._modules and key.startswith(prefix):
-            parts.setdefault(first, {})[key] = value
-    return parts
+def _can_hold(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    # A one-element vector for a scalar: what torch itself accepts from checkpoints of version 0.3.
+    return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
 
 
 def _alike(tensor: torch.Tensor, original: torch.Tensor) -> bool:

@@ -43,12 +43,14 @@ class StandIns:
     """The stand-ins of one rehearsal. Must be made and used in the thread, and within the scope, of ``recorder``.
 
     ``read`` fetches an offered value by its name; ``settle`` is called on a tensor of the module before it is read.
+    ``shared`` are the addresses of storages that several tensors of the module lie on: their stand-ins share one, too.
     """
 
     def __init__(
         self, recorder: Recorder, read: Callable[[str], torch.Tensor], settle: Callable[[torch.Tensor], None]
     ) -> None:
         self.early: list[str] = []
+        self.shared: set[int] = set()
         self._recorder = recorder
         self._read = read
         self._settle = settle
@@ -103,12 +105,13 @@ class StandIns:
             return self._own_values(tensor)
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
-            if storage.nbytes() != tensor.numel() * tensor.element_size():
+            whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+            if not whole and storage._cdata not in self.shared:
                 return self._own_values(tensor)
             self._storages[storage._cdata] = self._own_storage(tensor, storage)
-        whole = self._storages[storage._cdata].untyped_storage()
+        made = self._storages[storage._cdata].untyped_storage()
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-            whole, tensor.storage_offset(), tensor.shape, tensor.stride()
+            made, tensor.storage_offset(), tensor.shape, tensor.stride()
         )
 
     def _own_storage(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -147,9 +150,28 @@ class StandIns:
         """What stands written in a tensor: equal marks, nothing was written between."""
         if tensor is None or is_lazy(tensor):
             return tensor
-        record = self._recorder.record_of(tensor)
         version = None if tensor.is_inference() else tensor._version
-        return id(tensor), record, version, None if record is None else (record.last, record.pinned)
+        return id(tensor), self._recorder.record_of(tensor), version, self.state(tensor)
+
+    def state(self, tensor: torch.Tensor) -> object:
+        """What stands written in a tensor's memory: the same for all that show it."""
+        record = self.record_of(tensor)
+        return None if record is None else (record.last, record.pinned)
+
+    def record_of(self, tensor: torch.Tensor) -> Record | None:
+        """The tape of what a tensor shows, if it has one."""
+        return None if is_lazy(tensor) else self._recorder.record_of(tensor)
+
+    def memory(self, tensor: torch.Tensor) -> object:
+        """What a tensor shows a view of; a tensor that has no tape counts as its own."""
+        return self.record_of(tensor) or id(tensor)
+
+    def place(self, tensor: torch.Tensor) -> object:
+        """Equal for tensors that are the same view of the same memory."""
+        record = self.record_of(tensor)
+        if record is None:
+            return id(tensor)
+        return record, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
     def origin(self, tensor: torch.Tensor) -> Origin:
         """Where the value of a tensor comes from: an offered value, or its own, copied onto itself; else None."""

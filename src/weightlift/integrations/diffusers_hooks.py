@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from weightlift.deferred.inventory import has_extra_state, modules_of
-from weightlift.deferred.rewrite import has_post_hooks, is_overridden
+from weightlift.deferred.walk import has_post_hooks, is_overridden
 from weightlift.integrations.exclusive import NotNative
 from weightlift.integrations.overrides import override_of
 

@@ -7,15 +7,12 @@ is filled in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import (
     Inventory,
     Slot,
@@ -31,12 +28,11 @@ from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
-from weightlift.strides import is_row_major
 from weightlift.transfer import headroom
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
-from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.jobs import Job, Task, entry_in_files, one_entry
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
 
@@ -106,7 +102,8 @@ class _Application:
                 members[slot.fqn] = Member(row, slot, address, record)
         self._members = [members[fqn] for fqn in rows]
         self._tied = _tied(self._members)
-        self._homes = homes(member for member in self._members if users[member.address] > 1)
+        self._shared = {address for address, count in users.items() if count > 1}
+        self._homes = homes(item for item in self._members if item.address in self._shared and not self._parts(item))
         self._devices = {name: torch.device(name) for name in {row.device for row in decisions.rows}}
 
     def run(self) -> None:
@@ -185,7 +182,7 @@ class _Application:
     def _order(self, member: Member, jobs: list[Job]) -> _Order:
         """Add the jobs that give a row its value: one, or one for each of its parts."""
         row = member.row
-        entry = _one_entry(row)
+        entry = one_entry(row)
         device = self._devices[row.device]
         into = self._place(member)
         if into is not None and (into.is_conj() or into.is_neg() or (entry is None and not into.is_contiguous())):
@@ -198,7 +195,7 @@ class _Application:
         fault = fault_of(row.parts, row.shape)
         assert fault is None, f"the parts of {row.fqn}: {fault}"
         into = new_memory(row.shape, row.dtype, device) if into is None else into
-        if (whole := _in_files(row)) is not None:
+        if (whole := entry_in_files(row)) is not None:
             jobs.append(Job(row.fqn, whole, row.dtype, device, into=into, fresh=fresh, parts=row.parts))
             return _Order(1, into, in_place)
         for part in row.parts:
@@ -206,8 +203,14 @@ class _Application:
             jobs.append(Job(row.fqn, part.entry, row.dtype, device, into=region, fresh=fresh))
         return _Order(len(row.parts), into, in_place)
 
+    def _parts(self, member: Member) -> bool:
+        """Whether a tensor leaves memory that others keep: its tie is given up, or a state-dict hook gave it new."""
+        row, slot, address, _ = member
+        others = address in self._shared or address in self._watched
+        return row.untied or (others and not row.in_place and not slot.tensor.is_meta)
+
     def _home(self, member: Member) -> Home | None:
-        return None if not self._homes or member.row.untied else self._homes.get(member.address)
+        return None if not self._homes or self._parts(member) else self._homes.get(member.address)
 
     def _place(self, member: Member) -> torch.Tensor | None:
         """The memory that a value belongs into; None where the tensor gets new memory."""
@@ -245,9 +248,11 @@ class _Application:
     def _supplied(self, loaded: Iterable[Member]) -> set[Record]:
         """Tapes that need not run: what is read covers their whole storage, or replaces it."""
         return {
-            record
-            for row, slot, _, record in loaded
-            if record is not None and slot.tensor.nbytes == record.nbytes and not row.untied
+            member.record
+            for member in loaded
+            if member.record is not None
+            and member.slot.tensor.nbytes == member.record.nbytes
+            and not self._parts(member)
         }
 
     def _initialisers(self, supplied: set[Record]) -> list[Task]:
@@ -300,7 +305,7 @@ class _Application:
 
     def _put(self, row: Row, member: Member, value: torch.Tensor) -> torch.Tensor:
         slot, record = member.slot, member.record
-        if record is not None and member.address in self._watched and not row.untied:
+        if record is not None and member.address in self._watched and not self._parts(member):
             # Somebody outside the module holds a view of the old memory: it must not be left without its values.
             record.memory()
             slot.tensor.detach().copy_(value)
@@ -312,29 +317,6 @@ class _Application:
         if is_lazy(tensor) or (tensor.is_meta and self._home(member) is None):
             return
         self._assign(member, None)
-
-
-def _in_files(row: Row) -> TensorEntry | None:
-    """What the parts of a row make up, if all lie in files under one dtype."""
-    dtype = row.parts[0].entry.dtype
-    if any(part.entry.file is None or part.entry.dtype != dtype for part in row.parts) or 0 in row.shape:
-        return None
-    key = row.parts[0].key if row.offer is None else row.offer.key
-    return TensorEntry(key, row.shape, dtype, None, 0, prod(row.shape) * dtype.itemsize)
-
-
-def _one_entry(row: Row) -> TensorEntry | None:
-    """What is read for a row whose value is one tensor of the checkpoint as it lies there, in any shape."""
-    if row.parts:
-        (entry, *more), part = row.entries, row.parts[0]
-        if more or entry.stride is not None or not is_row_major(part.shape, part.stride) or part.offset:
-            return None
-    else:
-        assert row.offer is not None
-        entry = row.offer.entry
-    if entry.shape == row.shape:
-        return entry
-    return replace(entry, shape=row.shape, stride=None)  # also a one-element vector for a scalar
 
 
 def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:

@@ -75,8 +75,7 @@ def homes(members: Iterable[Member]) -> dict[int, Home]:
     """
     storages: dict[int, list[Member]] = {}
     for member in members:
-        if not member.row.untied:
-            storages.setdefault(member.address, []).append(member)
+        storages.setdefault(member.address, []).append(member)
     found = {}
     for address, group in storages.items():
         row, slot, *_ = group[0]

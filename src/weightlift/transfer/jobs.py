@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.plan.records import Part
+from weightlift.plan.records import Part, Row
+from weightlift.strides import is_row_major
 
 
 class Job(NamedTuple):
@@ -46,3 +48,26 @@ class Task:
     nbytes: int
     run: Callable[[], None]
     kind: str = "init"
+
+
+def entry_in_files(row: Row) -> TensorEntry | None:
+    """What the parts of a row make up, if all lie in files under one dtype."""
+    dtype = row.parts[0].entry.dtype
+    if any(part.entry.file is None or part.entry.dtype != dtype for part in row.parts) or 0 in row.shape:
+        return None
+    key = row.parts[0].key if row.offer is None else row.offer.key
+    return TensorEntry(key, row.shape, dtype, None, 0, prod(row.shape) * dtype.itemsize)
+
+
+def one_entry(row: Row) -> TensorEntry | None:
+    """What is read for a row whose value is one tensor of the checkpoint as it lies there, in any shape."""
+    if row.parts:
+        (entry, *more), part = row.entries, row.parts[0]
+        if more or entry.stride is not None or not is_row_major(part.shape, part.stride) or part.offset:
+            return None
+    else:
+        assert row.offer is not None
+        entry = row.offer.entry
+    if entry.shape == row.shape:
+        return entry
+    return replace(entry, shape=row.shape, stride=None)  # also a one-element vector for a scalar

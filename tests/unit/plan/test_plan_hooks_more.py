@@ -368,6 +368,189 @@ def test_a_load_state_dict_that_is_not_called_is_named(existing, caplog):
 # -- what tests/property/test_any_state_dict.py found ----------------------------------------------------------------
 
 
+class Calling(nn.Module):
+    """An override that does what it is given, before torch's own or after it."""
+
+    def __init__(self, *, before=None, after=None, **tensors):
+        super().__init__()
+        self.before, self.after = before, after
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        if self.before is not None:
+            self.before(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if self.after is not None:
+            self.after(self, state, prefix)
+
+
+def test_a_tied_name_beside_a_loaded_one_is_not_missing_where_an_override_loads():
+    def build():
+        weight = nn.Parameter(torch.zeros(4))
+        return Calling(a=weight, b=weight)
+
+    for subject in (build, build()):
+        assert torch.equal(wl.load(subject, {"a": torch.ones(4)}).b, torch.ones(4))
+
+
+def test_what_an_override_itself_finds_missing_is_missing_though_nobody_would_look_for_it():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(4), persistent=False)
+
+        def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+            missing.append(prefix + "table")
+
+    with pytest.raises(wl.PlanError, match="table"):
+        wl.load(Looking, {})
+    assert wl.plan(Looking, {}, strict=False).report.missing_keys == ("table",)
+
+
+@pytest.mark.parametrize("kind", ["fitting", "scalar", "transient"])
+def test_an_override_that_complains_of_a_shape_by_itself_is_heard(kind):
+    class Complaining(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = () if kind == "scalar" else (4,)
+            self.register_buffer("a", torch.zeros(shape), persistent=kind != "transient")
+
+        def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+            errors.append(f"size mismatch for {prefix}a: it is of another kind")
+
+    state = {"a": torch.ones({"fitting": (4,), "scalar": (1,), "transient": (2,)}[kind])}
+    with pytest.raises(RuntimeError, match="another kind"):
+        Complaining().load_state_dict(state)
+    with pytest.raises(wl.PlanError):
+        wl.load(Complaining, state)
+
+
+def test_a_key_that_a_hook_adds_for_elsewhere_is_not_unexpected():
+    def build():
+        module = nn.Sequential(nn.Linear(2, 2))
+        module[0]._register_load_state_dict_pre_hook(lambda state, *args: state.update(elsewhere=torch.ones(1)))
+        return module
+
+    both_ways(build, state_of(build()))
+
+
+def test_what_hooks_do_to_a_parameter_beside_its_value():
+    def freeze(module, state, prefix):
+        module.a.requires_grad_(False)
+        module.a.origin = "a checkpoint"
+
+    def build():
+        return Calling(before=freeze, a=nn.Parameter(torch.zeros(4)))
+
+    _, results = both_ways(build, {"a": torch.ones(4)})
+    assert [(got.a.requires_grad, got.a.origin) for got in results] == [(False, "a checkpoint")] * 2
+    module = build()
+    wl.plan(module, {"a": torch.ones(4)})
+    assert module.a.requires_grad and not hasattr(module.a, "origin")
+
+
+@pytest.mark.parametrize("state", [{"b": torch.ones(4)}, {"a": torch.ones(4), "b": torch.full((4,), 2.0)}])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_memory_that_a_hook_parts_from_another_tensor(state, dtype):
+    def part(module, state, prefix):
+        module.b.data = torch.zeros(4)
+
+    def build():
+        a = nn.Parameter(torch.arange(4.0))
+        return Calling(before=part, a=a, b=nn.Parameter(a.detach()))
+
+    want = build()
+    want.load_state_dict(state, strict=False)
+    for subject in (build, build()):
+        got = wl.load(subject, state, strict=False, dtype=dtype)
+        assert torch.equal(got.a, want.a.to(got.a.dtype)) and torch.equal(got.b, want.b.to(got.a.dtype))
+        assert got.a.untyped_storage().data_ptr() != got.b.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_hook_that_casts_tensors_of_one_memory_parts_them(existing):
+    def build():
+        a = nn.Parameter(torch.arange(4.0))
+        part = nn.Module()
+        part.b = nn.Parameter(a.detach())
+        return Calling(before=lambda module, *args: module.double(), a=a, part=part)
+
+    got = wl.load(build() if existing else build, {"a": torch.ones(4), "part.b": torch.ones(4)})
+    assert got.a.dtype == got.part.b.dtype == torch.float64
+    assert got.a.untyped_storage().data_ptr() != got.part.b.untyped_storage().data_ptr()
+
+
+def test_a_tensor_held_aside_keeps_its_value_when_a_hook_gives_its_parameter_new_memory():
+    def grow(module, state, prefix):
+        module.a.data = torch.zeros(state[prefix + "a"].shape)
+
+    def build():
+        module = Calling(before=grow, a=nn.Parameter(torch.arange(4.0)))
+        module.held = [module.a.detach()]
+        return module
+
+    got = wl.load(build, {"a": torch.ones(6)})
+    assert torch.equal(got.a, torch.ones(6)) and torch.equal(got.held[0], torch.arange(4.0))
+
+
+def test_an_empty_tensor_that_a_hook_casts():
+    def build():
+        return Calling(before=lambda module, *args: module.double(), a=nn.Parameter(torch.zeros(0, 4)))
+
+    for subject in (build, build()):
+        assert wl.load(subject, {}, strict=False).a.dtype == torch.float64
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_hook_that_writes_into_what_another_module_has_loaded(view):
+    """It is seen in the memory that both have, also where the hook's own name for it is gone in the end."""
+
+    def write(module, state, prefix):
+        with torch.no_grad():
+            module.b.zero_()
+        del module.b
+
+    def build():
+        root = nn.Module()
+        root.a = nn.Parameter(torch.arange(4.0))
+        root.part = Calling(before=write)
+        if view:
+            root.part.register_buffer("b", root.a.detach()[1:])
+        else:
+            root.part.b = root.a
+        return root
+
+    both_ways(build, {"a": torch.ones(4)})
+
+
+def test_a_hook_that_reads_what_a_tied_name_has_loaded():
+    def add(module, state, prefix):
+        state[prefix + "c"] = module.b.detach() + 1
+
+    def build():
+        root = nn.Module()
+        root.a = nn.Parameter(torch.arange(4.0))
+        root.part = Calling(before=add, b=root.a, c=nn.Parameter(torch.zeros(4)))
+        return root
+
+    state = {"a": torch.ones(4), "part.b": torch.ones(4)}
+    both_ways(build, state)
+
+
+def test_a_value_stays_where_the_name_that_it_came_under_goes():
+    def gone(module, state, prefix):
+        del module.b
+
+    def build():
+        root = nn.Module()
+        root.a = nn.Parameter(torch.arange(4.0))
+        root.part = Calling(after=gone, b=root.a)
+        return root
+
+    both_ways(build, {"part.b": torch.ones(4)}, strict=False)
+
+
 def test_post_hooks_are_told_names_in_the_order_of_the_checkpoint():
     told = []
 

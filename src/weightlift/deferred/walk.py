@@ -1,0 +1,61 @@
+"""The parts of a ``load_state_dict``: which modules have code of their own, a module's slots, its modules in order,
+each child's part of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlift.deferred.inventory import Kind
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """True when a module has a ``_load_from_state_dict`` of its own."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own or "_load_from_state_dict" in module.__dict__
+
+
+def is_bypassed(module: nn.Module) -> bool:
+    """True when a module has a ``load_state_dict`` of its own: here its walk is gone through, and it is not called."""
+    return type(module).load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in module.__dict__
+
+
+def has_state_hooks(module: nn.Module) -> bool:
+    """True when ``load_state_dict`` would run code of this module's own on the state dict."""
+    return is_overridden(module) or bool(module._load_state_dict_pre_hooks)
+
+
+def has_post_hooks(module: nn.Module) -> bool:
+    """True when ``load_state_dict`` would run code of this module's own after it."""
+    return bool(module._load_state_dict_post_hooks)
+
+
+def slots_of(module: nn.Module) -> list[tuple[str, Kind, torch.Tensor, bool]]:
+    """Name, kind, tensor and persistence of a module's own slots, in ``state_dict`` order."""
+    transient = module._non_persistent_buffers_set
+    found: list[tuple[str, Kind, torch.Tensor, bool]] = []
+    found += [(name, "parameter", item, True) for name, item in module._parameters.items() if item is not None]
+    buffers = ((name, item) for name, item in module._buffers.items() if item is not None)
+    return found + [(name, "buffer", item, name not in transient) for name, item in buffers]
+
+
+def walk(module: nn.Module, prefix: str, find: Callable[[nn.Module], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """A module and those below it with their prefixes, each as ``find`` has it."""
+    found = find(module)
+    yield prefix, found
+    for name, child in found._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}{name}.", find)
+
+
+def partition(state: dict[str, Any], prefix: str, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The part of the state that each child gets."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        first, *rest = key[len(prefix) :].split(".", 1)
+        if rest and first in module._modules and key.startswith(prefix):
+            parts.setdefault(first, {})[key] = value
+    return parts
