@@ -263,7 +263,7 @@ class _Rehearsal:
     def _take(self, fqn: str, tensor: torch.Tensor, prefix: str) -> None:
         """Note what a tensor of a double holds now."""
         origin = self._stand_ins.origin(tensor)
-        if origin is OWN and self._doubles.stands_in(tensor):
+        if origin is OWN and self._doubles.stands_in(tensor) and not self._doubles.moved(tensor):
             return
         self._loads[fqn] = self._settled(tensor, prefix)
         self._filled.note(fqn, tensor, offered=isinstance(self._loads[fqn], Offered))

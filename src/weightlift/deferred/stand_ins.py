@@ -190,10 +190,10 @@ class StandIns:
         if not isinstance(source, TensorRef) or not _same_place(into, here) or source.size != here.size:
             return None
         version = dict(node.deps).get(source.record)
-        if source.record is record and _same_place(source, here) and version is self._first.get(record):
-            return OWN  # copied onto itself
         if source.record in self._offers and version is self._first[source.record]:
             return self._first_value(source)
+        if source.record is record and _same_place(source, here) and version is self._first.get(record):
+            return OWN  # copied onto itself
         return None
 
     def _first_value(self, ref: TensorRef) -> Origin:

@@ -574,3 +574,10 @@ def test_a_part_that_was_taken_off_is_not_missed_with_or_without_hooks():
     state = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
     both_ways(build, state)
     assert wl.plan(build, state).report.unexpected_keys == ()
+
+
+def test_a_parameter_that_is_pointed_at_the_checkpoints_value_and_then_loaded():
+    def point(module, state, prefix):
+        module.a.data = state[prefix + "a"]
+
+    both_ways(lambda: Calling(before=point, a=nn.Parameter(torch.zeros(4))), {"a": torch.ones(4)})
