@@ -362,8 +362,8 @@ def fits(value, own):
 
 
 def after(module, keys, *, n, k):
-    """A post hook."""
-    module.notes.append(("after", sorted(set(keys.missing_keys)), sorted(set(keys.unexpected_keys))))
+    """A post hook. They run at the end, so that what they note stands apart."""
+    module.told.append((sorted(set(keys.missing_keys)), sorted(set(keys.unexpected_keys))))
     if k % 4 == 0:
         keys.missing_keys.clear()
     elif k % 4 == 1:
@@ -476,7 +476,7 @@ class Builder:
             namespace["set_extra_state"] = set_extra
             namespace["get_extra_state"] = lambda self: [torch.ones(2), {"n": 1}, 5][ways % 7 % 3]
         module = type("Made", (Base,), namespace)()
-        module.notes = []
+        module.notes, module.told = [], []
         for at, (what, n, k) in enumerate(slots):
             self.slot(module, WORDS[at % 3] if at < 3 else "d", what, n, k)
         for at, child in enumerate(children):
@@ -672,6 +672,7 @@ def looks(module, tied=()):
         "state": list(module.state_dict()),
         "one object": identical(module),
         "notes": [without(getattr(item, "notes", None), tied) for item in module.modules()],
+        "told": [without(getattr(item, "told", None), tied) for item in module.modules()],
         "extra": [getattr(item, "extra", None) for item in module.modules()],
         "held": [kind(getattr(item, "held", None)) for item in module.modules()],
         "held values": [listed(getattr(item, "held", None)) for item in module.modules()],
