@@ -246,28 +246,45 @@ def _by_class(root: nn.Module, wanted: type) -> Found:
 
 
 def _by_pattern(root: nn.Module, pattern: str) -> Found:
-    visited: dict[int, nn.Module] = {}
+    visited: dict[tuple[int, frozenset[int]], nn.Module] = {}
     items: dict[int, Selected] = {}
-    for item in _expand(Selected("", root), pattern.split(".") if pattern else [], visited):
+    for item in _expand(Selected("", root), pattern.split(".") if pattern else [], {0}, visited):
         items.setdefault(id(original(item.module)), item)
     if not items:
         raise _nothing(root, f"no module matches {pattern!r}", [item.fqn for item in walk(root)], pattern)
     return found(list(items.values()), list(visited.values()))
 
 
-def _expand(item: Selected, segments: list[str], visited: dict[int, nn.Module]) -> Iterator[Selected]:
-    if not segments:
-        yield item
+def _expand(
+    item: Selected, segments: list[str], reached: set[int], visited: dict[tuple[int, frozenset[int]], nn.Module]
+) -> Iterator[Selected]:
+    """What matches at or below a module, in the model's order. ``reached``: how many segments the name may stand for.
+
+    What is met again, shared by two parents or within itself, has been seen to under its first name.
+    """
+    for place in sorted(reached):
+        while place < len(segments) and segments[place] == "**":  # which also stands for nothing
+            place += 1
+            reached.add(place)
+    key = id(original(item.module)), frozenset(reached)
+    if key in visited:
         return
-    head, rest = segments[0], segments[1:]
-    visited[id(item.module)] = item.module
-    if head == "**":
-        yield from _expand(item, rest, visited)
-        rest = segments
+    if len(segments) in reached:
+        yield item
+    if reached == {len(segments)}:
+        return
+    visited[key] = item.module
     prefix = f"{item.fqn}." if item.fqn else ""
     for name, child in children(item.module).items():
-        if child is not None and (head == "**" or fnmatch.fnmatchcase(name, head)):
-            yield from _expand(Selected(prefix + name, child), rest, visited)
+        if child is not None:
+            further = {place if segments[place] == "**" else place + 1
+                       for place in reached if place < len(segments) and _matches(name, segments[place])}  # fmt: skip
+            if further:
+                yield from _expand(Selected(prefix + name, child), segments, further, visited)
+
+
+def _matches(name: str, segment: str) -> bool:
+    return segment == "**" or fnmatch.fnmatchcase(name, segment)
 
 
 def _class_names(items: Sequence[Selected]) -> list[str]:
