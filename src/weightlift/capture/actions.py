@@ -17,7 +17,7 @@ from weightlift.capture.result import Entry
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, edit, finish, pick, put, recipe_of, untouched
+from weightlift.capture.values import Lack, edit, finish, pick, put, recipe_of, untouched, version_of
 
 
 class Action:
@@ -155,7 +155,7 @@ class TakeOutput(Action):
         fired.append(root)
         if tap.every or tap.kept_last or call in tap.calls:  # type: ignore[operator]
             kept = value if tap.untouched else finish(value, tap.recipe)
-            version = kept._version if isinstance(kept, torch.Tensor) and not kept.is_inference() else -1
+            version = version_of(kept)
             entry = Entry(tap.number, self.fqn, kept, root, version, call)
             session.entries.append(entry)
             if tap.kept_last:
@@ -187,7 +187,7 @@ class TakeWhole(TakeOutput):
             return output
         if session.grad and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
-        version = output._version if isinstance(output, torch.Tensor) and not output.is_inference() else -1
+        version = version_of(output)
         session.raw.append((self, output, version, session.root()))
         return output
 

@@ -11,7 +11,7 @@ from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template
-from weightlift.capture.values import Lack
+from weightlift.capture.values import Lack, written
 from weightlift.errors import Problem
 
 _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
@@ -197,7 +197,7 @@ def _declared(session: Session, root: nn.Module, number: int, tap: Declared, tem
 
 def _written_to(entries: Sequence[Entry]) -> list[Entry]:
     """Those whose value somebody wrote to since it was taken."""
-    return [entry for entry in entries if entry.version >= 0 and entry.value._version != entry.version]
+    return [entry for entry in entries if entry.version != -1 and written(entry.value, entry.version)]
 
 
 def _written(entries: Sequence[Entry], template: Template) -> list[Problem]:

@@ -15,7 +15,7 @@ from weightlift.capture.declared import Scope, Site
 from weightlift.capture.result import Entry, no_such_layers, places, undeclared
 from weightlift.capture.session import Forward, Session, backward_id
 from weightlift.capture.taps import Declared
-from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched
+from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched, version_of
 
 _NONE = object()
 _LAST = frozenset({"hidden_states"})  # the key whose last value may be an attribute of the output
@@ -110,7 +110,7 @@ class Gather(Action):
         if entries and self.keys == _LAST:
             last = self._last_of(output)
             if last is not _NONE:
-                entries[-1] = Entry(tap, entries[-1].fqn, last, number, _version_now(last))
+                entries[-1] = Entry(tap, entries[-1].fqn, last, number, version_of(last))
         session.entries.extend(entries)
         session.fired[self.sites[tap]].append(forward.root)
 
@@ -229,7 +229,7 @@ class GiveDeclared(Action):
             return output
         if session.grad and gather.attached and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
-        version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
+        version = version_of(value)
         forward.raw.append((self, value, version, forward.number))
         forward.passed(module)
         return output
@@ -300,10 +300,6 @@ def _let_go(values: list[Entry], limits: tuple[frozenset[int], int]) -> None:
         values[late].version = -1
 
 
-def _version(value: Any) -> int:
-    """Counts in-place writes; -1 where torch does not, and in code that is being traced."""
-    return -1 if is_dynamo_compiling() else _version_now(value)
-
-
-def _version_now(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
+def _version(value: Any) -> Any:
+    """That of a value; -1 in code that is being traced."""
+    return -1 if is_dynamo_compiling() else version_of(value)

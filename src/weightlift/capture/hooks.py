@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.session import NONE_DUE, Forward, Session, Work, backward_id, open_sessions, running
+from weightlift.capture.session import NONE_DUE, Forward, Session, Work, backward_id, nearest, open_sessions, running
+from weightlift.capture.values import version_of
 
 HOOK_ID = -770_310
 _NOTHING = object()
@@ -82,7 +83,9 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
             if isinstance(value, tuple) and action.index is not None:
                 value = value[action.index] if -len(value) <= action.index < len(value) else None
             if value is not None:
-                version = value._version if isinstance(value, Tensor) and not value.is_inference() else -1
+                version = (
+                    value._version if isinstance(value, Tensor) and not value.is_inference() else version_of(value)
+                )
                 forward.raw.append((action, value, version, forward.number))
                 forward.passed(module)
                 return None

@@ -15,13 +15,17 @@ class Entry:
 
     __slots__ = ("call", "forward", "fqn", "tap", "value", "version")
 
-    def __init__(self, tap: int, fqn: str, value: Any, forward: Any = None, version: int = -1, call: int = 0) -> None:
+    def __init__(self, tap: int, fqn: str, value: Any, forward: Any = None, version: Any = -1, call: int = 0) -> None:
         self.tap = tap
         self.fqn = fqn
         self.value = value
         self.forward = forward
         self.version = version
         self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy holds other tensors, of which no writes are known."""
+        return Entry, (self.tap, self.fqn, self.value, self.forward, -1, self.call)
 
 
 # What a twin records: the tap's number, the module's name, and the value. Without a name it is what the tap lacks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,45 @@ def recipe_of(tap: Options) -> Recipe:
         tap.clone,
         target or None,
     )
+
+
+def version_of(value: Any) -> Any:
+    """What tells later whether somebody wrote to a value: see `written`. -1 where torch counts no writes."""
+    if isinstance(value, torch.Tensor):
+        return -1 if value.is_inference() else value._version
+    parts: list[tuple[Any, Any]] = []
+    _parts_of(value, parts, {})
+    return parts or -1
+
+
+def written(value: Any, version: Any) -> bool:
+    """Whether a value is no longer what it was when it had that version."""
+    if isinstance(value, torch.Tensor):
+        return bool(version >= 0 and value._version != version)
+    if version == -1:
+        return False
+    now: list[tuple[Any, Any]] = []
+    _parts_of(value, now, {})
+    return len(now) != len(version) or any(one is not two or m != n for (one, m), (two, n) in zip(now, version))
+
+
+def _parts_of(value: Any, parts: list[tuple[Any, Any]], seen: dict[int, Any]) -> None:
+    """What a container holds, and how often each tensor was written to. Its parts are kept: an id could come again."""
+    items: Sequence[Any]
+    if isinstance(value, Mapping):
+        items = [*value.values()]
+    elif isinstance(value, list | tuple):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    else:
+        return
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    for item in items:
+        parts.append((item, version_of(item) if isinstance(item, torch.Tensor) else -1))
+        _parts_of(item, parts, seen)
 
 
 def pick(value: Any, index: Any) -> Any:
