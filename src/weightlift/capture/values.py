@@ -141,7 +141,7 @@ def put(value: Any, index: Any, new: Any) -> Any:
         return new
     if isinstance(value, tuple):
         items = list(value)
-        items[index] = new
+        items[value._fields.index(index) if isinstance(index, str) else index] = new  # type: ignore[attr-defined]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         items = list(value)
