@@ -8,7 +8,7 @@ can read at once, and a new number each time would be a new guard to compiled co
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -132,9 +132,24 @@ def install(session: Session) -> None:
             held[place]._forward_hooks_with_kwargs[HOOK_ID] = True
         # Also where they stand already: somebody may have cleared a dictionary, or put another in its place.
         for place in template.hooked_before:
-            held[place]._forward_pre_hooks[HOOK_ID] = before_forward
+            hooks: dict[int, Any] = held[place]._forward_pre_hooks
+            hooks[HOOK_ID] = before_forward
+            if len(hooks) > 1:
+                _move_to_end(hooks)
         for place in template.hooked_after:
-            held[place]._forward_hooks[HOOK_ID] = after_forward
+            hooks = held[place]._forward_hooks
+            hooks[HOOK_ID] = after_forward
+            if len(hooks) > 1:
+                _move_to_end(hooks)
+
+
+def _move_to_end(hooks: dict[int, Any]) -> None:
+    """After a hook that its user put on while another capture was open: what that one does is to be seen, too.
+
+    In one step, as other threads may run the module just now; where somebody put a plain dictionary there is none.
+    """
+    if isinstance(hooks, OrderedDict):
+        hooks.move_to_end(HOOK_ID)
 
 
 def remove(session: Session) -> None:
