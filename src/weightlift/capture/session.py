@@ -331,7 +331,7 @@ class Session:
 
 
 def _checkpoint_region() -> str | None:
-    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``."""
+    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it."""
     module = sys.modules.get("torch.utils.checkpoint")
     if module is None:
         return None
@@ -342,5 +342,6 @@ def _checkpoint_region() -> str | None:
         if frame.f_code is reentrant:
             return "reentrant"
         if frame.f_code.co_filename == reentrant.co_filename:
-            return "other"
-    return None
+            found = "other"
+    return found
+    found = None
