@@ -118,7 +118,7 @@ def _fired(
         return [Problem(f"tap {name!r} recorded nothing: {what}", fqn=chosen[0].fqn, hint=why)]
     problems: list[Problem] = []
     done = [forward for forward in session.forwards if forward.done and not forward.around]
-    if len(done) <= 1 and all(calls.values()):
+    if len(session.forwards) <= 1 and all(calls.values()):
         return problems
     for item in chosen:
         fired = calls[item.fqn]
