@@ -24,8 +24,7 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
     if _as_usual(session, template):
         return []
     problems = list(session.problems)
-    if not session.stopped:
-        _drop_failed(session)
+    _drop_failed(session)
     once = len(session.forwards) == 1 and all(map(len, session.fired))
     for number, (name, tap) in enumerate(template.taps):
         if isinstance(tap, Declared):
@@ -62,7 +61,7 @@ def _as_usual(session: Session, template: Template) -> bool:
 
 def _drop_failed(session: Session) -> None:
     """Forwards that did not end, because they failed, leave nothing."""
-    for forward in [forward for forward in session.forwards if not forward.done]:
+    for forward in [forward for forward in session.forwards if not (forward.done or forward.stopped)]:
         session.drop(forward)
 
 

@@ -1,4 +1,4 @@
-"""The two functions that stand in a module's hook dictionaries while somebody captures it, and how they get there.
+"""The functions that stand in a module's hook dictionaries while somebody captures it, and how they get there.
 
 They are functions of this module, so a model can be pickled and copied meanwhile. They find out for whom to work from a
 context variable. Their key in the dictionaries is fixed: torch numbers its own handles with a counter that two threads
@@ -18,6 +18,7 @@ from weightlift.capture.session import NONE_DUE, Forward, Session, Work, backwar
 from weightlift.capture.values import version_of
 
 HOOK_ID = -770_310
+FAILURE_ID = HOOK_ID - 1
 _NOTHING = object()
 
 # The template of each open capture. The captures hold the modules whose ids these know, so an id is its owner's.
@@ -119,6 +120,15 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output
     return None if output is first else output
 
 
+def after_failure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Stands at the models whose forwards are followed. torch calls it after those that failed, too: they are dropped.
+
+    What fails must not be taken for what runs on: a model may catch it, or its parts be called next.
+    """
+    if not is_dynamo_compiling() and running.get() is not None:
+        running.set(nearest())
+
+
 def install(session: Session) -> None:
     """Puts the hooks in place. Safe while other threads run these modules."""
     global _open
@@ -130,6 +140,9 @@ def install(session: Session) -> None:
         for place in template.hooked_with_kwargs:
             held[place]._forward_pre_hooks_with_kwargs[HOOK_ID] = True
             held[place]._forward_hooks_with_kwargs[HOOK_ID] = True
+        for place in template.hooked_models:
+            held[place]._forward_hooks_always_called[FAILURE_ID] = True
+            held[place]._forward_hooks[FAILURE_ID] = after_failure
         # Also where they stand already: somebody may have cleared a dictionary, or put another in its place.
         for place in template.hooked_before:
             hooks: dict[int, Any] = held[place]._forward_pre_hooks
@@ -171,15 +184,20 @@ def _remove(session: Session) -> None:
     if template in others:
         return
     before, after, with_kwargs = template.hooked_before, template.hooked_after, template.hooked_with_kwargs
+    models = template.hooked_models
     if others:  # what they want stays
         before = tuple(n for n in before if not any(id(held[n]) in other.before for other in others))
         after = tuple(n for n in after if not any(id(held[n]) in other.after for other in others))
         with_kwargs = tuple(n for n in with_kwargs if not any(id(held[n]) in other.with_kwargs for other in others))
+        models = tuple(n for n in models if not any(id(held[n]) in other.models for other in others))
     # The functions first: without their entries in the other dictionaries they would be called in another way.
     for place in before:
         held[place]._forward_pre_hooks.pop(HOOK_ID, None)
     for place in after:
         held[place]._forward_hooks.pop(HOOK_ID, None)
+    for place in models:
+        held[place]._forward_hooks.pop(FAILURE_ID, None)
+        held[place]._forward_hooks_always_called.pop(FAILURE_ID, None)
     for place in with_kwargs:
         held[place]._forward_pre_hooks_with_kwargs.pop(HOOK_ID, None)
         held[place]._forward_hooks_with_kwargs.pop(HOOK_ID, None)
@@ -221,6 +239,8 @@ def _drop_copied(module: nn.Module) -> None:
     with _lock:
         if not _is_hooked(module):  # the functions first, as above
             module._forward_hooks.pop(HOOK_ID, None)
+            module._forward_hooks.pop(FAILURE_ID, None)
             module._forward_pre_hooks.pop(HOOK_ID, None)
+            module._forward_hooks_always_called.pop(FAILURE_ID, None)
             module._forward_hooks_with_kwargs.pop(HOOK_ID, None)
             module._forward_pre_hooks_with_kwargs.pop(HOOK_ID, None)

@@ -39,6 +39,8 @@ class Work(Protocol):
     hooked_before: tuple[int, ...]
     hooked_after: tuple[int, ...]
     hooked_with_kwargs: tuple[int, ...]
+    models: frozenset[int]
+    hooked_models: tuple[int, ...]
 
 
 class Stopped(BaseException):
@@ -60,7 +62,7 @@ class Forward:
 
     __slots__ = (
         "around", "asks_all", "attached", "done", "due", "gathered", "is_root", "number", "outer", "owner", "raw",
-        "rest", "root", "session", "simple", "thread",
+        "rest", "root", "session", "simple", "stopped", "thread",
     )  # fmt: skip
 
     def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, is_root: bool) -> None:
@@ -71,6 +73,7 @@ class Forward:
         self.is_root = is_root
         self.asks_all: bool = len(open_sessions.get()) != 1
         self.done = False
+        self.stopped = False  # nobody wanted the rest of it
         self.around = False  # another forward of the same model runs within it
         self.attached: bool = session.grad and owner.attached
         self.simple: dict[int, Any] = _NOTHING
@@ -136,6 +139,20 @@ def _running_root(session: Session, forward: Forward | None) -> Forward | None:
             return forward
         forward = forward.outer
     return None
+
+
+def nearest() -> Forward | None:
+    """The innermost forward that runs. Those within it that failed are dropped, whichever capture they belong to.
+
+    Those that have ended stand there in a context that was copied while they ran.
+    """
+    thread = threading.get_ident()
+    forward = running.get()
+    while forward is not None and forward.thread == thread and not _running(forward.session.frames.get(forward)):
+        if not forward.done and not forward.stopped:
+            forward.session.drop(forward)
+        forward = forward.outer
+    return forward
 
 
 def without(session: Session, forward: Forward | None) -> Forward | None:
@@ -208,15 +225,11 @@ class Session:
 
         ``frame``: that of torch which calls the module and its hooks.
         """
-        thread = threading.get_ident()
-        outer = running.get()
-        while outer is not None and outer.session is self and outer.thread == thread:
-            if _running(self.frames.get(outer)):
-                outer.around = outer.around or (is_root and outer.is_root)
-                break
-            self.drop(outer)
-            outer = outer.outer
-        forward = Forward(self, owner, outer, thread, is_root)
+        outer = nearest()
+        around = _running_root(self, outer) if is_root else None
+        if around is not None and not around.done:
+            around.around = True
+        forward = Forward(self, owner, outer, threading.get_ident(), is_root)
         self.frames[forward] = frame
         if is_root:
             self.forwards.append(forward)
@@ -261,8 +274,9 @@ class Session:
 
     def stop_with(self, forward: Forward) -> None:
         """Another capture has stopped this forward, if it does not run any more: that is no failure."""
-        if not forward.done and not _running(self.frames.get(forward)):
-            self.stopped = True
+        here = forward.thread == threading.get_ident()  # another thread's stack is not to be seen
+        if here and not forward.done and not _running(self.frames.get(forward)):
+            self.stopped = forward.stopped = True
 
     def gives(self, fqn: str, number: int) -> None:
         """Notes that a module gave something declared."""
@@ -308,6 +322,10 @@ class Session:
             del self.wanted[tap, fqn]
         if not self.wanted:
             self.stopped = True
+            forward = running.get()
+            while forward is not None:
+                forward.stopped = forward.stopped or forward.session is self
+                forward = forward.outer
             raise Stopped(self)
 
     def recomputing(self, fqn: str) -> bool:
@@ -336,6 +354,7 @@ def _checkpoint_region() -> str | None:
     if module is None:
         return None
     reentrant: CodeType = module.CheckpointFunction.forward.__code__
+    found = None
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -344,4 +363,3 @@ def _checkpoint_region() -> str | None:
         if frame.f_code.co_filename == reentrant.co_filename:
             found = "other"
     return found
-    found = None

@@ -57,6 +57,7 @@ class Template:
         # Which of the modules that a session holds get hooks.
         self.hooked_before = tuple(self.places[key] for key in self.before)
         self.hooked_after = tuple(self.places[key] for key in self.after)
+        self.hooked_models = tuple(self.places[key] for key in self.models)
         self.hooked_with_kwargs = tuple(self.places[key] for key in self.with_kwargs)
         self._references = tuple(map(weakref.ref, every.values()))
         self._ways = tuple(self.places[key] for key in ways)
@@ -70,6 +71,7 @@ class Template:
         for gather, module in gathers:
             if module is not model:
                 self._enters(module, gather)
+        self.models = frozenset(id(module) for module in (model, *(module for _, module in gathers)))
         for number, (name, tap) in enumerate(self.taps):
             if isinstance(tap, Output):
                 shared = Tapping(number, name, tap)

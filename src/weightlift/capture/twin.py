@@ -19,7 +19,7 @@ from torch import nn
 from weightlift.capture.actions import argument_place, put_argument, take_argument
 from weightlift.capture.declared import Site
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
-from weightlift.capture.hooks import HOOK_ID
+from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
 from weightlift.capture.select import original
 from weightlift.capture.values import Lack, Recipe, edit, finish, pick, put
 
@@ -117,6 +117,7 @@ def _shallow(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
         for hooks in (name, f"{name}_with_kwargs"):
             attributes[hooks] = OrderedDict(module.__dict__[hooks])
             attributes[hooks].pop(HOOK_ID, None)
+            attributes[hooks].pop(FAILURE_ID, None)
     copied.__dict__.update(attributes)
     return copied
 
