@@ -339,3 +339,28 @@ def test_variables_say_how_many_threads_read(
     (ours, _), (theirs, _) = both(LlamaForCausalLM, llama)
     assert workers == [expected]
     assert differences(ours, theirs) == []
+
+
+class _Transposed(BertModel):
+    """Parameters that are views: of something sampled, and of something that is computed at once."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.sampled = torch.nn.Parameter(torch.randn(2, 6).t())
+        self.counted = torch.nn.Parameter(torch.arange(12.0).view(2, 6).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_parameters_that_the_constructor_makes_transposed(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model = _Transposed(BertConfig(**SMALL))
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    if kind == "pickle":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        solid = {name: value.contiguous() for name, value in state.items()}
+        save_file(solid, tmp_path / "model.safetensors", {"format": "pt"})
+    (ours, _), (theirs, _) = both(_Transposed, tmp_path, dtype=dtype)
+    assert differences(ours, theirs) == []
+    assert ours.counted.is_contiguous() == ours.sampled.is_contiguous() == (kind == "safetensors")

@@ -31,8 +31,8 @@ from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Pr
 from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
-from weightlift.integrations.diffusers_strides import as_in_files, made_contiguous
 from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.file_strides import as_in_files, made_contiguous
 from weightlift.integrations.misfits import refuse_shared, shapes_differ
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions

@@ -31,6 +31,7 @@ from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.file_strides import as_in_files
 from weightlift.integrations.misfits import refuse_shared, shapes_differ
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_hooks import refuse_hooks, refuse_parts
@@ -270,6 +271,7 @@ class Filling:
         )
         decisions = match(spec, supply, self._options)
         refuse_shared(decisions, inventory.slots)
+        decisions = as_in_files(decisions, subject, done.offers)
         devices = self._devices([row.fqn for row in decisions.rows])
         if devices or self._plan_dtypes:
             decisions = replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows))

@@ -1,4 +1,4 @@
-"""How values lie in memory once Diffusers has loaded them: as the model has them, or as their file has them.
+"""How values lie in memory once their library has loaded them: as the model has them, or as their file has them.
 
 Safetensors are row-major; a pickle may hold views of other strides, and a constructor may make a parameter that isn't
 row-major (``channels_last``).
@@ -44,7 +44,7 @@ def _row_major(offer: Offer) -> Offer:
 
 def as_in_files(decisions: Decisions, subject: Subject, offers: Mapping[str, Offer]) -> Decisions:
     """The decisions, by which names with ``offers`` that were to be filled for their strides' sake get new memory:
-    Diffusers puts the file's tensor in their place. Where that has the same strides they are filled."""
+    their library puts the file's tensor in their place. Where that has the same strides they are filled."""
     slots = subject.inventory.slots
     names = {slot.fqn for slot in slots if slot.fqn in offers and _lies_otherwise(slot.tensor, offers[slot.fqn])}
     if not names:
@@ -55,7 +55,6 @@ def as_in_files(decisions: Decisions, subject: Subject, offers: Mapping[str, Off
         slot.fqn
         for slot, address in zip(slots, addresses, strict=True)
         if slot.fqn in names
-        and subject.record_at(slot.tensor, address) is not None
         and users[address] == 1
         and not has_other_users(slot.tensor, address, 1)
     }
