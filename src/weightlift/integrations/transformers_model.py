@@ -193,7 +193,7 @@ class Filling:
             {name: self._checkpoint.extras[key] for name, key in done.extras.items()},
         )
         with outside_modes():
-            decisions = settled(decisions, source, self._options)
+            decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
         self._carry_out(decisions, subject, source)
         self._finish()
         return info

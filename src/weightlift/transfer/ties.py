@@ -20,11 +20,12 @@ def conflicts_of(decisions: Decisions, source: Bytes, options: LoadOptions) -> l
     return [check for check, same in _compared(decisions.checks, source, options) if not same]
 
 
-def settled(decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisions:
+def settled(decisions: Decisions, source: Bytes, options: LoadOptions, *, together: bool = True) -> Decisions:
     """The decisions once the bytes of tied names are known. Raises PlanError under ``strict`` where they differ.
 
-    Without it, names with another value get a tensor of their own; those among them that agree stay one. Where that
-    can't be (views, one module under several names) the value of the name that was to provide is kept.
+    Without it, names with another value get a tensor of their own; those among them that agree stay one, if they are to
+    stay ``together``. Where that can't be (views, one module under several names) the value of the name that was to
+    provide is kept.
     """
     conflicts = conflicts_of(decisions, source, options)
     if not conflicts:
@@ -42,7 +43,8 @@ def settled(decisions: Decisions, source: Bytes, options: LoadOptions) -> Decisi
         )  # fmt: skip
     rows = {row.fqn: row for row in decisions.rows}
     target = 1 + max(row.target for row in decisions.rows)
-    for members in _agreeing([check for check in conflicts if check.can_untie], source, options):
+    leaving = [check for check in conflicts if check.can_untie]
+    for members in _agreeing(leaving, source, options) if together else [[check] for check in leaving]:
         first = members[0]
         _log.warning(
             "%s and %s are tied in %s but differ in %s: they are untied",
