@@ -7,7 +7,6 @@ the same memory shared by the same tensors.
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.property.search import SEARCH
 from torch import nn
 
 import weightlift as wl
 
 SEED = 7
-# The same few each time, or as many others as are asked for: thousands take minutes.
-EXAMPLES = os.environ.get("WEIGHTLIFT_EXAMPLES")
-SEARCH = settings(
-    max_examples=int(EXAMPLES or 200),
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 SHAPES = [(4,), (4, 4), (3, 4), (1, 4), (40, 50), (0, 4)]
 FILLS: list[Callable[[torch.Tensor], object]] = [
     lambda t: nn.init.normal_(t),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +11,17 @@ from typing import Any
 
 import diffusers
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.parity.altered import FORMS, altered
 from tests.parity.compare import differences, named
 from tests.parity.diffusers_compare import same_info
 from tests.parity.outcome import AMBIENT, outcome_of
+from tests.property.search import few
 
 import weightlift as wl
 
-EXAMPLES = os.environ.get("WEIGHTLIFT_EXAMPLES")
-SEARCH = settings(
-    max_examples=int(EXAMPLES or 60),
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    report_multiple_bugs=False,
-)
 BLOCKS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "UNet2DModel": {**BLOCKS, "sample_size": 8, "attention_head_dim": 4,
@@ -205,7 +197,7 @@ def differ(case, ours, theirs):
     return found
 
 
-@SEARCH
+@few(60)
 @given(cases)
 def test_diffusers(no_bars, case):
     with tempfile.TemporaryDirectory() as folder:

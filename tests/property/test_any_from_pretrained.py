@@ -9,7 +9,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.parity.altered import FORMS, altered, as_saved, untied, write
 from tests.parity.compare import differences, named
@@ -26,19 +25,12 @@ from tests.parity.families import FAMILIES, saved
 from tests.parity.missing import alike, poisoned
 from tests.parity.outcome import AMBIENT as SET_BEFORE
 from tests.parity.outcome import outcome_of
+from tests.property.search import few
 from transformers.utils import logging as transformers_logging
 
 import weightlift as wl
 from weightlift.errors import CheckpointError, TransferError
 
-EXAMPLES = os.environ.get("WEIGHTLIFT_EXAMPLES")
-SEARCH = settings(
-    max_examples=int(EXAMPLES or 40),
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    report_multiple_bugs=False,
-)
 number = st.integers(0, 60)
 STEPS = ("drop", "drop", "drop alike", "add", "misshape", "cast", "cast all", "prefix", "unprefix", "legacy", "turn",
          "share")  # fmt: skip
@@ -349,7 +341,7 @@ def faults(case, folder):
     return found
 
 
-@SEARCH
+@few(40)
 @given(cases)
 def test_transformers(quiet_bars, case):
     with tempfile.TemporaryDirectory() as folder:

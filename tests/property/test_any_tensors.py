@@ -6,7 +6,6 @@ Loading has to give what ``load_state_dict`` gives with copies of the same tenso
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -14,20 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.property.search import SEARCH
 from torch import nn
 
 import weightlift as wl
 
-# The same few each time, or as many others as are asked for: thousands take minutes.
-EXAMPLES = os.environ.get("WEIGHTLIFT_EXAMPLES")
-SEARCH = settings(
-    max_examples=int(EXAMPLES or 200),
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 DTYPES = [*FLOATS, torch.complex64, torch.int64, torch.uint8, torch.bool]
 SIZES = [0, 1, 12, 60, 5040]

@@ -1,0 +1,158 @@
+"""Recorders of nets made up at random, compiled and plain: they record what plain hooks do, and no graph breaks."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.property.made_nets import WIDTH, Stepwise, add_step, apply, net_of, observers, tensors_of
+from tests.property.made_programs import choice, nodes, number
+from tests.property.search import few
+from tests.property.taps_by_hand import ByHand, Choice, Stop, alike
+from torch import nn
+
+import weightlift as wl
+from weightlift.errors import CaptureError
+
+
+def edits(module: Any, args: Any, output: Any) -> Any:
+    return apply(lambda tensor: tensor * 1.1, output)
+
+
+def shifts(module: Any, args: Any) -> Any:
+    return (args[0] + 0.5, *args[1:]) if args else None
+
+
+def scales(module: Any, args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, "scale": 2.0}
+
+
+CALM = ["plain", "plain", "keywords", "twice", "sometimes", "often", "direct", "method", "caught", "ungraded"]
+
+
+def put_hook(model: nn.Module, number: int, kind: int) -> None:
+    nodes = [module for module in model.modules() if isinstance(module, Stepwise)]
+    node = nodes[number % len(nodes)]
+    if kind % 4 == 1:
+        node.register_forward_hook(edits)
+    elif kind % 4 == 2:
+        node.register_forward_pre_hook(shifts)
+    elif kind % 4 == 3:
+        node.register_forward_pre_hook(scales, with_kwargs=True)
+
+
+def change(model: nn.Module, kind: int, number: int) -> None:
+    """What a recorder has to follow."""
+    nodes = [module for module in model.modules() if isinstance(module, Stepwise)]
+    node = nodes[number % len(nodes)]
+    names = [name for name in node._modules if name != "many"]
+    kind %= 6
+    if kind == 1 and names:
+        node._modules[names[number % len(names)]] = Stepwise(20, number, False)
+    elif kind == 2:
+        add_step(node, Stepwise(21, number, False), "plain", 90, in_list=number % 2 == 1)
+    elif kind == 3:
+        model.train(not model.training)
+    elif kind == 4:
+        node.w.data = node.w.data * 3
+    elif kind == 5:
+        node.w = nn.Parameter(node.w.detach() * 2)
+
+
+def by_hand(model: nn.Module, choices: dict[str, Choice], x: torch.Tensor, depth: int) -> tuple[Any, Any, set[str]]:
+    """What a recorder should return: the output, the values, and what is wrong with them."""
+    opened = ByHand(model, choices)
+    token = observers.set(())
+    output = None
+    try:
+        opened.__enter__()
+        output = model(x, depth)
+    except Stop:
+        pass
+    finally:
+        opened.close()
+        observers.reset(token)
+    calls: dict[str, Any] = {name: {} for name in choices}
+    for noted in opened.noted:
+        if noted.lack is None:
+            calls[noted.tap][noted.fqn] = (*calls[noted.tap].get(noted.fqn, ()), noted.kept)
+    return output, calls, opened.wrong()
+
+
+def check_record(record: Any, model: nn.Module, choices: dict[str, Choice], depth: int) -> None:
+    x = torch.linspace(-1, 1, 2 * 3 * WIDTH).view(2, 3, WIDTH).requires_grad_()
+    given = x * 1
+    wanted, calls, wrong = by_hand(copy.deepcopy(model), choices, given, depth)
+    try:
+        output, got = record(given, depth)
+        found = {name: got.calls(name) for name in choices}
+    except CaptureError:
+        assert wrong
+        return
+    assert not wrong, wrong
+    assert alike(output, wanted)
+    for name in choices:
+        assert alike(found[name], calls[name]), name
+        assert gradient_of(calls[name], x) == gradient_of(found[name], x)
+
+
+def gradient_of(values: Any, x: torch.Tensor) -> Any:
+    tensors = [tensor for tensor in tensors_of(list(values.values())) if tensor.requires_grad]
+    if not tensors:
+        return None
+    return torch.autograd.grad(sum(tensor.sum() for tensor in tensors), x, retain_graph=True, allow_unused=True)[
+        0
+    ].tolist()
+
+
+@few(6)
+@given(
+    nodes,
+    choice,
+    choice,
+    number,
+    st.lists(st.tuples(number, number), max_size=2),
+    number,
+    number,
+    st.sampled_from(["eager", "aot_eager"]),
+)
+def test_a_recorder_records_what_plain_hooks_do(nodes, first, second, depth, hooks, kind, which, backend):
+    model = net_of(nodes, CALM, calm=True)
+    for where, what in hooks:
+        put_hook(model, where, what)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    depth %= 4
+    records = []
+    for choices in ({"t": first}, {"t": first, "u": second}):
+        try:
+            ByHand(model, choices).__enter__().close()
+        except CaptureError:
+            return
+        record = wl.recorder(model, **{name: choice.tap(model) for name, choice in choices.items()})
+        records.append((choices, record, torch.compile(record, backend=backend)))
+    for changed_by in (0, kind):
+        change(model, changed_by, which)
+        for choices, record, compiled in records:
+            for run in (record, compiled, compiled):
+                check_record(run, model, choices, depth)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    errors: list[BaseException] = []
+
+    def work(choices: dict[str, Choice], compiled: Any) -> None:
+        try:
+            for _ in range(3):
+                check_record(compiled, model, choices, depth)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(choices, compiled)) for choices, _, compiled in records]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
