@@ -57,11 +57,11 @@ def _within(value: object) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def state_for(module: nn.Module) -> dict[str, torch.Tensor]:
-    """New values for all that is saved, the same ones for names of one memory."""
+    """New values for all that is saved, the same ones for names of one memory; with its metadata."""
     generator = torch.Generator().manual_seed(1)
-    state: dict[str, torch.Tensor] = {}
+    state = module.state_dict()
     known: dict[object, str] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in list(state.items()):
         first = known.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name, name)
         new = torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor + 1
         state[name] = state[first].clone() if first != name else new.to(tensor.dtype)
