@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import weightlift as wl
+
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -32,6 +34,16 @@ AMBIENT: dict[str, Callable[[], Any]] = {
     "no grad": torch.no_grad,
 }
 """What a caller may have set around a load."""
+
+
+@contextlib.contextmanager
+def drop_in() -> Iterator[None]:
+    """Loads go through weightlift within, whoever asks for them."""
+    wl.install()
+    try:
+        yield
+    finally:
+        wl.uninstall()
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tests.parity.compare import differences, named
 from tests.parity.families import FAMILIES, saved
 from tests.parity.missing import alike, poisoned
 from tests.parity.outcome import AMBIENT as SET_BEFORE
-from tests.parity.outcome import outcome_of
+from tests.parity.outcome import drop_in, outcome_of
 from tests.property.search import few
 from transformers.utils import logging as transformers_logging
 
@@ -97,6 +97,7 @@ class Case:
     auto: bool
     ambient: str
     first: str
+    installed: bool
     options: tuple[tuple[str, Any], ...]
 
 
@@ -120,6 +121,7 @@ cases = st.builds(
     auto=st.sampled_from([False, False, True]),
     ambient=st.sampled_from(["", "", "", *AMBIENT]),
     first=st.sampled_from(["path", "path", "path", "text", "slash", "absent", "file", "no weights"]),
+    installed=st.booleans(),
     options=st.lists(st.sampled_from(OPTIONS), max_size=3).map(tuple),
 )  # fmt: skip
 
@@ -187,10 +189,10 @@ def options_of(case, cls, state, folder, who):
 
 
 def load(cls, name, given, by, ambient):
-    """The model and its loading info, by one or the other."""
+    """The model and its loading info: by the original, by ours, or by ours in the original's place."""
     config, state = copy.deepcopy(given.get("config")), dict(given.get("state_dict") or {})
-    with AMBIENT[ambient]():
-        made = cls.from_pretrained(name, **given) if by == "theirs" else wl.from_pretrained(cls, name, **given)
+    with AMBIENT[ambient](), drop_in() if by == "installed" else contextlib.nullcontext():
+        made = wl.from_pretrained(cls, name, **given) if by == "ours" else cls.from_pretrained(name, **given)
     if hasattr(config, "to_dict"):
         assert config.to_dict() == given["config"].to_dict()
     assert list(state) == list(given.get("state_dict") or {})
@@ -318,7 +320,7 @@ def faults(case, folder):
     cls, state = prepare(case, folder)
     outcomes = []
     before = vars(torch.nn.init).copy(), vars(torch.nn.Module).copy(), vars(transformers.PreTrainedModel).copy()
-    for by, seed in (("theirs", 1), ("theirs", 2), ("ours", 3)):
+    for by, seed in (("theirs", 1), ("theirs", 2), ("installed" if case.installed else "ours", 3)):
         torch.manual_seed(seed)
         try:
             name, given = options_of(case, cls, state, folder, f"{by}{seed}")

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.parity import made_pipelines as made
 from tests.parity.diffusers_compare import pipeline_differences
-from tests.parity.outcome import AMBIENT, outcome_of
+from tests.parity.outcome import AMBIENT, drop_in, outcome_of
 from tests.property.search import few
 from transformers.utils import logging as transformers_logging
 
@@ -170,16 +170,6 @@ def options_of(case, folder):
         key = "pretrained_model_or_path" if case.cls == "auto" else "pretrained_model_name_or_path"
         return None, {key: name, **given}
     return name, given
-
-
-@contextlib.contextmanager
-def drop_in():
-    """Loads go through weightlift within, whoever asks for them."""
-    wl.install()
-    try:
-        yield
-    finally:
-        wl.uninstall()
 
 
 def load(case, cls, name, given, ours, folder):
