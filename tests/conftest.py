@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,14 @@ def no_collector() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that repositories bring along is copied to a folder of the test's, not to the user's cache."""
+    from diffusers.utils import dynamic_modules_utils
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in (dynamic_modules_utils, dynamic_module_utils):
+        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -294,7 +294,7 @@ def quiet_bars():
 
 @few(20)
 @given(cases)
-def test_pipelines(quiet_bars, no_bars, case):
+def test_pipelines(quiet_bars, no_bars, own_modules, case):
     with tempfile.TemporaryDirectory() as folder:
         found = faults(case, Path(folder))
         assert not found, "\n".join([repr(case), *found])
