@@ -65,7 +65,9 @@ class Case:
 
 cases = st.builds(
     Case,
-    families=st.tuples(st.sampled_from(sorted(FAMILIES)), st.sampled_from(["bert", "bert", "llama", *sorted(FAMILIES)])),
+    families=st.tuples(
+        st.sampled_from(sorted(FAMILIES)), st.sampled_from(["bert", "bert", "llama", *sorted(FAMILIES)])
+    ),
     pair=st.integers(0, len(PAIRS) - 1),
     task=st.sampled_from(["", *TASKS]),
     steps=st.lists(st.tuples(st.sampled_from(STEPS), number, number), max_size=2).map(tuple),
@@ -136,7 +138,7 @@ def faults(case, folder):
     return compare(ours, theirs, again, {}) + ours.fell_back
 
 
-@few(40)
+@few(30)
 @given(cases)
 def test_composites(quiet_bars, case):
     with tempfile.TemporaryDirectory() as folder:

@@ -29,9 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 import weightlift as wl
 
-CHANGES = ("sharded", "bin", "fp16", "fp16", "fp16 too", "fp16 bin", "fp16 sharded", "subfolder gone", "no config",
-           "no weights", "truncated", "another file", "a file without a dot", "add", "cast", "cast all", "drop",
-           "misshape")  # fmt: skip
+MARKED = ("fp16", "fp16 too", "fp16 too", "fp16 bin", "fp16 sharded")
+CHANGES = (*MARKED, *MARKED, "sharded", "sharded", "bin", "bin", "subfolder gone", "no config", "no weights",
+           "truncated", "another file", "a file without a dot", "add", "add", "cast", "cast all", "drop", "misshape")  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float16, torch.float64, {"vae": torch.float16, "default": torch.bfloat16})
 INDEX = ("nulled", "dropped", "added", "no such class", "no such library", "other scheduler", "unknown setting",
          "no class name", "other class", "own", "own", "own calling super", "own calling super")  # fmt: skip
 OPTIONS: list[tuple[str, Any]] = [
@@ -97,6 +98,7 @@ class Case:
     installed: bool
     ambient: str
     first: str
+    dtype: Any
     then: str
     options: tuple[tuple[str, Any], ...]
 
@@ -111,7 +113,8 @@ cases = st.builds(
     cls=st.sampled_from(CLASSES),
     installed=st.booleans(),
     ambient=st.sampled_from(["", "", *AMBIENT]),
-    first=st.sampled_from(["path", "text", "text", "slash", "absent", "by name"]),
+    first=st.sampled_from(["path", *["text"] * 6, "slash", "absent", "by name"]),
+    dtype=st.sampled_from([None, None, None, *DTYPES]),
     then=st.sampled_from(["", "", "from_pipe", "from_pipe", "cast", "saved"]),
     options=st.lists(st.sampled_from(OPTIONS), max_size=3).map(tuple),
 )
@@ -155,7 +158,12 @@ def options_of(case, folder):
     """(first argument, keyword arguments)."""
     place = folder / "pipeline"
     name = {"path": place, "slash": f"{place}/", "absent": str(folder / "absent")}.get(case.first, str(place))
-    given = dict(case.options)
+    given = {} if case.dtype is None else {"torch_dtype": case.dtype}
+    if any(how in MARKED for how, *_ in case.changes):  # half of the loads ask for what there is
+        given |= {"variant": "fp16"} if case.changes[0][1] % 2 else {}
+    given |= dict(case.options)
+    if "dtype" in given:
+        given.pop("torch_dtype", None)
     for key, value in given.items():
         if value == "scheduler":
             given[key] = diffusers.EulerDiscreteScheduler()
