@@ -31,7 +31,8 @@ import weightlift as wl
 
 MARKED = ("fp16", "fp16 too", "fp16 too", "fp16 bin", "fp16 sharded")
 CHANGES = (*MARKED, *MARKED, "sharded", "sharded", "bin", "bin", "subfolder gone", "no config", "no weights",
-           "truncated", "another file", "a file without a dot", "add", "add", "cast", "cast all", "drop", "misshape")  # fmt: skip
+           "truncated", "another file", "a file without a dot", "add", "add", "cast", "cast all", "drop",
+           "misshape")  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float64, {"vae": torch.float16, "default": torch.bfloat16})
 INDEX = ("nulled", "dropped", "added", "no such class", "no such library", "other scheduler", "unknown setting",
          "no class name", "other class", "own", "own", "own calling super", "own calling super")  # fmt: skip
