@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -216,3 +218,79 @@ def test_the_calls_of_a_generation_are_told_of_once() -> None:
         for _ in range(5):
             net(x())
     assert len(caught.value.problems) == 3
+
+
+class Table:
+    """Has elements by names only."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return {"value": torch.ones(2)}[name]
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("make", "index"), [(UserDict, 2), (UserDict, -3), (lambda *_: Table(), 0)])
+def test_a_position_in_what_has_only_keys(make: Callable[..., Any], index: int) -> None:
+    class Gives(nn.Module):
+        def forward(self, value: torch.Tensor) -> Any:
+            return make({"first": value, "second": value * 2})
+
+    net = nn.Sequential(Gives())
+    with pytest.raises(wl.CaptureError, match="takes an element that isn't there"):
+        eager(net, torch.ones(2), {"x": wl.Output("0", index=index)})
+    if make is UserDict:  # as in a dictionary
+        assert torch.equal(eager(net, torch.ones(2), {"x": wl.Output("0", index=1)})["x"][0], torch.ones(2) * 2)
+
+
+class Spreads(nn.Module):
+    """Gives its layer several tensors."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, value: torch.Tensor, **more: Any) -> Any:
+        return self.layer(value, value * 2, **more)
+
+
+class Adds(nn.Module):
+    def forward(self, *tensors: torch.Tensor, scale: Any = 1.0) -> torch.Tensor:
+        return sum(tensors) * scale  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("call", [eager, recorded, compiled])
+def test_what_comes_after_any_number_of_arguments_has_no_position(call: Calls) -> None:
+    value = torch.ones(2)
+    for index in ("scale", "tensors"):
+        with pytest.raises(wl.CaptureError, match="takes an argument that isn't passed"):
+            call(Spreads(Adds()), value, {"x": wl.Input("layer", index=index)})
+    assert torch.equal(call(Spreads(Adds()), value, {"x": wl.Input("layer", index=1)})["x"][0], value * 2)
+    with (
+        pytest.raises(wl.CaptureError, match="takes an argument that isn't passed"),
+        wl.capture(net := Spreads(Adds()), x=wl.Input("layer", index=2)),
+    ):
+        net(value, scale=value)
+
+
+@pytest.mark.parametrize("call", [eager, recorded, compiled])
+def test_arguments_of_a_forward_that_was_set_on_the_instance(call: Calls) -> None:
+    def other(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first - second
+
+    def passes_on(*args: Any, **kwargs: Any) -> Any:
+        return torch.add(*args, **kwargs)
+
+    class Takes(nn.Module):
+        def forward(self, second: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            return second
+
+    value = torch.ones(2)
+    for forward, name in (
+        (other, "second"),
+        (functools.wraps(other)(lambda *args: other(*args)), "second"),
+        (passes_on, "first"),
+    ):
+        net = Spreads(Takes())
+        net.layer.forward = forward  # type: ignore[assignment]
+        assert torch.equal(call(net, value, {"x": wl.Input("layer", index=name)})["x"][0], value * 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
 from collections import deque
@@ -201,7 +202,9 @@ class TakeInput(TakeOutput):
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
-        place = argument_place(original(module), tap.recipe.index, args, kwargs)
+        index = tap.recipe.index
+        by_place = type(index) is int and 0 <= index < len(args)  # then nobody asks for names
+        place = argument_place(() if by_place else parameters_of(original(module)), index, args, kwargs)
         if isinstance(place, Lack):
             if not recomputing:
                 self.lack(session, place)
@@ -217,11 +220,13 @@ class TakeInput(TakeOutput):
         return edited
 
 
-def argument_place(module: nn.Module, index: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where an argument stands: its position or its key; a callable index sees all of them. Else a `Lack`."""
+def argument_place(names: Sequence[str], index: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where an argument stands: its position or its key; a callable index sees all of them. Else a `Lack`.
+
+    ``names``: see `parameters_of`.
+    """
     if callable(index):
         return index
-    names = _parameters(type(module).forward)
     if index is None:
         index = 0
     if isinstance(index, int):
@@ -251,6 +256,26 @@ def put_argument(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any], valu
     return args, {**kwargs, place: value}
 
 
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward by their positions, that of the instance if it has its own.
+
+    Where that only passes on what it is given, ``*args``, the names are those of the class.
+    """
+    own = module.__dict__.get("forward")
+    names = () if own is None else _positions(own)  # not kept: it may hold the module
+    return names or _of_class(type(module).forward)
+
+
 @functools.lru_cache(maxsize=512)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _of_class(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return _positions(forward)[1:]
+
+
+def _positions(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """What comes after ``*args`` has no position."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # nothing is known of it
+        return ()
+    named = itertools.takewhile(lambda parameter: parameter.kind is not parameter.VAR_POSITIONAL, parameters)
+    return tuple(parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD)

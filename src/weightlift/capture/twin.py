@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from weightlift.capture.actions import argument_place, put_argument, take_argument
+from weightlift.capture.actions import argument_place, parameters_of, put_argument, take_argument
 from weightlift.capture.declared import Site
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
@@ -98,7 +98,7 @@ def build_twin(
         if forward is not None:
             copied.__dict__["forward"] = forward
         if own is not None:
-            _stand(copied, own, cell)
+            _stand(copied, own, cell, parameters_of(module))
         made[id(module)] = copied
         originals.append(module)
         links.extend((module, name, child) for name, child in module._modules.items())
@@ -132,13 +132,13 @@ def _bound_anew(value: Any, module: nn.Module, copied: nn.Module) -> Any:
     return value
 
 
-def _stand(copied: nn.Module, sites: Sites, cell: Any) -> None:
-    """Puts the taps into dictionaries of the copy's own, after the user's hooks."""
+def _stand(copied: nn.Module, sites: Sites, cell: Any, names: tuple[str, ...]) -> None:
+    """Puts the taps into dictionaries of the copy's own, after the user's hooks. ``names``: of the arguments."""
     own = copied.__dict__
     before = [take for take in sites.takes if take.before]
     after = [take for take in sites.takes if not take.before]
     if before or sites.gather is not None:
-        own["_forward_pre_hooks"][HOOK_ID] = before_hook(before, sites.gather, cell)
+        own["_forward_pre_hooks"][HOOK_ID] = before_hook(before, sites.gather, cell, names)
         own["_forward_pre_hooks_with_kwargs"][HOOK_ID] = True
     if after or sites.declared or sites.gather is not None:
         declared = tuple(sites.declared or ())
@@ -146,12 +146,12 @@ def _stand(copied: nn.Module, sites: Sites, cell: Any) -> None:
         own["_forward_hooks_with_kwargs"][HOOK_ID] = True
 
 
-def before_hook(takes: list[Take], gather: Gather | None, cell: Any) -> Callable[..., Any]:
+def before_hook(takes: list[Take], gather: Gather | None, cell: Any, names: tuple[str, ...]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if gather is not None:
             cell.scopes.append((gather, {}))
         for tap in takes:
-            value = place = argument_place(module, tap.recipe.index, args, kwargs)
+            value = place = argument_place(names, tap.recipe.index, args, kwargs)
             if not isinstance(place, Lack):
                 value = take_argument(place, args, kwargs)
                 if tap.recipe.replace is not None:

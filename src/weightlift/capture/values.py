@@ -111,11 +111,14 @@ def take(value: Any, index: Any) -> Any:
 def _element(value: Any, index: Any) -> Any:
     if isinstance(index, int):
         items = value
-        if isinstance(value, dict) and not hasattr(value, "to_tuple"):  # not one of Transformers' outputs
+        if isinstance(value, Mapping) and not hasattr(value, "to_tuple"):  # not one of Transformers' outputs
             items = tuple(value.values())
-        elif isinstance(value, torch.Tensor) or not hasattr(value, "__getitem__"):
+        elif not hasattr(value, "__getitem__") or not hasattr(value, "__len__") or isinstance(value, torch.Tensor):
             return Lack(f"{_kind(value)}, which has no positions")
-        return items[index] if -len(items) <= index < len(items) else Lack(_kind(value))
+        try:
+            return items[index] if -len(items) <= index < len(items) else Lack(_kind(value))
+        except (LookupError, TypeError):  # its places are no numbers
+            return Lack(_kind(value))
     if isinstance(index, str):
         if isinstance(value, Mapping):
             if index in value:
