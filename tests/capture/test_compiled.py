@@ -165,6 +165,32 @@ def test_toggling_and_many_selections_compile_once_each() -> None:
     assert not breaks()
 
 
+class Catches(nn.Module):
+    """Goes on with something else when its first layer fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        try:
+            value = self.first(value)
+        except Exception:  # as models do where an optional kernel may be missing
+            value = value * 100
+        return self.second(value)
+
+
+@pytest.mark.parametrize("how", ["whole", "by layers"])
+def test_a_model_that_catches_every_exception_does_not_catch_the_stop(how: str) -> None:
+    net = Catches()
+    if how == "by layers":
+        net.first.compile(backend="eager")
+    record = wl.recorder(net, seen=wl.Output("first", stop=True))
+    out, got = (torch.compile(record, backend="eager", fullgraph=True) if how == "whole" else record)(torch.ones(2))
+    assert out is None and same(got["seen"], [torch.ones(2)])
+    assert torch.equal(net(torch.ones(2)), torch.ones(2))
+
+
 def test_stop_edits_inputs_and_calls_in_compiled_code() -> None:
     net = Net()
     delta = torch.ones(8)

@@ -24,8 +24,8 @@ from weightlift.capture.select import original
 from weightlift.capture.values import Lack, Recipe, edit, finish, pick, put
 
 
-class Left(Exception):  # dynamo follows a plain Exception
-    """The rest of a traced forward is not wanted."""
+class Left(BaseException):
+    """The rest of a traced forward is not wanted. Not an Exception, so that no model's own ``except`` keeps it."""
 
 
 @dataclass(frozen=True)
