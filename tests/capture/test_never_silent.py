@@ -190,3 +190,41 @@ def test_stop_and_the_last_call_contradict_each_other() -> None:
 def test_an_error_of_the_block_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), wl.capture(Net(), hidden="layers.*"):
         1 / 0
+
+
+class Grows(nn.Module):
+    """Makes a layer in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Layer()])
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1:
+            self.parts.append(Layer())
+        for part in self.parts:
+            value = part(value)
+        return value
+
+
+def chosen(fqn: str, module: nn.Module) -> bool:
+    return isinstance(module, Layer)
+
+
+@pytest.mark.parametrize("select", ["parts.*", "**.out", Layer, chosen, ["parts.0", "parts.*"]])
+def test_a_module_that_came_while_the_capture_was_open(select: object) -> None:
+    net = Grows()
+    for expect in ("every", "maybe"):
+        net.parts = net.parts[:1]
+        capture = wl.capture(net, seen=wl.Output(select, expect=expect))  # type: ignore[arg-type]
+        with pytest.raises(wl.CaptureError, match=r"parts\.1.*'seen' missed a module"), capture:
+            net(x())
+        with capture as got:
+            net(x())
+        assert len(got["seen"]) == 2
+    with wl.capture(net, seen=select):
+        net.other = nn.Identity()  # which nobody wants
+        net(x())
+    with wl.capture(net, seen=wl.Output("parts.0", expect="some")):
+        net.parts.append(Layer())
+        net(x())

@@ -167,3 +167,22 @@ def test_options_that_contradict_each_other(make: object, text: str) -> None:
 def test_declared_names_need_a_declaration() -> None:
     with pytest.raises(wl.CaptureError, match="declares nothing"), wl.capture(Net(), "hidden_states"):
         pass
+
+
+def test_a_class_that_was_set_later() -> None:
+    class Other(nn.Linear):
+        pass
+
+    net = Net()
+    net.head.__class__ = Other
+    for _ in range(2):
+        assert names(net, tap=Other) == ["head"]
+    net.layers[1].out.__class__ = Other
+    assert names(net, tap=Other) == ["layers.1.out", "head"]
+    net.head.__class__ = nn.Linear
+    assert names(net, tap=Other) == ["layers.1.out"]
+    alone = nn.LazyLinear(8)
+    with wl.capture(alone, tap=nn.LazyLinear):
+        alone(x())
+    with pytest.raises(wl.CaptureError, match="no module is a LazyLinear"):
+        names(alone, tap=nn.LazyLinear)

@@ -10,9 +10,9 @@ from weightlift.capture.result import Entry, Recorded, lacking, no_such_calls, n
 from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
-from weightlift.capture.template import Template
+from weightlift.capture.template import Template, givers_of, resolve_taps
 from weightlift.capture.values import Lack, written
-from weightlift.errors import Problem
+from weightlift.errors import CaptureError, Problem
 
 _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
 
@@ -21,7 +21,7 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
     """Keeps of the entries what was asked for, and returns what is wrong."""
     if session.raw:
         session.settle_raw()
-    if _as_usual(session, template):
+    if sum(map(len, session.children)) == session.count and _as_usual(session, template):
         return []
     problems = list(session.problems)
     _drop_failed(session)
@@ -37,6 +37,8 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         problems += _lacking(number, name, tap, session.lacks, session.entries)
         chosen = [Selected(fqn, session.held[template.places[key]]) for fqn, key in template.chosen[number]]
         problems += _fired(session, root, name, tap, chosen, fired)
+    if not template.stands():
+        problems += _added(session, root, template, {problem.fqn for problem in problems})
     problems += _written(session.entries, template)
     if session.detached:
         problems += _detached(session)
@@ -89,9 +91,7 @@ def _wanted(entries: Sequence[Entry], number: int, calls: dict[str, set[int]]) -
     return [entry for entry in entries if entry.tap != number or entry.call in calls[entry.fqn]]
 
 
-def _lacking(
-    number: int, name: str, tap: Output, lacks: Sequence[Entry], entries: Sequence[Entry]
-) -> list[Problem]:
+def _lacking(number: int, name: str, tap: Output, lacks: Sequence[Entry], entries: Sequence[Entry]) -> list[Problem]:
     """What modules did not give that a tap takes, once for each. None is for ``expect`` to allow."""
     own = {entry.fqn: entry.value for entry in reversed(lacks) if entry.tap == number}
     if tap.expect == "maybe" or (tap.expect == "some" and any(entry.tap == number for entry in entries)):
@@ -164,6 +164,33 @@ def _why(session: Session, root: nn.Module, item: Selected, *, allowing: str = "
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
     skipped = "if it is skipped on purpose, or its parent reads its weights without calling it"
     return f"{skipped}, give expect={allowing!r}; if it was compiled: {_COMPILED}"
+
+
+def _added(session: Session, root: nn.Module, template: Template, told: set[str | None]) -> list[Problem]:
+    """What the taps mean by now, and did not when the capture was entered. ``told``: what is known to be wrong."""
+    problems = []
+    for number, (name, tap) in enumerate(template.taps):
+        known = template.givers[number] if isinstance(tap, Declared) else template.chosen[number]
+        watched = {id(original(session.held[template.places[key]])) for _, key in known}
+        for item in _meant(root, name, tap):
+            if id(original(item.module)) not in watched and item.fqn not in told:
+                what = (
+                    f"tap {name!r} missed a module, which came or became one that it means while the capture was open"
+                )
+                hint = "enter the capture when the model has it: if its first forward makes it, run one before"
+                problems.append(Problem(what, fqn=item.fqn, hint=hint))
+    return problems
+
+
+def _meant(root: nn.Module, name: str, tap: Tap) -> list[Selected]:
+    """The modules that a tap means now."""
+    try:
+        chosen, wanted = resolve_taps(root, [(name, tap)], [])
+    except CaptureError:  # none any more
+        return []
+    if wanted is None:
+        return chosen[0]
+    return [Selected(fqn, wanted.modules[fqn]) for fqn, _ in givers_of(wanted)[0]]
 
 
 def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:

@@ -94,29 +94,40 @@ class Watch:
 
     `stands` runs with every capture, so it is a few loops in C. Most modules have no children: of those it keeps the
     empty dictionary itself, which holds nothing alive and fills when the module gets some.
+
+    ``classes``: also the class of each module, of which the first has all others within it.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, classes: bool = False) -> None:
         own = {id(module): module for module in map(original, modules)}.values()
         kids = [child for module in own for child in module._modules.values() if child is not None]
         self.broken = False
         # An id can be used again once its owner died: then the callback has told us.
         self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
         self._childless = [module._modules for module in own if _bare(module)]
-        self._parents = [weakref.ref(module) for module in own if not _bare(module)]
+        self._classes = classes
+        parents = [module for place, module in enumerate(own) if not _bare(module) or (classes and place == 0)]
+        self._parents = [weakref.ref(module) for module in parents]
         self._seen = self._look()
 
     def _died(self, _: object) -> None:
         self.broken = True
 
-    def _look(self) -> list[int]:
+    def _look(self) -> list[Any]:
         """How many children each parent has, and their identities."""
-        seen = []
+        seen: list[Any] = []
         for parent in self._parents:
             names = parent()._modules  # type: ignore[union-attr]
             seen.append(len(names))
             seen.extend(map(id, names.values()))
+            if self._classes:
+                seen.append(type(parent()))
+                seen.extend(map(type, names.values()))
         return seen
+
+    def children(self) -> list[Any]:
+        """The dictionaries of children: how many they hold together tells at once whether any came since."""
+        return [*[parent()._modules for parent in self._parents], *self._childless]  # type: ignore[union-attr]
 
     def stands(self) -> bool:
         if self.broken or any(self._childless):
@@ -149,9 +160,11 @@ class Found:
         return [Selected(fqn, module) for fqn, module in zip(self.fqns, modules) if module is not None]
 
 
-def found(items: Sequence[Selected], visited: Sequence[nn.Module], extra: Any = None) -> Found:
+def found(
+    items: Sequence[Selected], visited: Sequence[nn.Module], extra: Any = None, *, classes: bool = False
+) -> Found:
     references = tuple(weakref.ref(item.module) for item in items)
-    return Found(tuple(item.fqn for item in items), references, Watch(visited), extra)
+    return Found(tuple(item.fqn for item in items), references, Watch(visited, classes=classes), extra)
 
 
 # By identity: a module may define equality, or not be hashable.
@@ -220,9 +233,11 @@ def select(root: nn.Module, selector: Any, watches: list[Watch]) -> list[Selecte
         return remembered(root, selector, lambda: _by_pattern(root, selector), watches)[0]
     if isinstance(selector, type):
         return remembered(root, selector, lambda: _by_class(root, selector), watches)[0]
-    items = [item for item in walk(root) if selector(item.fqn, original(item.module))]
+    everything = list(walk(root))
+    items = [item for item in everything if selector(item.fqn, original(item.module))]
     if not items:
         raise _nothing(root, f"the predicate {selector!r} chose no module")
+    watches.append(Watch([item.module for item in everything], classes=True))
     return items
 
 
@@ -242,7 +257,7 @@ def _by_class(root: nn.Module, wanted: type) -> Found:
     items = [item for item in everything if isinstance(original(item.module), wanted)]
     if not items:
         raise _nothing(root, f"no module is a {wanted.__name__}", _class_names(everything), wanted.__name__)
-    return found(items, [item.module for item in everything])
+    return found(items, [item.module for item in everything], classes=True)
 
 
 def _by_pattern(root: nn.Module, pattern: str) -> Found:

@@ -166,7 +166,7 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "before", "checkpointed", "closed", "detached", "elsewhere", "entries", "fired", "forgotten",
+        "after", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries", "fired", "forgotten",
         "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems", "raw", "recomputed",
         "stopped", "template", "wanted",
     )  # fmt: skip
@@ -175,6 +175,7 @@ class Session:
         self,
         template: Work,
         held: Sequence[nn.Module],  # the template says which is which
+        children: Sequence[Any] = (),  # the dictionaries of all children that were looked at
     ) -> None:
         self.closed = False
         self.forgotten = False
@@ -182,6 +183,8 @@ class Session:
         self.before: dict[int, list[Any]] = template.before
         self.after: dict[int, list[Any]] = template.after
         self.held = held
+        self.children = children
+        self.count = sum(map(len, children))
         self.numbers = itertools.count()
         # What came since, not yet among the entries: what took it, the value, its version, the number of its forward.
         self.raw: list[tuple[Any, Any, int, int | None]] = []
@@ -218,7 +221,7 @@ class Session:
         self.frames = {}
         self.last = {}
         self.before = self.after = _NOTHING
-        self.held = ()
+        self.held = self.children = ()
 
     def begin(self, owner: Any, frame: FrameType, *, is_root: bool) -> None:
         """A forward of ``owner`` starts. What an earlier one left behind, because it failed, is dropped.

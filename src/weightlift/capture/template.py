@@ -45,7 +45,7 @@ class Template:
             if any(action.wants_kwargs for action in acts)
         )
         self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
-        self.givers = _givers(wanted)
+        self.givers = givers_of(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
         # What has to be looked at when a capture closes: modules that must give, and whether calls are counted.
         self.giving = frozenset(name for givers in self.givers.values() for name, _ in givers)
@@ -123,11 +123,17 @@ class Template:
         self.after.setdefault(id(module), []).append(action)
         self._modules[id(module)] = module
 
-    def open(self) -> Session | None:
-        """A session, or None if the model is no longer what it was when this was made."""
+    def stands(self) -> bool:
+        """Whether the model is what it was when this was made, as far as it was looked through."""
         for watch in self.watches:
             if not watch.stands():
-                return None
+                return False
+        return True
+
+    def open(self) -> Session | None:
+        """A session, or None if the model is no longer what it was when this was made."""
+        if not self.stands():
+            return None
         held: list[nn.Module] = []
         for reference in self._references:
             module = reference()
@@ -137,7 +143,11 @@ class Template:
         for place in self._ways:
             if held[place]._compiled_call_impl is not None:
                 return None
-        return Session(self, held)
+        try:
+            children = [names for watch in self.watches for names in watch.children()]
+        except AttributeError:  # one died just now
+            return None
+        return Session(self, held, children)
 
 
 def _scope_of(fqn: str, scopes: Mapping[str, object]) -> str:
@@ -147,7 +157,7 @@ def _scope_of(fqn: str, scopes: Mapping[str, object]) -> str:
     return fqn
 
 
-def _givers(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
+def givers_of(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
     """For each declared tap the modules that belong to it: names and ids."""
     if wanted is None:
         return {}
