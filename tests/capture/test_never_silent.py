@@ -174,6 +174,15 @@ def test_reentrant_checkpointing_detaches() -> None:
     assert len(got["hidden"]) == 3
 
 
+def test_reentrant_checkpointing_is_noticed_where_grad_is_switched_on_inside() -> None:
+    net, value = Checkpointed(), x().requires_grad_()
+    net.reentrant = True
+    with pytest.raises(wl.CaptureError, match="reentrant"), torch.no_grad(), wl.capture(net, hidden="layers.*"):
+        net(value)
+        with torch.enable_grad():
+            net(value)
+
+
 def test_edits_within_checkpointing_are_refused() -> None:
     net, value = Checkpointed(), x().requires_grad_()
     edited = wl.Output("layers.1", replace=torch.neg)

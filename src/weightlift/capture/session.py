@@ -232,6 +232,8 @@ class Session:
         around = _running_root(self, outer) if is_root else None
         if around is not None and not around.done:
             around.around = True
+        if not self.grad:  # it was off when the capture was entered
+            self.grad = is_grad_enabled()
         forward = Forward(self, owner, outer, threading.get_ident(), is_root)
         self.frames[forward] = frame
         if is_root:
