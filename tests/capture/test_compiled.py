@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,6 +164,40 @@ def test_toggling_and_many_selections_compile_once_each() -> None:
             assert close(record(value)[1]["hidden"], [net[: layer + 1](value)])
     assert compiles() == 11
     assert not breaks()
+
+
+class Branches(nn.Module):
+    """Two sequences, of which the second is called through a plain list if asked for."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(OrderedDict(wanted=nn.ReLU()))
+        self.second = nn.Sequential(OrderedDict(other=nn.ReLU()))
+        self.listed = [self.second] if plain else []
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = self.first(value)
+        return self.listed[0](value) if self.listed else self.second(value)
+
+
+@pytest.mark.parametrize("by_layers", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_recorder_sees_what_is_added_where_nothing_was_wanted_before(plain: bool, by_layers: bool) -> None:
+    net = Branches(plain)
+    if by_layers:
+        net.first.compile(backend="eager")
+    record = wl.recorder(net, seen="*.wanted")
+    fast = record if by_layers else torch.compile(record, backend="eager", fullgraph=True)
+    assert len(fast(x())[1]["seen"]) == 1
+    net.second.add_module("wanted", nn.Sigmoid())
+    value = x()
+    out, got = fast(value)
+    assert torch.equal(out, net(value))
+    if plain:
+        with pytest.raises(wl.CaptureError, match=r"second\.wanted.*did not fire"):
+            assert got["seen"]
+    else:
+        assert len(got["seen"]) == 2 and torch.equal(got["seen"][1], out)
 
 
 class Catches(nn.Module):

@@ -20,7 +20,7 @@ from weightlift.capture.declared import Wanted
 from weightlift.capture.gathering import Gather
 from weightlift.capture.regions import names_of, region_of
 from weightlift.capture.result import Entry, Recorded, Records
-from weightlift.capture.select import Selected, compiled_wrapper, original, own_taps
+from weightlift.capture.select import Selected, Watch, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
 from weightlift.capture.template import awaited, resolve_taps
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
@@ -40,6 +40,12 @@ class Built:
     mixed_flags: tuple[bool, ...]
     regions: Regions | None
     remake: Callable[[], Twin]
+    meant: frozenset[tuple[str, int]]  # what is wanted: names, and ids of what the twins hold
+    watches: tuple[Watch, ...]  # of what was looked through to find that, copied or not
+
+    def stands(self) -> bool:
+        """Whether nothing changed where it was looked for. Not to be traced."""
+        return all(watch.stands() for watch in self.watches)
 
     def pick(self) -> Twin | None:
         """The twin for the modes that the model is in now; None when it has to be built first."""
@@ -80,15 +86,25 @@ class State:
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
         with self.lock:
-            built = self.built
+            built = self.look_again()
             if built.pick() is None:
                 # Only another mixture of modes: the other twins, and what was compiled for them, stay good.
                 self.built = built.mixed() if built.train_twin.stands() and built.eval_twin.stands() else self.build()
         return True
 
+    def look_again(self) -> Built:
+        """What there is, if the same is still wanted; else built anew. Under the lock."""
+        if not self.built.stands():
+            watches: list[Watch] = []
+            meant = _meant(*resolve_taps(self.model, list(self.taps.items()), watches))
+            same = meant == self.built.meant
+            self.built = replace(self.built, watches=tuple(watches)) if same else self.build()
+        return self.built
+
     def build(self) -> Built:
         taps = list(self.taps.items())
-        chosen, wanted = resolve_taps(self.model, taps, [])
+        watches: list[Watch] = []
+        chosen, wanted = resolve_taps(self.model, taps, watches)
         counts = awaited(taps, chosen, wanted)
         sites = _sites(taps, chosen, wanted)
         regions = any(region_of(self.model, fqn) is not None for fqn in names_of(chosen, wanted)) or any(
@@ -107,7 +123,15 @@ class State:
             flags,
             Regions(self.model, sites, self.cell) if regions else None,
             remake,
+            _meant(chosen, wanted),
+            tuple(watches),
         )
+
+
+def _meant(chosen: dict[int, list[Selected]], wanted: Wanted | None) -> frozenset[tuple[str, int]]:
+    modules = {} if wanted is None else wanted.modules
+    named = [(item.fqn, id(item.module)) for items in chosen.values() for item in items]
+    return frozenset((*named, *((fqn, id(module)) for fqn, module in modules.items())))
 
 
 def _sites(
@@ -197,6 +221,9 @@ def run(
 
 def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
     built = state.built
+    if built.regions is not None and not built.stands():
+        with state.lock:
+            built = state.look_again()
     if built.regions is not None:
         twin = built.regions.twin()
         if twin is None:
