@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -237,3 +239,28 @@ def test_a_module_that_came_while_the_capture_was_open(select: object) -> None:
     with wl.capture(net, seen=wl.Output("parts.0", expect="some")):
         net.parts.append(Layer())
         net(x())
+
+
+class Held:
+    """No container that a tap's options could follow."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("make", [Held, lambda tensor: (tensor, [Held(tensor)]), lambda tensor: {tensor}])
+@pytest.mark.parametrize("options", [{"detach": True}, {"clone": True}, {"dtype": torch.float16}, {"tokens": -1}])
+def test_options_that_do_not_reach_into_an_object(make: Callable[..., object], options: dict[str, Any]) -> None:
+    class Gives(nn.Module):
+        def forward(self, value: torch.Tensor) -> object:
+            return make(value)
+
+    net = nn.Sequential(Gives())
+    with pytest.raises(wl.CaptureError, match="change nothing within"), wl.capture(net, x=wl.Output("0", **options)):
+        net(x())
+    _, got = torch.compile(wl.recorder(net, x=wl.Output("0", **options)), backend="eager")(x())
+    with pytest.raises(wl.CaptureError, match="change nothing within"):
+        assert got["x"]
+    with wl.capture(net, x="0", tensor=wl.Output("0", index=lambda value: x(), **options)) as got:
+        net(x())
+    assert len(got["x"]) == len(got["tensor"]) == 1

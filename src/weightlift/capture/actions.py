@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from weightlift.capture.result import Entry
+from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, edit, finish, pick, put, recipe_of, untouched, version_of
+from weightlift.capture.values import Lack, beyond, edit, finish, pick, put, recipe_of, untouched, version_of
 
 
 class Action:
@@ -155,7 +155,7 @@ class TakeOutput(Action):
         call = len(fired)
         fired.append(root)
         if tap.every or tap.kept_last or call in tap.calls:  # type: ignore[operator]
-            kept = value if tap.untouched else finish(value, tap.recipe)
+            kept = value if tap.untouched else self._finished(session, value)
             version = version_of(kept)
             entry = Entry(tap.number, self.fqn, kept, root, version, call)
             session.entries.append(entry)
@@ -163,6 +163,13 @@ class TakeOutput(Action):
                 self._let_go(session, entry)
         if session.wanted is not None:
             session.arrived(tap.number, self.fqn)
+
+    def _finished(self, session: Session, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) and (kind := beyond(value)) is not None:
+            problem = out_of_reach(self.tap.name, self.fqn, kind)
+            if problem not in session.problems:
+                session.problems.append(problem)
+        return finish(value, self.tap.recipe)
 
     def _let_go(self, session: Session, entry: Entry) -> None:
         """Of the calls that are counted from the end, only as many are kept as may still be wanted."""

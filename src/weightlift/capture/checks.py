@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from weightlift.capture.result import Entry, Recorded, lacking, no_such_calls, no_such_layers, places
+from weightlift.capture.result import Entry, Recorded, lacking, no_such_calls, no_such_layers, out_of_reach, places
 from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template, givers_of, resolve_taps
-from weightlift.capture.values import Lack, written
+from weightlift.capture.values import Lack, beyond, recipe_of, untouched, written
 from weightlift.errors import CaptureError, Problem
 
 _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
@@ -267,6 +267,9 @@ def settle_recorded(
                 hint = "attention that returns no weights needs attn_implementation='eager'"
                 problems.append(Problem(f"{tap.key!r} was not recorded", hint=hint))
             continue
+        if not untouched(recipe_of(tap)):
+            kinds = {entry.fqn: kind for entry in entries if entry.tap == number and (kind := beyond(entry.value))}
+            problems += [out_of_reach(name, fqn, kind) for fqn, kind in kinds.items()]
         silent = [fqn for fqn in fqns if (number, fqn) not in counts]
         if silent and not stopped and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
             hint = "it did not run, or not under its own name: layers in plain lists, on worker threads or copied"

@@ -194,6 +194,13 @@ def lacking(name: str, tap: Output, fqn: str, lack: Lack) -> Problem:
     return Problem(what, fqn=fqn, expected=f"index {tap.index!r}", found=lack.found, hint=hint)
 
 
+def out_of_reach(name: str, fqn: str, kind: str) -> Problem:
+    """What is to be done with each tensor of a value cannot be done within an object."""
+    what = f"tap {name!r}: its options change nothing within a {kind}, which holds tensors"
+    hint = "take an element, index=…, or leave the options out: they follow tuples, lists, mappings and dataclasses"
+    return Problem(what, fqn=fqn, hint=hint)
+
+
 _NO_WEIGHTS = (
     "attention that returns no weights needs attn_implementation='eager' in Transformers, need_weights=True in torch"
 )

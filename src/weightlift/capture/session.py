@@ -166,9 +166,9 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries", "fired", "forgotten",
-        "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems", "raw", "recomputed",
-        "stopped", "template", "wanted",
+        "after", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries", "fired",
+        "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems", "raw",
+        "recomputed", "stopped", "template", "wanted",
     )  # fmt: skip
 
     def __init__(

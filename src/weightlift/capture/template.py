@@ -125,10 +125,7 @@ class Template:
 
     def stands(self) -> bool:
         """Whether the model is what it was when this was made, as far as it was looked through."""
-        for watch in self.watches:
-            if not watch.stands():
-                return False
-        return True
+        return all(watch.stands() for watch in self.watches)
 
     def open(self) -> Session | None:
         """A session, or None if the model is no longer what it was when this was made."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -205,6 +206,22 @@ def finish(value: Any, recipe: Recipe) -> Any:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: finish(item, recipe) for name, item in fields.items()})
     return value
+
+
+def beyond(value: Any) -> str | None:
+    """The kind of an object within a value that holds tensors and that `finish` leaves as it is; None without one."""
+    if value is None or isinstance(value, torch.Tensor | str | int | float):
+        return None
+    if isinstance(value, Mapping):
+        items = [*value.values()]
+    elif isinstance(value, list | tuple):
+        items = [*value]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    else:
+        held = value if isinstance(value, Set | deque) else getattr(value, "__dict__", {}).values()
+        return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
+    return next((kind for kind in map(beyond, items) if kind is not None), None)
 
 
 def _finish(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
