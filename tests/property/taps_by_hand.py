@@ -178,7 +178,10 @@ class ByHand:
     def __init__(self, model: nn.Module, choices: dict[str, Choice]) -> None:
         self.model = model
         self.choices = choices
-        self.chosen = {name: selected(model, choice.select(model)) for name, choice in choices.items()}
+        self.selectors = {name: choice.select(model) for name, choice in choices.items()}
+        self.chosen = {name: selected(model, selector) for name, selector in self.selectors.items()}
+        self.children = {module: len(module._modules) for module in model.modules()}
+        self.added = False
         self.options = {name: choice.options() for name, choice in choices.items()}
         self.noted: list[Noted] = []
         self.fired: dict[tuple[str, str], list[int | None]] = {}
@@ -345,6 +348,7 @@ class ByHand:
         for handle, _, _ in self.handles:
             handle.remove()
         observers.set(tuple(other for other in observers.get() if other is not self))
+        self.look_for_more()
         for name, options in self.options.items():
             if options["calls"] is None:
                 continue
@@ -357,9 +361,24 @@ class ByHand:
                 or (noted.lack is not None and options["replace"] is not None)
             ]
 
+    def look_for_more(self) -> None:
+        """Modules that are meant by now and were not: to be told where some were only added, else they may be."""
+        more = [
+            fqn
+            for name, selector in self.selectors.items()
+            for fqn, module in selected(self.model, selector).items()
+            if not any(module is other for other in self.chosen[name].values())
+        ]
+        self.doubtful |= bool(more)
+        fewer = any(len(module._modules) < count for module, count in self.children.items())
+        for fqn in more:
+            parent = self.model.get_submodule(fqn.rpartition(".")[0])
+            self.added |= not fewer and len(parent._modules) > self.children.get(parent, len(parent._modules))
+
     def wrong(self) -> set[str]:
         """What has to be complained of."""
         found = {"detached"} if self.detached else set()
+        found |= {"added"} if self.added else set()
         found |= {"edited"} if self.edited else set()
         for name, options in self.options.items():
             own = [noted for noted in self.noted if noted.tap == name]
