@@ -304,7 +304,8 @@ class ByHand:
         calls = self.fired.setdefault((name, fqn), [])
         number = self.running.get()[-1] if self.running.get() else None
         if lack is None:
-            value = apply(lambda tensor: finished(options, tensor), value)
+            if any(options.get(key) for key in ("detach", "clone", "dtype")) or part_of(options) is not None:
+                value = apply(lambda tensor: finished(options, tensor), value)  # else it is the container itself
             if self.grad and not options["detach"] and not torch.is_grad_enabled() and region.get() == "reentrant":
                 self.detached = self.detached or bool(tensors_of(value))
                 self.doubtful = True
@@ -408,6 +409,7 @@ class ByHand:
     def may_be_wrong(self) -> bool:
         return self.doubtful or any(
             [tensor._version for tensor in tensors_of(noted.kept) if not tensor.is_inference()] != noted.versions
+            or not alike(noted.kept, noted.snapshot)
             for noted in self.noted
         )
 
