@@ -59,6 +59,7 @@ class Whole(PreTrainedModel):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_configuration_that_the_constructor_makes_around_one_of_the_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers", minversion="5.23", reason="5.20 can't make such a configuration")
     Whole(WholeConfig(part=PartConfig())).save_pretrained(tmp_path)
     (ours, _), (theirs, _) = both(Whole, tmp_path, dtype=dtype)
     assert differences(ours, theirs) == []
