@@ -263,3 +263,18 @@ def add_step(node: Stepwise, child: nn.Module, how: str, place: int, *, in_list:
     else:
         node.add_module(f"c{place}", child)
         node.steps.append((how, f"c{place}"))
+
+
+# -- what users' hooks do
+
+
+def edits(module: Any, args: Any, output: Any) -> Any:
+    return apply(lambda tensor: tensor * 1.1, output)
+
+
+def shifts(module: Any, args: Any) -> Any:
+    return (args[0] + 0.5, *args[1:]) if args else None
+
+
+def scales(module: Any, args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, "scale": 2.0}

@@ -20,8 +20,11 @@ from tests.property.made_nets import (
     add_step,
     apply,
     driver,
+    edits,
     in_thread,
     observers,
+    scales,
+    shifts,
     tensors_of,
     value_of,
 )
@@ -136,15 +139,6 @@ class Side:
         def tells(*given: Any) -> None:
             if given[-1] is not None:
                 log.append(value_of(given[-1]).detach().clone())
-
-        def edits(module: Any, args: Any, output: Any) -> Any:
-            return apply(lambda tensor: tensor * 1.1, output)
-
-        def shifts(module: Any, args: Any) -> Any:
-            return (args[0] + 0.5, *args[1:]) if args else None
-
-        def scales(module: Any, args: Any, kwargs: Any) -> Any:
-            return args, {**kwargs, "scale": 2.0}
 
         def once(*given: Any) -> None:
             handle.remove()

@@ -16,7 +16,6 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from hypothesis import given
@@ -305,10 +304,3 @@ def test_code(quiet_bars, own_modules, case):
     with tempfile.TemporaryDirectory() as folder:
         found = faults(case, Path(folder))
         assert not found, "\n".join([repr(case), *found])
-
-
-@pytest.fixture(scope="module")
-def quiet_bars():
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()

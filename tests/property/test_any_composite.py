@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers as tf
 from hypothesis import given
@@ -144,10 +143,3 @@ def test_composites(quiet_bars, case):
     with tempfile.TemporaryDirectory() as folder:
         found = faults(case, Path(folder))
         assert not found, "\n".join([repr(case), *found])
-
-
-@pytest.fixture(scope="module")
-def quiet_bars():
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()

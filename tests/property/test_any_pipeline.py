@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import pytest
 import torch
 import transformers
 from diffusers import DiffusionPipeline
@@ -292,13 +291,6 @@ def files_differ(ours, theirs):
         f"file {name}" for name in names[0]
         if (ours / name).is_file() and (ours / name).read_bytes() != (theirs / name).read_bytes()
     ]  # fmt: skip
-
-
-@pytest.fixture
-def quiet_bars():
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()
 
 
 @few(20)

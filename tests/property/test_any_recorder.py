@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.property.made_nets import WIDTH, Stepwise, add_step, apply, net_of, observers, tensors_of
+from tests.property.made_nets import (
+    WIDTH,
+    Stepwise,
+    add_step,
+    edits,
+    net_of,
+    observers,
+    scales,
+    shifts,
+    tensors_of,
+)
 from tests.property.made_programs import choice, nodes, number
 from tests.property.search import few
 from tests.property.taps_by_hand import ByHand, Choice, Stop, alike
@@ -17,19 +27,6 @@ from torch import nn
 
 import weightlift as wl
 from weightlift.errors import CaptureError
-
-
-def edits(module: Any, args: Any, output: Any) -> Any:
-    return apply(lambda tensor: tensor * 1.1, output)
-
-
-def shifts(module: Any, args: Any) -> Any:
-    return (args[0] + 0.5, *args[1:]) if args else None
-
-
-def scales(module: Any, args: Any, kwargs: Any) -> Any:
-    return args, {**kwargs, "scale": 2.0}
-
 
 CALM = ["plain", "plain", "keywords", "twice", "sometimes", "often", "direct", "method", "caught", "ungraded"]
 

@@ -71,21 +71,24 @@ def written(value: Any, version: Any) -> bool:
 
 def _parts_of(value: Any, parts: list[tuple[Any, Any]], seen: dict[int, Any]) -> None:
     """What a container holds, and how often each tensor was written to. Its parts are kept: an id could come again."""
-    items: Sequence[Any]
-    if isinstance(value, Mapping):
-        items = [*value.values()]
-    elif isinstance(value, list | tuple):
-        items = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    else:
-        return
-    if id(value) in seen:
+    items = _items_of(value)
+    if items is None or id(value) in seen:
         return
     seen[id(value)] = value
     for item in items:
         parts.append((item, version_of(item) if isinstance(item, torch.Tensor) else -1))
         _parts_of(item, parts, seen)
+
+
+def _items_of(value: Any) -> Sequence[Any] | None:
+    """What a mapping, list, tuple or dataclass holds; None for anything else."""
+    if isinstance(value, Mapping):
+        return [*value.values()]
+    if isinstance(value, list | tuple):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return None
 
 
 def pick(value: Any, index: Any) -> Any:
@@ -212,13 +215,8 @@ def beyond(value: Any) -> str | None:
     """The kind of an object within a value that holds tensors and that `finish` leaves as it is; None without one."""
     if value is None or isinstance(value, torch.Tensor | str | int | float):
         return None
-    if isinstance(value, Mapping):
-        items = [*value.values()]
-    elif isinstance(value, list | tuple):
-        items = [*value]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    else:
+    items = _items_of(value)
+    if items is None:
         held = value if isinstance(value, Set | deque) else getattr(value, "__dict__", {}).values()
         return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
     return next((kind for kind in map(beyond, items) if kind is not None), None)
