@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import weightlift as wl
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -167,3 +168,18 @@ def test_nothing_is_left_of_a_load_that_failed(files: Path, no_collector: None) 
         with pytest.raises(wl.PlanError):
             wl.load(build, source)
     assert [gone() for gone in built] == [None, None, None]
+
+
+def test_nothing_is_left_of_what_was_tried_before_its_own_library_loads(no_collector: None) -> None:
+    tried: list[weakref.ref[nn.Module]] = []
+
+    def native() -> nn.Module:
+        model = Tied()
+        tried.append(weakref.ref(model))
+        raise NotNative("a class", "its own way of loading")
+
+    def original() -> nn.Module:
+        assert tried[0]() is None, "it would be held beside the model that is loaded now"
+        return Tied()
+
+    native_or_alone(Tied, native, original)

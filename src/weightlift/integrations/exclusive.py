@@ -30,10 +30,6 @@ class NotNative(Exception):
         self.what = what
         self.why = why
 
-    def report(self, cls: Any) -> None:
-        """Say it, once for each load, at the level of information."""
-        _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, self.what, self.why)
-
 
 class HelperThread(Exception):
     """A helper thread of a load came to something that has to run alone: the thread that it helps has to do that."""
@@ -179,7 +175,7 @@ def native_or_alone(cls: Any, native: Callable[[], T], original: Callable[[], T]
         with LOADING.shared():
             return native()
     except NotNative as found:
-        reason = found
+        reason = found.what, found.why  # and not the error: it holds all that was tried
     with LOADING.alone():  # which a helper leaves to the thread that it helps, the telling too
-        reason.report(cls)
+        _log.info("%s: loaded by its own library, alone in the process: %s (%s)", cls.__name__, *reason)
         return original()
