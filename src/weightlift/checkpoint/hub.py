@@ -36,7 +36,10 @@ def fetch(repo: str, *, revision: str | None, token: str | bool | None, local_fi
             raise
         except Exception as error:  # of huggingface_hub, httpx or the operating system: the cache may still have it
             reason = error
-    folder = _cached(repo, revision, token, reason)
+    try:
+        folder = _cached(repo, revision, token, reason)
+    finally:
+        reason = None  # it knows this frame, and so the caller's model: a cycle, until the collector came
     return folder, choose_in(folder)
 
 
@@ -78,13 +81,18 @@ def _cached(repo: str, revision: str | None, token: str | bool | None, reason: E
         # No pattern: only the folder is asked for. What it lacks shows when the files are opened.
         return Path(snapshot_download(repo, revision=revision, token=token, local_files_only=True, allow_patterns=[]))
     except Exception as error:
-        cause = reason or error
-        found = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+        hint = "check the name, the revision and the token" + ("; no network was asked" if reason is None else "")
         problem = Problem(
             f"no checkpoint {repo!r} here, on the hub or in its cache",
             file=repo,
             expected="a path, or a hub id that can be reached or is cached",
-            found=found[:300],
-            hint="check the name, the revision and the token" + ("; no network was asked" if reason is None else ""),
+            found=_told(reason or error),
+            hint=hint,
         )
-        raise CheckpointNotFound("no checkpoint", [problem]) from cause
+        raise CheckpointNotFound("no checkpoint", [problem]) from (reason or error)
+
+
+def _told(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

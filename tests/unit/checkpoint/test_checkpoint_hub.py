@@ -29,18 +29,42 @@ except CheckpointError as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
 
+LEFT = """
+import gc, sys
+from weightlift.checkpoint import open_checkpoint
+from weightlift.errors import CheckpointNotFound
+def traced(error):
+    trace = error.__traceback__
+    while trace is not None and not trace.tb_frame.f_globals["__name__"].startswith("weightlift"):
+        trace = trace.tb_next
+    return trace is not None
+gc.disable()
+for repo in ("org/tiny", "org/none"):
+    try:
+        open_checkpoint(repo)
+    except CheckpointNotFound:
+        pass
+    print([type(it).__name__ for it in gc.get_objects() if isinstance(it, BaseException) and traced(it)])
+"""
+
 
 def run(cache: Path, repo: str, environment: dict[str, str] | None = None, **options: object) -> list[object]:
+    answer: list[object] = json.loads(output(CODE, cache, environment or {}, repo, json.dumps(options))[-1])
+    return answer
+
+
+def output(code: str, cache: Path, environment: dict[str, str], *arguments: str) -> list[str]:
+    """The lines that a program prints which sees this cache alone."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {
         "HF_HUB_CACHE": str(cache),
         "HF_HOME": str(cache / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        **(environment or {}),
+        **environment,
     }
     done = subprocess.run(
-        [sys.executable, "-c", CODE, repo, json.dumps(options)],
+        [sys.executable, "-c", code, *arguments],
         env=env,
         capture_output=True,
         text=True,
@@ -49,8 +73,7 @@ def run(cache: Path, repo: str, environment: dict[str, str] | None = None, **opt
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer: list[object] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return done.stdout.splitlines()
 
 
 def cached(cache: Path, files: dict[str, bytes], repo: str = "models--org--tiny") -> Path:
@@ -93,6 +116,13 @@ def test_cache_without_network(tmp_path: Path, options: dict[str, object]) -> No
     cached(tmp_path, sharded())
     environment = {} if options else {"HF_HUB_OFFLINE": "1"}
     assert run(tmp_path, "org/tiny", environment, **options) == ANSWER
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_no_error_is_left_when_the_hub_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
+    """One that is kept in a cycle keeps the frames that it came through, and what they hold, until a collection."""
+    cached(tmp_path, sharded())
+    assert output(LEFT, tmp_path, environment) == ["[]", "[]"], "from the cache, and from nowhere"
 
 
 def test_not_cached(tmp_path: Path) -> None:
