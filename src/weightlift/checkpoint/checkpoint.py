@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +45,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self._by_path = {file.path: file for file in files}
         self._tensors = MappingProxyType(dict(tensors))
         self._extras: Mapping[str, object] = (
-            _Extras(dict(extras), self._load) if files else MappingProxyType(dict(extras))
+            _Extras(dict(extras), self._by_path) if files else MappingProxyType(dict(extras))
         )
         self._versions = state_dict_metadata
         merged: dict[str, str] = {}
@@ -106,10 +106,6 @@ class Checkpoint(Mapping[str, TensorEntry]):
         entry = self._entries[key]
         if entry.file is None:
             return self._tensors[key].detach().clone(memory_format=torch.contiguous_format)
-        return self._load(entry)
-
-    def _load(self, entry: TensorEntry) -> torch.Tensor:
-        assert entry.file is not None
         return read_tensor(self._by_path[entry.file], entry)
 
     def __getitem__(self, key: str) -> TensorEntry:
@@ -134,11 +130,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
 class _Extras(Mapping[str, object]):
     """Non-tensor values of a pickle, whose nested tensors are read on access."""
 
-    __slots__ = ("_read", "_values")
+    __slots__ = ("_files", "_values")
 
-    def __init__(self, values: dict[str, object], read: Callable[[TensorEntry], torch.Tensor]) -> None:
+    def __init__(self, values: dict[str, object], files: Mapping[Path, ShardFile]) -> None:
         self._values = values
-        self._read = read
+        self._files = files
 
     def __getitem__(self, key: str) -> object:
         return self._copy(self._values[key], {})
@@ -160,7 +156,8 @@ class _Extras(Mapping[str, object]):
             return seen[id(value)]
         made: Any = value
         if isinstance(value, TensorEntry):
-            made = self._read(value)
+            assert value.file is not None
+            made = read_tensor(self._files[value.file], value)
         elif isinstance(value, dict):
             made = seen[id(value)] = type(value)()
             for name, item in value.items():

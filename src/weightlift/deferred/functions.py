@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.shortcuts import FILLS, Shortcuts, is_watched
+from weightlift.deferred.shortcuts import FILLS, Handler, Shortcuts, handlers, is_watched
 from weightlift.deferred.tape import Node, generator_for
 
 _Tensor = torch.Tensor
@@ -52,7 +52,7 @@ _DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 _CASTS = {_Tensor.to, _Tensor.type}
 
 
-class FunctionRecorder(TorchFunctionMode):
+class FunctionRecorder(Shortcuts, TorchFunctionMode):
     """Sees every torch function that the constructor calls on its own thread."""
 
     def __init__(
@@ -61,29 +61,22 @@ class FunctionRecorder(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
         self._answers = answers or {}
-        shortcuts = Shortcuts(recorder)
-        self._fill = shortcuts.fill
-        handlers: dict[Any, Callable[..., Any]] = {**shortcuts.handlers, **dict.fromkeys(_ESCAPES, self._escape)}
-        handlers.update(dict.fromkeys(_READS, self._read))
-        handlers.update(dict.fromkeys(_WHOLE, self._whole))
-        handlers[_Tensor.new_tensor] = self._new_tensor
-        handlers[_Tensor.__deepcopy__] = self._deepcopy
         self._trunc_normal = trunc_normal_is_recognisable() if recognise is None else recognise
+        # By plain functions, not by methods bound to this object: with those in it, it would stay in a cycle, and with
+        # it the recorder and the memory that small tensors are cut from, until the collector came.
+        own = {**handlers(), **_OWN}
         if self._trunc_normal:
-            handlers[_Tensor.normal_] = self._sample
-            handlers[_Tensor.uniform_] = self._sample
-            handlers[_Tensor.copy_] = self._copy
+            own.update(_TRUNC_NORMAL_CALLS)
         if recorder.default is not None:
-            handlers.update(dict.fromkeys(_DATA, self._data))
-            handlers.update(dict.fromkeys(_CASTS, self._cast))
-        self._declined = {func: handlers.get(func, self._plain) for func in self._answers}
-        handlers.update(dict.fromkeys(self._answers, self._answered))
-        self._handlers = handlers
+            own.update(_OF_DTYPES)
+        self._declined: dict[Any, Handler] = {func: own.get(func, FunctionRecorder._plain) for func in self._answers}
+        own.update(dict.fromkeys(self._answers, FunctionRecorder._answered))
+        self._handlers: dict[Any, Handler] = own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = self._handlers.get(func)
         if handler is not None:
-            return handler(func, args, kwargs or {})
+            return handler(self, func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -92,8 +85,8 @@ class FunctionRecorder(TorchFunctionMode):
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         answer = self._answers[func](_caller(), args, kwargs)
-        declined: Callable[..., Any] = self._declined[func]
-        return declined(func, args, kwargs) if answer is NotImplemented else answer
+        declined = self._declined[func]
+        return declined(self, func, args, kwargs) if answer is NotImplemented else answer
 
     def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
@@ -155,7 +148,7 @@ class FunctionRecorder(TorchFunctionMode):
     def _sample(self, func: Any, args: Any, kwargs: Any) -> Any:
         frame = _caller()
         if frame.f_code is not _TRUNC_CODE or not self._can_defer(frame):
-            return self._fill(func, args, kwargs)
+            return self.fill(func, args, kwargs)
         values = frame.f_locals
         tensor = values["tensor"]
         record = self._recorder.record_of(tensor)
@@ -182,6 +175,25 @@ class FunctionRecorder(TorchFunctionMode):
             and not is_watched()
             and not self._recorder.sampling_now()
         )
+
+
+_OWN: dict[Any, Handler] = {
+    **dict.fromkeys(_ESCAPES, FunctionRecorder._escape),
+    **dict.fromkeys(_READS, FunctionRecorder._read),
+    **dict.fromkeys(_WHOLE, FunctionRecorder._whole),
+    _Tensor.new_tensor: FunctionRecorder._new_tensor,
+    _Tensor.__deepcopy__: FunctionRecorder._deepcopy,
+}
+_TRUNC_NORMAL_CALLS: dict[Any, Handler] = {
+    _Tensor.normal_: FunctionRecorder._sample,
+    _Tensor.uniform_: FunctionRecorder._sample,
+    _Tensor.copy_: FunctionRecorder._copy,
+}
+# Where the constructor is to find another default dtype.
+_OF_DTYPES: dict[Any, Handler] = {
+    **dict.fromkeys(_DATA, FunctionRecorder._data),
+    **dict.fromkeys(_CASTS, FunctionRecorder._cast),
+}
 
 
 class _Accepted:

@@ -44,7 +44,7 @@ _function_modes = torch._C._len_torch_function_stack
 _transforming = torch._C._are_functorch_transforms_active
 _tracing = torch._C._is_tracing
 
-Handler = Callable[[Any, Any, Any], Any]
+Handler = Callable[[Any, Any, Any, Any], Any]
 
 
 def is_watched() -> bool:
@@ -53,21 +53,9 @@ def is_watched() -> bool:
 
 
 class Shortcuts:
-    """Handlers of torch functions (function, arguments, keyword arguments) for one recorder."""
+    """The functions that handle calls: of one recorder, the torch function, its arguments and keyword arguments."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self.handlers: dict[Any, Handler] = {torch.empty: self._empty, torch.zeros: self._empty, torch.ones: self._ones}
-        self.handlers.update(dict.fromkeys(FILLS, self.fill))
-        for name, handler in (
-            ("kaiming_uniform_", self._kaiming_uniform),
-            ("uniform_", self._uniform),
-            ("normal_", self._normal),
-            ("constant_", self._constant),
-        ):
-            function = getattr(nn.init, name)
-            if function.__module__ == nn.init.__name__:  # Transformers puts its own there for a while
-                self.handlers[function] = handler
+    _recorder: Recorder
 
     def _empty(self, func: Any, args: Any, kwargs: Any) -> Any:
         """``torch.empty(sizes, dtype=…)`` and ``torch.zeros``: reserved memory reads as zeros."""
@@ -173,3 +161,24 @@ class Shortcuts:
         ):
             return tensor
         return func(*args, **kwargs)
+
+
+def handlers() -> dict[Any, Handler]:
+    """What handles which torch function, now."""
+    functions: dict[Any, Handler] = {
+        torch.empty: Shortcuts._empty, torch.zeros: Shortcuts._empty, torch.ones: Shortcuts._ones,
+        **dict.fromkeys(FILLS, Shortcuts.fill),
+    }  # fmt: skip
+    for name, handler in _INITIALISERS:
+        function = getattr(nn.init, name)
+        if function.__module__ == nn.init.__name__:  # Transformers puts its own there for a while
+            functions[function] = handler
+    return functions
+
+
+_INITIALISERS: tuple[tuple[str, Handler], ...] = (
+    ("kaiming_uniform_", Shortcuts._kaiming_uniform),
+    ("uniform_", Shortcuts._uniform),
+    ("normal_", Shortcuts._normal),
+    ("constant_", Shortcuts._constant),
+)

@@ -209,9 +209,9 @@ class StandIns:
         return first is not None and first is second and _same_place(TensorRef(first, tensor), TensorRef(first, other))
 
     def dissolve(self) -> None:
-        """Let go of the memory."""
-        self._storages.clear()
-        self._empty.clear()
+        """Let go of the memory, and of the recorded calls, which know this object."""
+        for held in (self._storages, self._empty, self._offers, self._first):
+            held.clear()
 
     def value(self, tensor: torch.Tensor, why: str) -> torch.Tensor:
         """A copy of a tensor as it is now, row-major, in ordinary memory. Reads what that takes."""

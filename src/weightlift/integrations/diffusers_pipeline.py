@@ -92,11 +92,15 @@ class Loading:
         return in_room(ORIGINAL, names)
 
     def stop(self) -> None:
-        """End the threads that are still loading, because something failed; none are left afterwards."""
+        """End the threads that are still loading, because something failed; none are left afterwards.
+
+        Nor is what they have loaded: the components know this object, a cycle.
+        """
         self._cancel.set()
         for component in self._models.values():
             if component.thread is not None:
                 component.thread.join()
+        self._models.clear()
 
     def _in_second(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def only(*args: Any, **kwargs: Any) -> Any:
