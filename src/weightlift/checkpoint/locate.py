@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightlift.checkpoint.elsewhere import hint_for
 from weightlift.checkpoint.files import os_errors
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
@@ -34,8 +35,8 @@ class Choice:
     is_index: bool
 
 
-def choose(names: Iterable[str], where: Path | str) -> Choice:
-    """Choose among the file names of a folder. ``where`` is for messages.
+def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ()) -> Choice:
+    """Choose among the file names of a folder. ``where``, and its sub-``folders``, are for messages.
 
     Raises `CheckpointNotFound` when no name is that of a checkpoint, `CheckpointError` when several indexes compete.
     """
@@ -46,8 +47,16 @@ def choose(names: Iterable[str], where: Path | str) -> Choice:
         visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where
     )
     if choice is None:
-        found = ", ".join(visible[:8]) + (", …" if len(visible) > 8 else "") if visible else "an empty folder"
-        problem = Problem("no checkpoint in this folder", file=where, expected=f"one of {_LOOKED_FOR}", found=found)
+        found = ", ".join(visible[:8]) + (", …" if len(visible) > 8 else "")
+        if not visible:
+            found = "no file" if folders else "an empty folder"
+        problem = Problem(
+            "no checkpoint in this folder",
+            file=where,
+            expected=f"one of {_LOOKED_FOR}",
+            found=found,
+            hint=hint_for(visible, [folder for folder in folders if not folder.startswith(".")]),
+        )
         raise CheckpointNotFound("no checkpoint", [problem])
     return choice
 
@@ -106,6 +115,9 @@ def _require_complete(names: list[str], where: Path | str) -> None:
 
 def choose_in(folder: Path) -> Choice:
     """`choose` among the files (not the folders) in a folder of the disk."""
+    names: list[str] = []
+    folders: list[str] = []
     with os_errors(folder), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.is_dir()]
-    return choose(names, folder)
+        for entry in entries:
+            (folders if entry.is_dir() else names).append(entry.name)
+    return choose(names, folder, folders)

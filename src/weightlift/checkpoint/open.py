@@ -94,5 +94,7 @@ def resolve(
         folder, choice = hub.fetch(source, revision=revision, token=token, local_files_only=local_files_only)
         return tuple(folder / name for name in choice.names), choice.is_index, source
     hint = "a hub id has the form organisation/name"
+    if text.startswith("~"):
+        hint = "~ is the shell's word for a home: os.path.expanduser makes a path of it"
     problem = Problem("no such file or folder", file=text or repr(text), hint=hint)
     raise CheckpointNotFound("no checkpoint", [problem])

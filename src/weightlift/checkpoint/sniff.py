@@ -33,6 +33,10 @@ _MAGIC: tuple[tuple[bytes, Sniffed], ...] = (
         b"GGUF",
         Sniffed("gguf", "a GGUF file", "weightlift does not read GGUF; use the safetensors weights of this model"),
     ),
+    (
+        b"\x93NUMPY",
+        Sniffed("numpy", "a NumPy array", "read it with numpy.load, and pass a mapping of tensors"),
+    ),
     (b"\x89HDF", Sniffed("hdf5", "an HDF5 file", "Keras weights are not readable here; convert them to safetensors")),
 )
 

@@ -65,16 +65,14 @@ class _Archive(StoredZip):
         for info in infos:
             name = info.filename.removeprefix(root)
             if name == info.filename or info.volume != 0:
+                if not any(info.filename.endswith("/data.pkl") for info in infos):
+                    self._refuse([info.filename for info in infos])
                 self.fail(f"the zip is damaged: the record {info.filename!r} is not in the folder {root!r}")
             if name in self.records:
                 self.fail(f"the zip has the record {name!r} twice")
             self.records[name] = info
         if "data.pkl" not in self.records:
-            self.fail(
-                "is a zip, but not one that torch.save writes",
-                expected="a record data.pkl",
-                found=", ".join(list(self.records)[:5]) or "an empty zip",
-            )
+            self._refuse(list(self.records))
         if "constants.pkl" in self.records:
             self.fail(
                 "is a TorchScript archive, which holds code",
@@ -83,6 +81,15 @@ class _Archive(StoredZip):
             )
 
         self._check_records()
+
+    def _refuse(self, names: list[str]) -> None:
+        numpy = bool(names) and all(name.endswith(".npy") for name in names)
+        self.fail(
+            "is a zip, but not one that torch.save writes",
+            expected="a record data.pkl",
+            found=", ".join(names[:5]) or "an empty zip",
+            hint="read it with numpy.load, and pass a mapping of tensors" if numpy else None,
+        )
 
     def _check_records(self) -> None:
         """Every record: whole, and the small ones, whose case torch overlooks, what it wants them to be."""
