@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -148,20 +148,64 @@ def put(value: Any, index: Any, new: Any) -> Any:
         return new
     if isinstance(value, tuple):
         items = list(value)
-        items[value._fields.index(index) if isinstance(index, str) else index] = new  # type: ignore[attr-defined]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        items[_place(value, index)] = new
+        return _tuple_of(value, items)
     if isinstance(value, list):
         items = list(value)
         items[index] = new
-        return items
+        return _list_of(value, items)
     if isinstance(value, Mapping):
-        changed = dict(value) if type(value) is dict else copy.copy(value)
-        changed[list(value)[index] if isinstance(index, int) else index] = new  # type: ignore[index]
-        return changed
+        return _mapping_with(value, {list(value)[index] if isinstance(index, int) else index: new})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{index: new})
+        return _dataclass_with(value, {index: new})
     changed = copy.copy(value)
     setattr(changed, index, new)
+    return changed
+
+
+def _place(value: tuple[Any, ...], index: int | str) -> int:
+    """Where an element of a tuple stands. Named tuples, and torch's own, as of ``torch.max``, have names for them."""
+    return index if isinstance(index, int) else type(value).__match_args__.index(index)  # type: ignore[attr-defined]
+
+
+def _tuple_of(value: tuple[Any, ...], items: Sequence[Any]) -> Any:
+    """A tuple of the same kind."""
+    kind: Any = type(value)
+    if hasattr(value, "_fields"):
+        return kind(*items)
+    if kind is tuple or hasattr(value, "n_sequence_fields") or isinstance(value, torch.Size):
+        return kind(items)
+    changed = tuple.__new__(kind, items)  # whatever its constructor takes
+    for name, item in getattr(value, "__dict__", {}).items():
+        setattr(changed, name, item)
+    return changed
+
+
+def _list_of(value: list[Any], items: list[Any]) -> list[Any]:
+    if type(value) is list:
+        return items
+    changed = copy.copy(value)
+    changed[:] = items
+    return changed
+
+
+def _mapping_with(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same kind with other values for some keys."""
+    if type(value) is not dict and not isinstance(value, MutableMapping):
+        return type(value)({**value, **items})  # type: ignore[call-arg]
+    changed = dict(value) if type(value) is dict else copy.copy(value)
+    for key, item in items.items():
+        changed[key] = item
+    return changed
+
+
+def _dataclass_with(value: Any, items: dict[str, Any]) -> Any:
+    """A copy with other values of some fields. Nobody asks its constructor, which may want other things, or do more."""
+    if is_dynamo_compiling() and not hasattr(value, "__dict__"):  # which can't trace the copying of slots
+        return dataclasses.replace(value, **items)
+    changed = copy.copy(value)
+    for name, item in items.items():
+        object.__setattr__(changed, name, item)  # it may be frozen
     return changed
 
 
@@ -187,31 +231,31 @@ def untouched(recipe: Recipe) -> bool:
     return recipe.part is None and recipe.target is None and not (recipe.detach or recipe.clone)
 
 
-def finish(value: Any, recipe: Recipe) -> Any:
-    """The part, detached, moved and copied as asked; tensors within containers too. None stays None."""
+def finish(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> Any:
+    """The part, detached, moved and copied as asked; tensors within containers too. None stays None.
+
+    ``within``: the containers around it. One that holds itself is left as it is there.
+    """
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
         return _finish(value, recipe)
-    if untouched(recipe):
+    if untouched(recipe) or _holds_itself(value, within):
         return value
+    within = (*within, value)
     if isinstance(value, tuple):
-        items = [finish(item, recipe) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return _tuple_of(value, [finish(item, recipe, within) for item in value])
     if isinstance(value, list):
-        return [finish(item, recipe) for item in value]
+        return _list_of(value, [finish(item, recipe, within) for item in value])
     if isinstance(value, Mapping):
-        changed = copy.copy(value)
-        for key in value:
-            changed[key] = finish(value[key], recipe)  # type: ignore[index]
-        return changed
+        return _mapping_with(value, {key: finish(value[key], recipe, within) for key in value})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: finish(item, recipe) for name, item in fields.items()})
+        fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        return _dataclass_with(value, {name: finish(getattr(value, name), recipe, within) for name in fields})
     return value
 
 
-def beyond(value: Any) -> str | None:
+def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
     """The kind of an object within a value that holds tensors and that `finish` leaves as it is; None without one."""
     if value is None or isinstance(value, torch.Tensor | str | int | float):
         return None
@@ -219,7 +263,13 @@ def beyond(value: Any) -> str | None:
     if items is None:
         held = value if isinstance(value, Set | deque) else getattr(value, "__dict__", {}).values()
         return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
-    return next((kind for kind in map(beyond, items) if kind is not None), None)
+    if _holds_itself(value, within):
+        return f"{type(value).__name__} within itself"
+    return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
+
+
+def _holds_itself(value: Any, within: tuple[Any, ...]) -> bool:
+    return not is_dynamo_compiling() and any(value is outer for outer in within)
 
 
 def _finish(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""Options and edits follow containers of every kind, which stay of their kind and keep what else they hold."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import weightlift as wl
+
+Calls = Callable[..., Any]
+
+
+@dataclass
+class Partly:
+    a: Any
+    b: Any = field(init=False, default=None)
+    late: Any = field(init=False)
+
+
+@dataclass
+class Wants:
+    a: Any
+    more: InitVar[int]
+
+    def __post_init__(self, more: int) -> None:
+        self.a = self.a + more
+        self.note = more
+
+
+@dataclass(init=False)
+class Own:
+    a: Any
+
+    def __init__(self, *, given: Any) -> None:
+        self.a = given
+
+
+@dataclass(frozen=True)
+class Frozen:
+    a: Any
+
+
+@dataclass(slots=True)
+class Slots:
+    a: Any
+
+
+class Noted(tuple[Any, ...]):
+    note: str
+    a = property(lambda self: self[0])
+
+    def __new__(cls, *items: Any) -> Noted:
+        made = super().__new__(cls, items)
+        made.note = "kept"
+        return made
+
+
+class Listed(list[Any]):
+    a = property(lambda self: self[0])
+
+
+def partly(value: torch.Tensor) -> Partly:
+    made = Partly(value)
+    made.b = value * 3
+    return made
+
+
+DATACLASSES = [partly, lambda value: Wants(value, 1), lambda value: Own(given=value), Frozen, Slots]
+OTHERS = [
+    lambda value: torch.max(value, 1),
+    lambda value: Noted(value, value * 2),
+    lambda value: Listed([value]),
+    lambda value: types.MappingProxyType({"a": value}),
+]
+
+
+class Gives(nn.Module):
+    def __init__(self, make: Calls) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, value: torch.Tensor) -> Any:
+        return self.make(value * 1)
+
+
+def capturing(net: nn.Module, tap: Any, value: torch.Tensor) -> Any:
+    with wl.capture(net, tap=tap) as got:
+        out = net(value)
+    return out, got["tap"][0]
+
+
+def recording(net: nn.Module, tap: Any, value: torch.Tensor) -> Any:
+    out, got = torch.compile(wl.recorder(net, tap=tap), backend="eager", fullgraph=True)(value)
+    return out, got["tap"][0]
+
+
+def parts(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [*value]
+    return [*value.values()] if isinstance(value, types.MappingProxyType) else [value.a, getattr(value, "b", None)]
+
+
+@pytest.mark.parametrize("call", [capturing, recording])
+@pytest.mark.parametrize("make", [*DATACLASSES, *OTHERS])
+def test_options_and_edits_leave_a_container_what_it_is(call: Calls, make: Calls, nothing_compiled: None) -> None:
+    net, value = nn.Sequential(Gives(make)), torch.ones(2, 3, requires_grad=True)
+    plain = net(value)
+    _, detached = call(net, wl.Output("0", detach=True), value)
+    # The compiler itself makes plain tuples and lists of such classes.
+    kind = type(detached) if call is recording and isinstance(plain, Noted | Listed) else type(plain)
+    assert type(detached) is kind
+    for one, other in zip(parts(detached), parts(plain)):
+        assert (one is other is None) or (torch.equal(one, other) and not one.requires_grad)
+    index = "a" if make in DATACLASSES else 0
+    edited, recorded = call(net, wl.Output("0", index=index, replace=lambda part: part * 2), value)
+    assert type(edited) is (type(plain) if call is capturing else type(edited))
+    first, *rest = parts(edited)
+    assert torch.equal(first, parts(plain)[0] * 2) and torch.equal(recorded, first)
+    for one, other in zip(rest, parts(plain)[1:]):
+        assert (one is other is None) or torch.equal(one, other)
+    assert getattr(edited, "note", None) == getattr(plain, "note", None) or call is recording
+
+
+def test_an_element_by_its_name_in_a_tuple_of_torch() -> None:
+    net, value = nn.Sequential(Gives(lambda value: torch.max(value, 1))), torch.ones(2, 3)
+    for call in (capturing, recording):
+        edited, _ = call(net, wl.Output("0", index="values", replace=lambda part: part * 2), value)
+        assert torch.equal(edited.values, torch.full((2,), 2.0)) and not edited.indices.any()
+
+
+def test_a_container_that_holds_itself() -> None:
+    ring: list[Any] = [torch.ones(2, requires_grad=True)]
+    ring.append({"ring": ring})
+    net = nn.Sequential(Gives(lambda value: (value, ring, ring[0])))
+    with (
+        pytest.raises(wl.CaptureError, match="list within itself"),
+        wl.capture(net, given=wl.Output("0", detach=True)) as got,
+    ):
+        net(torch.ones(2))
+    assert not got["given"][0][1][0].requires_grad
+    with wl.capture(net, given=wl.Output("0", index=0, detach=True), whole="0") as got:
+        net(torch.ones(2))
+    assert got["whole"][0][1] is ring
