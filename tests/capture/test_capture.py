@@ -9,6 +9,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import threading
 import traceback
 import weakref
@@ -124,6 +125,26 @@ def test_stop_leaves_the_forward() -> None:
     assert len(got["inputs"]) == 1
     net(x())
     assert ran == [2]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.TaskGroup came with Python 3.11")
+def test_stop_within_a_group_of_tasks() -> None:
+    net, value = Net(), x()
+
+    async def both(fails: bool) -> int:
+        async def fail() -> None:
+            raise ValueError("as asked for")
+
+        with wl.capture(net, first=wl.Output("layers.0", stop=True)) as got:
+            async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined, unused-ignore]
+                group.create_task(asyncio.to_thread(net, value))
+                if fails:
+                    group.create_task(fail())
+        return len(got["first"])
+
+    assert asyncio.run(both(False)) == 1
+    with pytest.raises(BaseExceptionGroup):  # noqa: F821
+        asyncio.run(both(True))
 
 
 def test_stop_of_one_capture_passes_another() -> None:

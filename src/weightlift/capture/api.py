@@ -59,7 +59,7 @@ class Capture:
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
-        own = isinstance(error, Stopped) and error.session is session
+        own = error is not None and _stops(error, session)
         if own:
             forward = running.get()
             while forward is not None:
@@ -79,6 +79,14 @@ class Capture:
         if session is not None:  # dropped while it was open: nobody can close it any more
             session.closed = True
             hooks.abandon(session)
+
+
+def _stops(error: BaseException, session: Session) -> bool:
+    """Whether it is the session's own end of a forward, or a group of such, as ``asyncio.TaskGroup`` makes one."""
+    if isinstance(error, Stopped):
+        return error.session is session
+    group: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    return isinstance(group, tuple) and bool(group) and all(_stops(part, session) for part in group)
 
 
 def capture(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Capture:
