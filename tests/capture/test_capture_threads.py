@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import gc
 import random
 import sys
@@ -149,6 +150,21 @@ def test_a_users_hooks_come_and_go_meanwhile(forced_switches: None) -> None:
     run_threads(work)
     assert hooks_on(net) == 0
     assert not net.head._forward_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.copy, nn.Module._replicate_for_data_parallel])
+def test_a_shallow_copy_elsewhere_takes_no_hook_away(copied: Callable[[nn.Module], nn.Module]) -> None:
+    net, value = Net(), x()
+    with wl.capture(net, hidden="layers.*", given=wl.Input("head")) as got:
+        for layer in [*net.layers, net.head]:
+            replica = copied(layer)
+            replica.forward = torch.neg  # type: ignore[method-assign, assignment]
+            thread = threading.Thread(target=replica, args=(value,))
+            thread.start()
+            thread.join(60)
+        net(value)
+    assert same(got["hidden"], states(net, value))
+    assert hooks_on(net) == 0
 
 
 def test_replicas_in_threads_as_data_parallel_runs_them() -> None:

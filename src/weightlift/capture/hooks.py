@@ -234,10 +234,20 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(key in template.before for template in _open)
 
 
+def _shares_hooks(module: nn.Module) -> bool:
+    """Whether its hooks are those of a captured module: it is a shallow copy, as ``nn.DataParallel`` makes them."""
+    own = module._forward_hooks, module._forward_pre_hooks
+    return any(
+        other._forward_hooks is own[0] or other._forward_pre_hooks is own[1]
+        for template in _open
+        for other in template.modules()
+    )
+
+
 def _drop_copied(module: nn.Module) -> None:
     """A copy that was made of a model while it was captured took our hooks along; they leave when they first run."""
     with _lock:
-        if not _is_hooked(module):  # the functions first, as above
+        if not _is_hooked(module) and not _shares_hooks(module):  # the functions first, as above
             module._forward_hooks.pop(HOOK_ID, None)
             module._forward_hooks.pop(FAILURE_ID, None)
             module._forward_pre_hooks.pop(HOOK_ID, None)

@@ -42,6 +42,9 @@ class Work(Protocol):
     models: frozenset[int]
     hooked_models: tuple[int, ...]
 
+    def modules(self) -> list[nn.Module]:
+        """Those that it knows by their ids, as far as they live."""
+
 
 class Stopped(BaseException):
     """Leaves a forward whose rest nobody wants. Not an Exception, so that no model's own ``except`` keeps it."""

@@ -123,6 +123,10 @@ class Template:
         self.after.setdefault(id(module), []).append(action)
         self._modules[id(module)] = module
 
+    def modules(self) -> list[nn.Module]:
+        """Those that it knows by their ids, as far as they live."""
+        return [module for reference in self._references if (module := reference()) is not None]
+
     def stands(self) -> bool:
         """Whether the model is what it was when this was made, as far as it was looked through."""
         return all(watch.stands() for watch in self.watches)
