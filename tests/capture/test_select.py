@@ -181,6 +181,9 @@ def test_a_class_that_was_set_later() -> None:
     assert names(net, tap=Other) == ["layers.1.out", "head"]
     net.head.__class__ = nn.Linear
     assert names(net, tap=Other) == ["layers.1.out"]
+    with pytest.raises(wl.CaptureError, match=r"head.*became one"), wl.capture(net, tap=["layers.0", Other]):
+        net.head.__class__ = Other
+        net(x())
     alone = nn.LazyLinear(8)
     with wl.capture(alone, tap=nn.LazyLinear):
         alone(x())

@@ -54,7 +54,9 @@ def _as_usual(session: Session, template: Template) -> bool:
         return False
     if session.problems or session.lacks or session.stopped or session.detached or session.checkpointed:
         return False
-    if template.counting or not template.giving <= _gave(session):
+    if template.closely and (template.counting or not template.stands()):
+        return False
+    if not template.giving <= _gave(session):
         return False
     if _written_to(session.entries):
         return False

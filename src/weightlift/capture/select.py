@@ -105,7 +105,7 @@ class Watch:
         # An id can be used again once its owner died: then the callback has told us.
         self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
         self._childless = [module._modules for module in own if _bare(module)]
-        self._classes = classes
+        self.classes = classes
         parents = [module for place, module in enumerate(own) if not _bare(module) or (classes and place == 0)]
         self._parents = [weakref.ref(module) for module in parents]
         self._seen = self._look()
@@ -120,7 +120,7 @@ class Watch:
             names = parent()._modules  # type: ignore[union-attr]
             seen.append(len(names))
             seen.extend(map(id, names.values()))
-            if self._classes:
+            if self.classes:
                 seen.append(type(parent()))
                 seen.extend(map(type, names.values()))
         return seen

@@ -47,9 +47,11 @@ class Template:
         self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
         self.givers = givers_of(wanted)
         self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
-        # What has to be looked at when a capture closes: modules that must give, and whether calls are counted.
+        # What has to be looked at when a capture closes: modules that must give, and whether calls are counted, or taps
+        # ask for classes, which may change without any module that comes or goes.
         self.giving = frozenset(name for givers in self.givers.values() for name, _ in givers)
         self.counting = any(isinstance(tap, Output) and tap.calls is not None for tap in taps.values())
+        self.closely = self.counting or any(watch.classes for watch in self.watches)
         # With those on the way to them, which may have become compiled code that a capture would miss.
         ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
         every = {**{key: self._modules[key] for key in self.after}, **self._modules, **ways}
