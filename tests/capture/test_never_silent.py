@@ -185,6 +185,38 @@ def test_reentrant_checkpointing_is_noticed_where_grad_is_switched_on_inside() -
             net(value)
 
 
+class Ungraded(Checkpointed):
+    """Switches autograd off, and perhaps on again within."""
+
+    def __init__(self, *, on_again: bool) -> None:
+        super().__init__()
+        self.on_again = on_again
+        self.reentrant = True
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.set_grad_enabled(self.on_again):
+            return super().forward(value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_cut_off_where_grad_is_off() -> None:
+    net, value = Checkpointed(), x()
+    net.reentrant = True
+    edited = wl.Output("layers.1", replace=torch.neg)
+    with wl.capture(net, hidden="layers.*", edited=edited) as got, torch.no_grad():
+        net(value)
+    assert len(got["hidden"]) == 3
+    with pytest.raises(wl.CaptureError, match="cut off"), wl.capture(net, hidden="layers.*"):
+        net(value)
+    value.requires_grad_()
+    net = Ungraded(on_again=False)
+    with wl.capture(net, hidden="layers.0"):
+        net(value)
+    net = Ungraded(on_again=True)
+    with pytest.raises(wl.CaptureError, match="cut off"), wl.capture(net, hidden="layers.0"), torch.no_grad():
+        net(value)
+
+
 def test_edits_within_checkpointing_are_refused() -> None:
     net, value = Checkpointed(), x().requires_grad_()
     edited = wl.Output("layers.1", replace=torch.neg)

@@ -64,8 +64,8 @@ class Forward:
     """
 
     __slots__ = (
-        "around", "asks_all", "attached", "done", "due", "gathered", "is_root", "number", "outer", "owner", "raw",
-        "rest", "root", "session", "simple", "stopped", "thread",
+        "around", "asks_all", "attached", "done", "due", "gathered", "grad", "is_root", "number", "outer", "owner",
+        "raw", "rest", "root", "session", "simple", "stopped", "thread",
     )  # fmt: skip
 
     def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, is_root: bool) -> None:
@@ -78,6 +78,9 @@ class Forward:
         self.done = False
         self.stopped = False  # nobody wanted the rest of it
         self.around = False  # another forward of the same model runs within it
+        self.grad = is_grad_enabled()
+        if self.grad:  # it may have been off when the capture was entered
+            session.grad = True
         self.attached: bool = session.grad and owner.attached
         self.simple: dict[int, Any] = _NOTHING
         self.due: Due = NONE_DUE
@@ -235,8 +238,6 @@ class Session:
         around = _running_root(self, outer) if is_root else None
         if around is not None and not around.done:
             around.around = True
-        if not self.grad:  # it was off when the capture was entered
-            self.grad = is_grad_enabled()
         forward = Forward(self, owner, outer, threading.get_ident(), is_root)
         self.frames[forward] = frame
         if is_root:
@@ -348,7 +349,7 @@ class Session:
         """Reentrant checkpointing runs without autograd: what is captured there is cut off. Edits are not repeated."""
         if not self.grad or (not edits and is_grad_enabled()):
             return
-        region = _checkpoint_region()
+        region = _checkpoint_region(is_grad_enabled() or _began_with_grad())
         with _lock:
             if edits and region is not None:
                 self.checkpointed |= {fqn}
@@ -356,8 +357,22 @@ class Session:
                 self.detached |= {fqn}
 
 
-def _checkpoint_region() -> str | None:
-    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it."""
+def _began_with_grad() -> bool:
+    """Whether autograd was on when a forward began that runs; also where none runs."""
+    forward = running.get()
+    if forward is None:
+        return True
+    while forward is not None and not forward.grad:
+        forward = forward.outer
+    return forward is not None
+
+
+def _checkpoint_region(grad: bool) -> str | None:
+    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it.
+
+    None where autograd is off around that, too: nothing is cut off or recomputed. ``grad``: whether it is on or was on
+    when the forward began.
+    """
     module = sys.modules.get("torch.utils.checkpoint")
     if module is None:
         return None
@@ -366,8 +381,13 @@ def _checkpoint_region() -> str | None:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is reentrant:
+        if frame.f_code is reentrant and _attached(frame.f_locals["ctx"], grad):
             return "reentrant"
-        if frame.f_code.co_filename == reentrant.co_filename:
+        if grad and frame.f_code is not reentrant and frame.f_code.co_filename == reentrant.co_filename:
             found = "other"
     return found
+
+
+def _attached(region: Any, grad: bool) -> bool:
+    """Whether autograd is on around a reentrant region; if no input needs a gradient, that is not to be seen in it."""
+    return bool(region.next_functions) or (grad and not any(region.needs_input_grad))
