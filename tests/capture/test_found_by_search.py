@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import pickle
 import threading
 from collections import namedtuple
@@ -207,6 +208,62 @@ def test_a_stopped_forward_stays_when_another_begins() -> None:
             net(value)
         net(value)
     assert len(outer["first"]) == 2
+
+
+def on_thread(run: Callable[[], Any]) -> Any:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    raise failed[0]
+
+
+@pytest.mark.parametrize("carry", [lambda run: run(), on_thread])
+def test_a_forward_in_a_copied_context_that_another_capture_stops_has_not_failed(carry: Callable[[Any], Any]) -> None:
+    net, value = Net(), x()
+    with wl.capture(net, first="layers.0", last=wl.Output("head", expect="some")) as outer:
+        with wl.capture(net, second=wl.Output("layers.1", stop=True)):
+            carry(functools.partial(contextvars.copy_context().run, net, value))
+        net(value)
+    assert len(outer["first"]) == 2 and len(outer["last"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_edits_and_what_is_cut_off_on_a_thread_within_checkpointing() -> None:
+    class Region(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.inner, self.reentrant = nn.Linear(4, 4), reentrant
+
+        def forward(self, value: torch.Tensor) -> Any:
+            return checkpoint(self.work, value, use_reentrant=self.reentrant)
+
+        def work(self, value: torch.Tensor) -> Any:
+            result: list[Any] = []
+            grad, context = torch.is_grad_enabled(), contextvars.copy_context()
+
+            def run() -> None:
+                with torch.set_grad_enabled(grad):
+                    result.append(self.inner(value))
+
+            thread = threading.Thread(target=context.run, args=(run,))
+            thread.start()
+            thread.join(60)
+            return result[0]
+
+    value = torch.ones(1, 4, requires_grad=True)
+    with pytest.raises(wl.CaptureError, match="cut off"), wl.capture(net := Region(True), inner="inner"):
+        net(value)
+    edited = wl.Output("inner", replace=torch.neg)
+    with pytest.raises(wl.CaptureError, match="edited within"), wl.capture(net := Region(False), inner=edited):
+        net(value)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,6 +25,7 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         return []
     problems = list(session.problems)
     _drop_failed(session)
+    session.stopped |= any(not forward.done for forward in session.forwards)
     once = len(session.forwards) == 1 and all(map(len, session.fired))
     for number, (name, tap) in enumerate(template.taps):
         if isinstance(tap, Declared):

@@ -172,9 +172,9 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries", "fired",
-        "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems", "raw",
-        "recomputed", "stopped", "template", "wanted",
+        "after", "around", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries",
+        "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems",
+        "raw", "recomputed", "stopped", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -202,8 +202,11 @@ class Session:
         # Which call each running forward is: to tell one that runs from one that failed. Not held by the forward, which
         # a copied context may hold for long.
         self.frames: dict[Forward, FrameType] = {}
-        # What is still to come before the forward is left.
-        self.wanted = None if template.awaited is None else dict(template.awaited)
+        # What is still to come before the forward is left, and the forward that runs around the whole capture.
+        self.wanted: dict[tuple[int, str], int] | None = None
+        self.around: Forward | None
+        if template.awaited is not None:
+            self.wanted, self.around = dict(template.awaited), running.get()
         self.gave: dict[int, set[str]] = {}  # by forwards' numbers the modules that gave something declared
         # What is rare gets no sets of its own until it happens.
         self.recomputed: frozenset[str] = frozenset()
@@ -332,8 +335,8 @@ class Session:
         if not self.wanted:
             self.stopped = True
             forward = running.get()
-            while forward is not None:
-                forward.stopped = forward.stopped or forward.session is self
+            while forward is not None and forward is not self.around:  # those of other captures end with it
+                forward.stopped = True
                 forward = forward.outer
             raise Stopped(self)
 
@@ -378,14 +381,28 @@ def _checkpoint_region(grad: bool) -> str | None:
         return None
     reentrant: CodeType = module.CheckpointFunction.forward.__code__
     found = None
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    for frame in _calls():
         if frame.f_code is reentrant and _attached(frame.f_locals["ctx"], grad):
             return "reentrant"
         if grad and frame.f_code is not reentrant and frame.f_code.co_filename == reentrant.co_filename:
             found = "other"
     return found
+
+
+def _calls() -> Iterator[FrameType]:
+    """Those that led here; in a context that was copied for another thread, those there, too, which wait for this."""
+    frame: FrameType | None = sys._getframe(1)
+    threads = {threading.get_ident()}
+    forward = running.get()
+    while frame is not None or forward is not None:
+        if frame is not None:
+            yield frame
+            frame = frame.f_back
+        elif forward is not None:
+            if forward.thread not in threads and not forward.done:
+                threads.add(forward.thread)
+                frame = sys._current_frames().get(forward.thread)
+            forward = forward.outer
 
 
 def _attached(region: Any, grad: bool) -> bool:
