@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 from collections import namedtuple
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from dataclasses import fields as fields_of
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 WIDTH = 4
 DICTIONARIES = [
@@ -31,6 +33,30 @@ class Data:
     b: Any = None
 
 
+@dataclass
+class Late:
+    """Its constructor takes only some of what it holds, and counts how often it ran."""
+
+    a: Any
+    b: Any = field(init=False, default=None)
+    made: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
+@dataclass
+class Out(ModelOutput):
+    a: Any = None
+    b: Any = None
+
+
+def late(a: Any, b: Any) -> Late:
+    made = Late(a)
+    made.b = b
+    return made
+
+
 Pair = namedtuple("Pair", "a b")
 GIVES = [
     lambda x, y: y,
@@ -43,6 +69,10 @@ GIVES = [
     lambda x, y: {"a": (y, [y * 3]), "b": None},
     lambda x, y: (y, None),
     lambda x, y: y,
+    late,
+    lambda x, y: Out(y),
+    lambda x, y: {"a": Out(y, (x, Data(y * 2))), "b": [late(y, x)]},
+    lambda x, y: torch.return_types.max((y, x)),
 ]
 # Who has to be told of the calls of modules, and whom forwards that open captures themselves ask for one.
 observers: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("observers", default=())
@@ -74,9 +104,10 @@ def apply(function: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([apply(function, item) for item in value])
     if isinstance(value, dict):
-        return {key: apply(function, item) for key, item in value.items()}
-    if isinstance(value, Data):
-        return Data(apply(function, value.a), apply(function, value.b))
+        changed = {key: apply(function, item) for key, item in value.items()}
+        return Out(**changed) if isinstance(value, Out) else changed
+    if isinstance(value, Data | Late):
+        return (Data if isinstance(value, Data) else late)(apply(function, value.a), apply(function, value.b))
     return value
 
 
@@ -160,14 +191,18 @@ class Stepwise(nn.Module):
         return self._region(child, y, depth, "reentrant")
 
     def _region(self, child: Any, y: Any, depth: int, kind: str) -> Any:
+        around, reentrant = region.get(), kind == "reentrant"
+        if not torch.is_grad_enabled() and around != "reentrant":
+            kind = around or "idle"  # nothing is cut off, and nothing computed again
+
         def run(y: Any) -> Any:
-            token = region.set("reentrant" if "reentrant" in (kind, region.get()) else kind)
+            token = region.set("reentrant" if "reentrant" in (kind, around) else kind)
             try:
                 return value_of(child(y, depth))
             finally:
                 region.reset(token)
 
-        return checkpoint(run, y, use_reentrant=kind == "reentrant")
+        return checkpoint(run, y, use_reentrant=reentrant)
 
     def threaded(self, child: Any, y: Any, depth: int) -> Any:
         return value_of(in_thread(child, y, depth))
@@ -178,6 +213,30 @@ class Stepwise(nn.Module):
     def ungraded(self, child: Any, y: Any, depth: int) -> Any:
         with torch.no_grad():
             return value_of(child(y, depth))
+
+    def inferred(self, child: Any, y: Any, depth: int) -> Any:
+        with torch.inference_mode():
+            y = value_of(child(y, depth))
+        return y.clone()
+
+    def linear(self, child: Any, y: Any, depth: int) -> Any:
+        """Under autocast of another dtype."""
+        return value_of(child(nn.functional.linear(y, torch.eye(WIDTH) * 1.5), depth))
+
+    def again(self, child: Any, y: Any, depth: int) -> Any:
+        return value_of(self(value_of(child(y, depth)), depth + 4)) if depth < 4 else y
+
+    def tasks(self, child: Any, y: Any, depth: int) -> Any:
+        async def one() -> Any:
+            await asyncio.sleep(0)
+            return value_of(child(y, depth))
+
+        async def both() -> Any:
+            return sum(await asyncio.gather(one(), one()))
+
+        if asyncio._get_running_loop() is not None:
+            return value_of(child(y, depth))
+        return asyncio.run(both())
 
     def written(self, child: Any, y: Any, depth: int) -> Any:
         return value_of(child(y, depth)).add_(1)
@@ -237,7 +296,8 @@ class OddCalm(Stepwise):
 
 HOWS = [
     "plain", "plain", "keywords", "twice", "sometimes", "often", "direct", "method", "caught", "caught", "checkpointed",
-    "reentrant", "threaded", "carried", "ungraded", "written", "mutated", "generated", "upwards", "watched",
+    "reentrant", "threaded", "carried", "ungraded", "written", "mutated", "generated", "upwards", "watched", "inferred",
+    "linear", "again", "tasks",
 ]  # fmt: skip
 
 

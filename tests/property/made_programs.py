@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import copy
 import pickle
+import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from tests.property.made_nets import (
+    GIVES,
     HOWS,
     WIDTH,
     Failed,
@@ -28,7 +31,7 @@ from tests.property.made_nets import (
     tensors_of,
     value_of,
 )
-from tests.property.taps_by_hand import ByHand, Choice, Stop
+from tests.property.taps_by_hand import ByHand, Choice, Stop, unwrapped
 from torch import nn
 
 import weightlift as wl
@@ -92,7 +95,7 @@ class Side:
         if depth == 3 and not self.failures:
             depth = 1
         x = self.base * 1
-        mode %= 8
+        mode %= 13
         if mode == 1:
             with torch.no_grad():
                 self.last = module(x, depth)
@@ -105,6 +108,16 @@ class Side:
             self.last = in_thread(contextvars.copy_context().run, module, x, depth)
         elif mode == 5:
             self.last = module(scale=0.5, x=x)
+        elif mode == 6:
+            with torch.autocast("cpu", torch.bfloat16):
+                self.last = module(x, depth)
+        elif mode == 7:
+            changed = {name: weight * 1.5 for name, weight in module.named_parameters()}
+            self.last = torch.func.functional_call(module, changed, (x, depth), tie_weights=False)
+        elif mode == 8:
+            self.last = torch.vmap(lambda x: value_of(module(x, depth)), randomness="different")(x)
+        elif mode == 9:
+            self.last = torch.func.grad(lambda x: value_of(module(x, depth)).sum())(self.base.detach())
         else:
             self.last = module(x, depth)
         self.log.append(("out", apply(lambda tensor: tensor.detach().clone(), self.last)))
@@ -123,6 +136,21 @@ class Side:
                 if len(self.opened) == at:
                     self.results.append(result)
             self.log.append("stopped")
+
+    def gather(self, number: int, *choices: Choice) -> None:
+        """Tasks of one event loop, each of which captures its own forward."""
+
+        async def one(choice: Choice) -> None:
+            with self.watching(self.model, choice):
+                await asyncio.sleep(0)
+                output = self.model(self.base * 1, number % 4 if self.failures else 1)
+                self.log.append(value_of(output).detach().clone())
+                await asyncio.sleep(0)
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*map(one, choices))
+
+        self._guarded(lambda: asyncio.run(all_of_them()))
 
     def backward(self) -> None:
         self._guarded(lambda: value_of(self.last).sum().backward())
@@ -143,7 +171,7 @@ class Side:
         def once(*given: Any) -> None:
             handle.remove()
 
-        kind %= 9
+        kind %= 8 if module.gives == len(GIVES) - 1 else 9  # torch's hooks for gradients fail on torch's own tuples
         if kind < 2:
             handle = module.register_forward_hook(edits, prepend=kind == 1)
         elif kind == 2:
@@ -190,7 +218,8 @@ class Side:
 
     def copied(self, how: int) -> None:
         """A copy runs, of which nothing is to be seen."""
-        if how % 2 and not self.handles and isinstance(self, Watched):
+        replaced = any("forward" in vars(module) for module in self.model.modules())
+        if how % 2 and not self.handles and not replaced and isinstance(self, Watched):
             copied = pickle.loads(pickle.dumps(self.model))
         else:
             copied = copy.deepcopy(self.model)
@@ -198,11 +227,28 @@ class Side:
         self._guarded(lambda: self.log.append(value_of(copied(self.base * 1)).detach().clone()))
         observers.reset(token)
 
+    def shallow(self, number: int, elsewhere: int) -> None:
+        """A copy that shares its dictionaries with the module runs, here or where nobody captures."""
+        copied = copy.copy(self.module(number))
+        run = in_thread if elsewhere % 2 else lambda module, x: module(x)
+        self._guarded(lambda: self.log.append(value_of(run(copied, self.base * 1)).detach().clone()))
+
+    def method(self, number: int, kind: int) -> None:
+        """Another forward is set on the instance."""
+        module = self.module(number)
+        vars(module).pop("forward", None)
+        if kind % 3:
+            module.forward = types.MethodType(louder, module)
+
+    def reclass(self, number: int) -> None:
+        module = self.module(number)
+        module.__class__ = Node if type(module) is Odd else Odd
+
     @contextlib.contextmanager
-    def watching(self, module: nn.Module) -> Any:
-        """A capture that a forward opens itself."""
+    def watching(self, module: nn.Module, choice: Choice | None = None) -> Any:
+        """A capture of its own around what runs in it, for instance within a forward."""
         try:
-            opened = self.start(module, {"inner": self.inner})
+            opened = self.start(module, {"inner": choice or self.inner})
         except CaptureError:
             opened = None
         try:
@@ -218,6 +264,10 @@ class Side:
         else:
             if opened is not None:
                 self.results.append(self.finish(*opened, None))
+
+
+def louder(self: Any, x: torch.Tensor, depth: int = 0, *, scale: float = 1.0) -> Any:
+    return type(self).forward(self, x, depth, scale=scale * 2)
 
 
 class Watched(Side):
@@ -272,7 +322,7 @@ class Hooked(Side):
 def gradients(side: Side) -> list[Any]:
     """Of what was returned last, by every tensor that was recorded."""
     recorded = [tensor for result in side.results for values in result.values.values() for value in values
-                for tensor in tensors_of(value) if tensor.requires_grad]  # fmt: skip
+                for tensor in tensors_of(value) if tensor.requires_grad and unwrapped(tensor) is tensor]  # fmt: skip
     try:
         total = value_of(side.last).sum()
         found = torch.autograd.grad(total, recorded, allow_unused=True, retain_graph=True)
@@ -298,6 +348,10 @@ step = st.one_of(
     st.tuples(st.just("add"), number, number),
     st.tuples(st.just("delete"), number),
     st.tuples(st.just("copied"), number),
+    st.tuples(st.just("gather"), number, choice, choice),
+    st.tuples(st.just("shallow"), number, number),
+    st.tuples(st.just("method"), number, number),
+    st.tuples(st.just("reclass"), number),
     st.tuples(st.just("backward")),
     st.tuples(st.just("write")),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.property.made_nets import Data, Pair, apply, observers, region, tensors_of, value_of
+from tests.property.made_nets import Data, Late, Out, Pair, apply, late, observers, region, tensors_of, value_of
 from torch import nn
 
 import weightlift as wl
@@ -146,7 +146,7 @@ def element(output: Any, index: Any) -> Any:
         value = items[index]
     elif isinstance(output, dict):
         if index not in output:
-            raise Lacks(False)
+            raise Lacks(isinstance(output, Out) and hasattr(output, index))
         value = output[index]
     else:
         if not hasattr(output, index):
@@ -164,12 +164,17 @@ def with_element(output: Any, index: Any, value: Any) -> Any:
         return Data(value, output.b) if index == "a" else Data(output.a, value)
     if isinstance(output, dict):
         key = list(output)[index] if isinstance(index, int) else index
-        return {**output, key: value}
+        return (Out if isinstance(output, Out) else dict)(**{**output, key: value})
+    if isinstance(output, Late):
+        return late(value, output.b) if index == "a" else late(output.a, value)
     if isinstance(output, Pair) and isinstance(index, str):
         return output._replace(**{index: value})
     items = list(output)
     items[index] = value
     return Pair(*items) if isinstance(output, Pair) else type(output)(items)
+
+
+opened: list[ByHand] = []
 
 
 class ByHand:
@@ -181,6 +186,7 @@ class ByHand:
         self.selectors = {name: choice.select(model) for name, choice in choices.items()}
         self.chosen = {name: selected(model, selector) for name, selector in self.selectors.items()}
         self.children = {module: len(module._modules) for module in model.modules()}
+        self.kinds = {module: type(module) for module in model.modules()}
         self.added = False
         self.options = {name: choice.options() for name, choice in choices.items()}
         self.noted: list[Noted] = []
@@ -215,7 +221,8 @@ class ByHand:
                     for fqn, module in modules.items():
                         self._hook(name, fqn, module, before)
         observers.set((*observers.get(), self))
-        for other in observers.get():
+        opened.append(self)  # in whatever task
+        for other in opened:
             other.move_behind(self)
         return self
 
@@ -226,13 +233,13 @@ class ByHand:
                 (module._forward_pre_hooks if before else module._forward_hooks).move_to_end(handle.id)
 
     def _hook(self, name: str, fqn: str, module: nn.Module, before: bool) -> None:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self not in observers.get():
+        def enter(caller: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self not in observers.get() or caller is not module:
                 return None
             return self.argument(name, fqn, args, kwargs)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            if self not in observers.get():
+        def leave(caller: nn.Module, args: Any, output: Any) -> Any:
+            if self not in observers.get() or caller is not module:
                 return None
             return self.output(name, fqn, output)
 
@@ -286,7 +293,9 @@ class ByHand:
         return edited
 
     def edits(self) -> None:
-        if self.grad and region.get():
+        if self.grad and region.get() == "idle":
+            self.doubtful = True
+        elif self.grad and region.get():
             self.edited = True
 
     def edit(self, options: dict[str, Any], value: Any) -> Any:
@@ -306,8 +315,8 @@ class ByHand:
         if lack is None:
             if any(options.get(key) for key in ("detach", "clone", "dtype")) or part_of(options) is not None:
                 value = apply(lambda tensor: finished(options, tensor), value)  # else it is the container itself
-            if self.grad and not options["detach"] and not torch.is_grad_enabled() and region.get() == "reentrant":
-                self.detached = self.detached or bool(tensors_of(value))
+            if self.grad and not options["detach"] and not torch.is_grad_enabled() and region.get():
+                self.detached |= region.get() == "reentrant" and bool(tensors_of(value))
                 self.doubtful = True
         versions = [tensor._version for tensor in tensors_of(value) if not tensor.is_inference()]
         snapshot = apply(lambda tensor: tensor.detach().clone(), value)
@@ -348,6 +357,7 @@ class ByHand:
     def close(self) -> None:
         for handle, _, _ in self.handles:
             handle.remove()
+        opened.remove(self)
         observers.set(tuple(other for other in observers.get() if other is not self))
         self.look_for_more()
         for name, options in self.options.items():
@@ -364,15 +374,16 @@ class ByHand:
 
     def look_for_more(self) -> None:
         """Modules that are meant by now and were not: to be told where some were only added, else they may be."""
-        more = [
-            fqn
+        more = {
+            fqn: module
             for name, selector in self.selectors.items()
             for fqn, module in selected(self.model, selector).items()
             if not any(module is other for other in self.chosen[name].values())
-        ]
+        }
         self.doubtful |= bool(more)
         fewer = any(len(module._modules) < count for module, count in self.children.items())
-        for fqn in more:
+        for fqn, module in more.items():
+            self.added |= type(module) is not self.kinds.get(module, type(module))
             parent = self.model.get_submodule(fqn.rpartition(".")[0])
             self.added |= not fewer and len(parent._modules) > self.children.get(parent, len(parent._modules))
 
@@ -435,15 +446,25 @@ def finished(options: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if options["clone"] else tensor
 
 
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that torch.func wrapped, what is inside."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def alike(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        one, other = unwrapped(one), unwrapped(other)
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
         return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(alike, one, other))
-    if isinstance(one, Data):
-        return alike(one.a, other.a) and alike(one.b, other.b)
+    if isinstance(one, Data | Late):
+        return alike(vars(one), vars(other))
     return bool(one == other)
