@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import gc
 import threading
@@ -62,6 +63,34 @@ def test_a_failed_forward_does_not_stand_for_a_layer_that_another_skipped() -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("calls", [[0], [-1], [1], None])
+def test_a_forward_that_fails_around_one_that_does_not(calls: list[int] | None) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, value: torch.Tensor, within: bool = True) -> torch.Tensor:
+            value = self.layer(value)
+            if within:
+                self(value * 2, within=False)
+                self.layer(value * 3)
+                raise ValueError("as asked for")
+            return value
+
+    net, value = Around(), torch.ones(1)
+    capture = wl.capture(net, seen=wl.Output("layer", calls=calls))
+    with contextlib.ExitStack() as stack:
+        if calls in ([0], [-1]):  # the call that is the first, and the last, when the others do not count
+            stack.enter_context(pytest.raises(wl.CaptureError, match="was let go"))
+        with capture as got:
+            with contextlib.suppress(ValueError):
+                net(value)
+            if calls == [1]:
+                net(value * 4, within=False)
+    assert list(got["seen"]) == {None: [value * 2], 1: [value * 4]}.get(calls and calls[0], [])
+
+
 def test_what_was_awaited_is_awaited_again_after_a_failure() -> None:
     net, x = Pair(), torch.ones(1, 4)
     net.b = net.a

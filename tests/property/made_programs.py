@@ -48,6 +48,7 @@ class Result:
     error: CaptureError | None
     wrong: set[str]
     may_be_wrong: bool = False
+    lost: bool = False
 
 
 class Side:
@@ -316,7 +317,7 @@ class Hooked(Side):
                 calls[name][noted.fqn] = (*calls[name].get(noted.fqn, ()), noted.kept)
                 groups[noted.forward] = groups.get(noted.forward, 0) + 1
             forwards[name] = list(groups.values())
-        return Result(values, calls, forwards, None, opened.wrong(), opened.may_be_wrong())
+        return Result(values, calls, forwards, None, opened.wrong(), opened.may_be_wrong(), opened.lost)
 
 
 def gradients(side: Side) -> list[Any]:

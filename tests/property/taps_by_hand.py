@@ -197,6 +197,7 @@ class ByHand:
         self.numbers = 0
         self.stopped = False
         self.detached = self.edited = self.doubtful = False
+        self.lost = False  # whether a wanted call may have been let go
         self.handles: list[Any] = []
         self.awaited = None
         if any(options["stop"] for options in self.options.values()):
@@ -351,8 +352,17 @@ class ByHand:
                 self.doubtful = self.doubtful or error.owner is not self  # it may have ended just before
                 return
             self.noted = [noted for noted in self.noted if noted.forward != number]
+            self.renumber(number)
             for calls in self.fired.values():
                 calls[:] = [call for call in calls if call != number]
+
+    def renumber(self, number: int) -> None:
+        for noted in self.noted:
+            before = self.fired[noted.tap, noted.fqn][: noted.call].count(number)
+            noted.call -= before
+            self.lost |= bool(before) and self.options[noted.tap]["calls"] is not None
+        for (name, _), calls in self.fired.items():  # and of what came before, later calls may have taken the place
+            self.lost |= number in calls and self.options[name]["calls"] is not None and bool(set(calls) - {number})
 
     def close(self) -> None:
         for handle, _, _ in self.handles:
@@ -368,7 +378,7 @@ class ByHand:
                 noted
                 for noted in self.noted
                 if noted.tap != name
-                or any(call == noted.call or call + counts[noted.fqn] == noted.call for call in options["calls"])
+                or any(noted.call == (call if call >= 0 else call + counts[noted.fqn]) for call in options["calls"])
                 or (noted.lack is not None and options["replace"] is not None)
             ]
 

@@ -37,12 +37,15 @@ def test_a_capture_records_what_plain_hooks_do(nodes, program, inner):
     assert len(ours.results) == len(theirs.results)
     for one, other in zip(ours.results, theirs.results):
         compare(one, other)
-    assert alike(gradients(ours), gradients(theirs))
+    if not any(other.lost and one.error for one, other in zip(ours.results, theirs.results)):
+        assert alike(gradients(ours), gradients(theirs))
     assert all(owner[name] is dictionary for owner, name, dictionary in dictionaries)
     assert not any(vars(module)[name] for module in ours.made for name in DICTIONARIES)
 
 
 def compare(found: Result, wanted: Result) -> None:
+    if wanted.lost and found.error is not None:
+        return
     for name, values in wanted.values.items():
         assert alike(found.values[name], values), (name, found.values[name], values)
         assert alike(found.calls[name], wanted.calls[name]), name

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from weightlift.capture.result import Entry, Recorded, lacking, no_such_calls, no_such_layers, out_of_reach, places
+from weightlift.capture.result import (
+    Entry,
+    Recorded,
+    lacking,
+    let_go,
+    no_such_calls,
+    no_such_layers,
+    out_of_reach,
+    places,
+)
 from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
@@ -79,10 +88,13 @@ def _calls(session: Session, number: int, name: str, tap: Output, fired: dict[st
         return []
     problems = []
     wanted: dict[str, set[int]] = {}
+    kept = {(entry.fqn, entry.call) for entry in (*session.entries, *session.lacks) if entry.tap == number}
     for fqn, calls in fired.items():
         wanted[fqn], missing = places(tap.calls, len(calls))
         if missing and calls and tap.expect != "maybe":
             problems.append(no_such_calls(name, fqn, missing, len(calls)))
+        if any(0 <= call < len(calls) and (fqn, call) not in kept for call in wanted[fqn]):
+            problems.append(let_go(name, fqn))
     session.entries[:] = _wanted(session.entries, number, wanted)
     if tap.replace is None:  # else every call is edited
         session.lacks[:] = _wanted(session.lacks, number, wanted)

@@ -169,6 +169,11 @@ def no_such_calls(name: str, fqn: str, missing: Sequence[int], count: int) -> Pr
     )
 
 
+def let_go(name: str, fqn: str) -> Problem:
+    what = f"tap {name!r} wants a call that was let go, as another forward ran around it or beside it that failed then"
+    return Problem(what, fqn=fqn, hint="leave calls out, and choose from got.calls(…)")
+
+
 def no_such_layers(key: str, fqn: str, missing: Sequence[int], count: int) -> Problem:
     return Problem(
         f"{key!r} has no such layers",

@@ -275,6 +275,7 @@ class Session:
         self.entries[:] = [entry for entry in self.entries if entry.forward != number]
         self.lacks[:] = [entry for entry in self.lacks if entry.forward != number]
         self.forwards[:] = [other for other in self.forwards if other is not forward]
+        self._renumber(number)
         for calls in self.fired:
             calls[:] = [call for call in calls if call != number]
         for site, last in self.last.items():
@@ -283,6 +284,13 @@ class Session:
         if self.template.awaited is not None:
             left = {key: n - len(self.fired[self.template.sites[key]]) for key, n in self.template.awaited.items()}
             self.wanted = {key: n for key, n in left.items() if n > 0}
+
+    def _renumber(self, number: int) -> None:
+        """The calls of a forward that failed are not counted: those of others that came after them move up."""
+        for entry in (*self.entries, *self.lacks):
+            site = self.template.sites.get((entry.tap, entry.fqn))
+            if site is not None:
+                entry.call -= self.fired[site][: entry.call].count(number)
 
     def stop_with(self, forward: Forward) -> None:
         """Another capture has stopped this forward, if it does not run any more: that is no failure."""
