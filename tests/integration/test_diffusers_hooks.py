@@ -230,6 +230,20 @@ def test_code_that_is_called_with_the_state_dict(saved: Path, part: str, what: s
     assert part == "Extra" or torch.equal(ours.inner.weight, torch.arange(4.0))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_hooks_after_load_state_dict_that_diffusers_does_not_call(vae: Path, low_cpu_mem_usage: bool) -> None:
+    class WithHook(AutoencoderKL):
+        @classmethod
+        def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            made = super().from_config(*args, **kwargs)
+            (made[0] if isinstance(made, tuple) else made).register_load_state_dict_post_hook(marked)
+            return made
+
+    (ours, _), (theirs, _) = both(WithHook, vae, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert differences(ours, theirs) == []
+    assert not hasattr(ours, "marked") and not hasattr(theirs, "marked")
+
+
 def test_it_is_not_called_where_memory_is_saved(saved: Path) -> None:
     with native_only():
         ours = wl.from_pretrained(Model, saved)

@@ -105,3 +105,71 @@ def test_a_step_of_a_model_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ours = wl.from_pretrained(Around, tmp_path)
     assert Counting.seen == called > 0
     assert differences(ours, theirs) == []
+
+
+class Hooked(BertModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.told: list[str] = []
+        self.encoder.register_load_state_dict_pre_hook(lambda *_: self.told.append("before"))
+        self.encoder.register_load_state_dict_post_hook(lambda *_: self.told.append("after"))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}])
+def test_hooks_of_load_state_dict_are_not_called_by_either(bert: Path, options: Any) -> None:
+    theirs = Hooked.from_pretrained(bert, **options)
+    with native_only():
+        ours = wl.from_pretrained(Hooked, bert, **options)
+    assert ours.told == theirs.told == []
+
+
+class Scale(nn.Module):
+    """Its extra state is a tensor, as is that of layers with scales of their own."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.scale = torch.full((2,), 3.0, dtype=dtype)
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.scale
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.scale = state
+
+
+class Told(nn.Module):
+    """Nothing of it is in a state dict, so nobody misses it."""
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError(state)
+
+
+class Scaled(BertModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scales = nn.ModuleList([Scale(torch.float32), Scale(torch.uint8), Scale(None)])
+        self.rest = Told()
+
+
+@pytest.mark.parametrize("given", ["files", "pickle", "state dict"])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}])
+def test_extra_state_that_is_a_tensor(tmp_path: Path, given: str, options: Any) -> None:
+    model = Scaled(BertConfig(**SMALL))
+    for scale in model.scales:
+        scale.scale = scale.scale + 1
+    model.save_pretrained(tmp_path)
+    name: Any = tmp_path
+    if given == "pickle":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    elif given == "state dict":
+        name, options = None, {**options, "config": model.config, "state_dict": model.state_dict()}
+    theirs, info = Scaled.from_pretrained(name, output_loading_info=True, **options)
+    with native_only():
+        ours, my_info = wl.from_pretrained(Scaled, name, output_loading_info=True, **options)
+    assert my_info == info and differences(ours, theirs) == []
+    for mine, original in zip(ours.scales, theirs.scales):
+        assert mine.scale.dtype == original.scale.dtype
+        assert mine.scale.device == original.scale.device
+        assert mine.scale.tolist() == original.scale.tolist() == [4, 4]

@@ -40,7 +40,7 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
         slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
         inventory = replace(subject.inventory, slots=slots)
         left = replace(decisions, rows=rows, checks=())
-        return apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False))
+        return apply(left, replace(subject, inventory=inventory), source, replace(options, progress=False))
 
 
 def _converted(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:

@@ -238,7 +238,7 @@ class Filling:
             seed=load.seed,
             **{"progress": progress, **of_this_load()},
         )
-        self._subject = Subject(Inventory.of(model), recorder)
+        self._subject = Subject(Inventory.of(model), recorder, post_hooks=False)  # those that count are refused before
         self._state = {slot.fqn: slot.tensor for slot in self._subject.inventory.slots if slot.persistent}
         offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
         assigns = wanted.assigns and not wanted.low_cpu_mem_usage

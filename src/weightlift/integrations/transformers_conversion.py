@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ class Conversion:
     """What a checkpoint offers under the model's names.
 
     ``unexpected`` are names, as Transformers reports them; ``computed`` values that had to be read early, by key;
-    ``errors`` what went wrong in a converter, by the first name that it was for.
+    ``errors`` what went wrong in a converter, by the first name that it was for; ``extras`` the keys of extra state and
+    of what is no tensor.
     """
 
     offers: dict[str, Offer] = field(default_factory=dict)
@@ -56,8 +57,10 @@ def convert(
     transforms: list[Any],
     expected: Mapping[str, torch.Tensor | None],
     dtypes: Mapping[str, torch.dtype],
+    extra_state: Collection[str],
 ) -> Conversion:
-    """Name and convert all keys. ``expected`` are the model's state-dict names, ``dtypes`` what loaded ones become."""
+    """Name and convert all keys. ``expected`` are the model's state-dict names, ``extra_state`` those of them that are
+    given to ``set_extra_state``; ``dtypes`` what loaded ones become."""
     renamings = [item for item in transforms if isinstance(item, core.WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, core.WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
@@ -72,7 +75,7 @@ def convert(
                 patterns = by_pattern[pattern].target_patterns
                 targets = [name.replace(patterns[0], item) for item in patterns]
             done.unexpected.update(targets)
-        elif key in checkpoint.extras:
+        elif key in checkpoint.extras or name in extra_state:
             done.extras[name] = key
         elif pattern is None:
             if name not in groups:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import core_model_loading, modeling_utils
 from transformers.integrations.accelerate import expand_device_map
 from transformers.modeling_utils import PreTrainedModel
@@ -170,7 +171,7 @@ class Filling:
         self._state: dict[str, torch.Tensor | None] = {
             slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent
         }
-        self._extra_state = inventory.extra_state
+        self._extra_state = tuple(name for name in inventory.extra_state if _gives_extra_state(model, name))
         self._plan_dtypes = _dtype_plan(load_config.dtype_plan, self._state)
 
     def run(self) -> LoadStateDictInfo:
@@ -188,9 +189,7 @@ class Filling:
         extend(self._model, self._recorder, self._load, lambda: initialise(self._model, tensors))
         decisions, subject = self._decide(done)
         source = Bytes(
-            self._checkpoint.files,
-            {**self._checkpoint.tensors, **done.computed},
-            {name: self._checkpoint.extras[key] for name, key in done.extras.items()},
+            self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras)
         )
         with outside_modes():
             decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
@@ -217,9 +216,30 @@ class Filling:
             for name, tensor in self._state.items()
             if tensor is not None
         }
-        done = convert(self._model, self._checkpoint, transforms, expected, dtypes)
+        done = convert(self._model, self._checkpoint, transforms, expected, dtypes, self._extra_state)
         self._model._weight_conversions = [item for item in transforms if item.was_used()]
         return done
+
+    def _extras(self, keys: Mapping[str, str]) -> dict[str, Any]:
+        """The values of extra state by name. A tensor becomes what Transformers makes of it: of the dtype of the
+        tensor that the module has before."""
+        read = {name: key for name, key in keys.items() if key in self._checkpoint}
+        given: dict[str, Any] = {}
+
+        def ask() -> None:
+            for name in read:
+                given[name] = _owner(self._model, name).get_extra_state()
+
+        if read:
+            extend(self._model, self._recorder, self._load, ask)
+        extras = {name: self._checkpoint.extras[key] for name, key in keys.items() if name not in read}
+        with outside_modes():
+            for name, key in read.items():
+                held = self._checkpoint.tensors.get(key)
+                value = self._checkpoint.read(key) if held is None else held
+                was = given[name]
+                extras[name] = value.to(was.dtype) if isinstance(was, torch.Tensor) else value
+        return extras
 
     def _supplied(self, done: Conversion) -> tuple[set[str], set[tuple[str, Any, Any]]]:
         """The names that have their value from the checkpoint, ties included; and those whose shape differs."""
@@ -264,7 +284,7 @@ class Filling:
 
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
-        subject = Subject(inventory, self._recorder)
+        subject = Subject(inventory, self._recorder, post_hooks=False)  # Transformers calls no ``load_state_dict``
         spec = inventory.spec(subject.record_at)
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
@@ -294,6 +314,15 @@ class Filling:
         for target, source in list(tied.items()):
             if self._model.get_parameter_or_buffer(target) is not self._model.get_parameter_or_buffer(source):
                 del tied[target]
+
+
+def _gives_extra_state(model: Any, name: str) -> bool:
+    """Whether the module's state dict has it: Transformers goes by that."""
+    return type(_owner(model, name)).get_extra_state is not nn.Module.get_extra_state
+
+
+def _owner(model: Any, name: str) -> Any:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _options(load_config: Any, seed: int | None) -> LoadOptions:

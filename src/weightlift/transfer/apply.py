@@ -46,8 +46,9 @@ def apply(
         _Application(decisions, subject, source, options, trace).run()
     inventory = subject.inventory
     # A walk that finds nothing to do is left out; what a state-dict hook changed may have hooks of its own.
-    if extras or source.changes or any(module._load_state_dict_post_hooks for module in inventory.modules):
-        finish(inventory.module, decisions, extras)
+    hooked = subject.post_hooks and any(module._load_state_dict_post_hooks for module in inventory.modules)
+    if extras or source.changes or hooked:
+        finish(inventory.module, decisions, extras, post_hooks=subject.post_hooks)
     _audit(subject)
     return inventory.module
 

@@ -17,20 +17,21 @@ from weightlift.plan.records import Decisions
 _IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
 
 
-def finish(module: nn.Module, decisions: Decisions, extras: Mapping[str, Any]) -> None:
+def finish(module: nn.Module, decisions: Decisions, extras: Mapping[str, Any], *, post_hooks: bool = True) -> None:
     """Give every module its extra state, and run the post hooks. ``extras``: extra-state name → value.
 
     Raises TransferError, with the module's name, when a ``set_extra_state`` fails; what a post hook raises comes
     through.
     """
-    _Finish(decisions, extras).visit(module, "")
+    _Finish(decisions, extras, post_hooks).visit(module, "")
 
 
 class _Finish:
     """One walk. Post hooks share two lists, which grow as the walk proceeds and which they may change."""
 
-    def __init__(self, decisions: Decisions, extras: Mapping[str, Any]) -> None:
+    def __init__(self, decisions: Decisions, extras: Mapping[str, Any], post_hooks: bool) -> None:
         self._extras = extras
+        self._post_hooks = post_hooks
         self._missing = _by_prefix(decisions.announced_missing)
         self._unexpected = _by_prefix(decisions.announced_unexpected)
         self._keys = _IncompatibleKeys([], [])
@@ -44,7 +45,7 @@ class _Finish:
         for child_name, child in module._modules.items():
             if child is not None:
                 self.visit(child, f"{prefix}{child_name}.")
-        for hook in list(module._load_state_dict_post_hooks.values()):
+        for hook in list(module._load_state_dict_post_hooks.values()) if self._post_hooks else ():
             if hook(module, self._keys) is not None:
                 raise AssertionError("a load_state_dict post hook must return None, and change the keys in place")
 

@@ -25,12 +25,13 @@ _Form = tuple[torch.dtype, torch.Size | None]  # None: uninitialised
 class Subject:
     """The module that a plan was made for: its slots, and the tapes it was built with (None: it was built ordinarily).
 
-    ``existing``: it is a user's, and was there before.
+    ``existing``: it is a user's, and was there before. ``post_hooks``: its ``load_state_dict`` post hooks are called.
     """
 
     inventory: Inventory
     recorder: Recorder | None
     existing: bool = False
+    post_hooks: bool = True
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The tape of a tensor, if it has one."""
