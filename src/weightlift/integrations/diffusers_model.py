@@ -33,11 +33,13 @@ from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refus
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
-from weightlift.integrations.misfits import refuse_shared, shapes_differ
+from weightlift.integrations.foreign import refuse_allowed
+from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Offer, Row
+from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
@@ -104,6 +106,7 @@ def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None
     except CheckpointNotFound:
         raise
     except CheckpointError as error:
+        refuse_allowed(error)
         raise Damaged(error.summary, error.problems) from error.__cause__
 
 
@@ -254,6 +257,10 @@ class Filling:
         ]
         if mismatched and not self._wanted.ignore_mismatched:
             raise self._misfit(mismatched)
+        extras = self._offered.checkpoint.extras
+        others = [name for name in loaded_keys if name in self._state and name in extras]
+        if others:
+            raise DoesNotFit(self._refusal(), [no_tensor(name, name, extras[name]) for name in others])
         loaded = set(loaded_keys)
         missing = [name for name in self._state if name not in loaded]
         unexpected = self._unexpected(loaded_keys)
@@ -283,6 +290,7 @@ class Filling:
 
     def _carry_out(self) -> None:
         decisions = self._decide()
+        require_devices(decisions)
         checkpoint = self._offered.checkpoint
         source = Bytes(checkpoint.files, {**checkpoint.tensors, **self._offered.computed}, checkpoint.extras)
         with outside_modes():

@@ -25,6 +25,12 @@ def shapes_differ(
     )
 
 
+def no_tensor(fqn: str, key: str, found: object) -> Problem:
+    """A value that can't be that of a parameter or buffer."""
+    what = "the checkpoint has no tensor for it"
+    return Problem(what, fqn=fqn, key=key, expected="a tensor", found=f"a {type(found).__name__}")
+
+
 def refuse_shared(decisions: Decisions, slots: Iterable[Slot]) -> None:
     """Raise `NotNative` for tensors that share memory so that they can't all be filled: in part, or with themselves.
     Their libraries put a tensor of its own in the place of each. What was built on ``meta`` is not looked at."""

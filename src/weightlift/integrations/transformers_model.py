@@ -33,7 +33,8 @@ from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files
-from weightlift.integrations.misfits import refuse_shared, shapes_differ
+from weightlift.integrations.foreign import refuse_allowed, refuse_foreign
+from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
 from weightlift.integrations.transformers_conversion import Conversion, convert
 from weightlift.integrations.transformers_hooks import refuse_hooks, refuse_parts
 from weightlift.integrations.transformers_init import build, initialise, tie
@@ -43,6 +44,7 @@ from weightlift.integrations.transformers_quantised import ShapesOnly, refuse_qu
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Row
+from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.share import of_this_load
 from weightlift.transfer.subject import Bytes, Subject
@@ -123,6 +125,7 @@ class StandIn:
 
 def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpoint:
     if state_dict is not None:
+        refuse_foreign(state_dict)
         return open_checkpoint(state_dict)
     if not files:
         raise ValueError("Neither a state dict nor checkpoint files were found.")
@@ -140,6 +143,7 @@ def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpo
     except CheckpointError as error:
         if not load_config.weights_only and not files[0].endswith(".safetensors"):
             raise NotNative("weights_only=False", "the pickle holds more than plain tensors") from error
+        refuse_allowed(error)
         if isinstance(error, CheckpointNotFound) or not files[0].endswith(".safetensors"):
             raise
         raise Damaged(error.summary, error.problems) from error.__cause__
@@ -177,6 +181,7 @@ class Filling:
     def run(self) -> LoadStateDictInfo:
         """Plan, report as Transformers does, initialise, read. Raises before anything is read what can be known."""
         done = self._convert()
+        self._refuse_others(done)
         supplied, mismatched = self._supplied(done)
         info = self._info(done, supplied, mismatched)
         self._model._adjust_missing_and_unexpected_keys(info)
@@ -219,6 +224,14 @@ class Filling:
         done = convert(self._model, self._checkpoint, transforms, expected, dtypes, self._extra_state)
         self._model._weight_conversions = [item for item in transforms if item.was_used()]
         return done
+
+    def _refuse_others(self, done: Conversion) -> None:
+        """Transformers fails on a value that is no tensor, for a name that takes one."""
+        others = [(name, key) for name, key in done.extras.items() if name in self._state]
+        if others:
+            where = f"{self._config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}"
+            problems = [no_tensor(name, key, self._checkpoint.extras[key]) for name, key in others]
+            raise PlanError(f"{where}; nothing was changed", problems)
 
     def _extras(self, keys: Mapping[str, str]) -> dict[str, Any]:
         """The values of extra state by name. A tensor becomes what Transformers makes of it: of the dtype of the
@@ -295,6 +308,7 @@ class Filling:
         devices = self._devices([row.fqn for row in decisions.rows])
         if devices or self._plan_dtypes:
             decisions = replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows))
+        require_devices(decisions)
         return decisions, subject
 
     def _row(self, row: Row, devices: Mapping[str, str]) -> Row:
