@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import json
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -333,3 +336,68 @@ def test_a_manifest_that_cannot_be_placed_leaves_the_old_checkpoint(
         with pytest.raises(wl.WeightliftError):
             wl.save(Net(), tmp_path, manifest=True)
     assert same(wl.load(Net, tmp_path, verify=True), old)
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 1500])
+def test_an_interrupt_during_the_renames_leaves_old_or_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Before or after each rename in turn, as Ctrl-C may come."""
+    models = Net(), Net()
+    rename, replace = os.rename, os.replace
+    moments = itertools.count()
+    interrupted = True
+    while interrupted:
+        moment = next(moments)
+        left = [moment // 2]
+        folder = tmp_path / f"{moment}"
+        wl.save(models[0], folder, max_shard_bytes=1500)
+        before = sorted(os.listdir(folder))
+
+        def interrupts(call: Any, *args: Any, left: list[int] = left, late: int = moment % 2) -> None:
+            left[0] -= 1
+            if left[0] == -1 and not late:
+                raise KeyboardInterrupt
+            call(*args)
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", functools.partial(interrupts, rename))
+            patch.setattr(os, "replace", functools.partial(interrupts, replace))
+            try:
+                wl.save(models[1], folder, max_shard_bytes=limit)
+                interrupted = False
+            except KeyboardInterrupt:
+                assert sorted(os.listdir(folder)) == before
+        assert same(wl.load(Net, folder), models[not interrupted])
+    assert moment > 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("limit", [5_000_000_000, 1500])
+def test_what_was_private_stays_private(tmp_path: Path, limit: int) -> None:
+    wl.save(Net(), tmp_path, manifest=True)
+    new = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in os.scandir(tmp_path)}
+    (tmp_path / "ordinary").touch()
+    assert set(new.values()) == {stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)}  # as the umask says
+    (tmp_path / "ordinary").unlink()
+    (tmp_path / "model.safetensors").chmod(0o600)
+    wl.save(Net(), tmp_path, max_shard_bytes=limit, manifest=True)
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in os.scandir(tmp_path)} == {0o600}
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(wl.CheckpointError, match="surrogate pair"):
+        wl.save({"a\udcff": torch.zeros(1)}, tmp_path)
+    with pytest.raises(ValueError, match=r"metadata\['author'\]"):
+        wl.save({"a": torch.zeros(1)}, tmp_path, metadata={"author": "\udcff"})
+    with pytest.raises(TypeError, match="metadata must be a mapping"):
+        wl.save({"a": torch.zeros(1)}, tmp_path, metadata=["author"])  # type: ignore[arg-type]
+    assert not os.listdir(tmp_path)
+
+
+def test_a_name_that_is_too_long_for_the_system(tmp_path: Path) -> None:
+    with pytest.raises(wl.TransferError, match="too long"):
+        wl.save(Net(), tmp_path, name="n" * 300)
+    assert not os.listdir(tmp_path)

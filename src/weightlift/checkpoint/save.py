@@ -8,8 +8,10 @@ belongs to the file that was opened and not to its name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import secrets
@@ -24,7 +26,7 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manifest
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
-from weightlift.checkpoint.write import write_safetensors
+from weightlift.checkpoint.write import permit, write_safetensors
 from weightlift.errors import CheckpointError, Problem, TransferError
 from weightlift.lazy_views import shown
 
@@ -51,7 +53,8 @@ def save(
     A checkpoint of the same name in the folder is replaced, also one that the module is mapped from at this moment:
     new files are written beside it and renamed. A single file over a single file is replaced in one step. In every
     other case a crash during the renames leaves an incomplete checkpoint, which loaders refuse, with the old files
-    under hidden names; never a mixture. Other files of the folder stay.
+    under hidden names; never a mixture. Ctrl-C leaves the old checkpoint, or the new one. Other files of the folder
+    stay. The new files have the permissions that all the old ones have.
 
     Args:
         metadata: text for the header of every file; ``format: pt`` is added.
@@ -61,6 +64,7 @@ def save(
         CheckpointError: a tensor or value that the format cannot hold, every one named; the folder is a file, or named
             as one; or another checkpoint in it would be read instead of this one. Nothing was written.
         TransferError: writing failed; the old checkpoint is as it was.
+        TypeError, ValueError: an argument that can't be meant.
 
     Memory: one tensor of another device, or one that is not contiguous, is copied at a time. Thread-safe; saves into
     one folder wait for one another. The module must not be written to meanwhile.
@@ -69,18 +73,44 @@ def save(
     if not isinstance(module, nn.Module | Mapping):
         swapped = "the arguments are swapped: " if isinstance(folder, nn.Module | Mapping) else ""
         raise TypeError(f"{swapped}expected a torch.nn.Module or a mapping of tensors, found {type(module).__name__}")
-    if not re.fullmatch(r"[\w][\w.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"name must be the beginning of a file name, found {name!r}")
+    given = _texts(metadata)
     where = _folder(folder)
     state = module.state_dict() if isinstance(module, nn.Module) else module
     with outside_modes():
         tensors, ties = _untied(_savable(state))
-        texts = {**ties, "format": "pt", **{str(key): str(value) for key, value in (metadata or {}).items()}}
+        texts = {**ties, "format": "pt", **given}
         split, index = _split(tensors, name, limit)
         _make(where)
-        with _alone_in(where):
-            _Saving(where, name, [*split], index).run(split, tensors, texts, manifest=manifest)
+        try:
+            with _alone_in(where):
+                _Saving(where, name, [*split], index).run(split, tensors, texts, manifest=manifest)
+        except OSError as error:
+            if isinstance(error, CheckpointError):  # some are both
+                raise
+            raise TransferError("saving failed", [Problem(f"writing failed: {error}", file=where)]) from error
     return tuple(where / file for file in split)
+
+
+def _texts(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """What the user gives for the header. Raises TypeError for what is no mapping, ValueError for what is no text."""
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata must be a mapping of names to text, found {type(metadata).__name__}")
+    texts = {str(key): str(value) for key, value in (metadata or {}).items()}
+    for key, value in texts.items():
+        if not _is_text(key) or not _is_text(value):
+            raise ValueError(f"metadata[{key!r}]: UTF-8 has no such characters, found {value!r}")
+    return texts
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written: halves of surrogate pairs can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shard_bytes(value: int | str) -> int:
@@ -142,6 +172,9 @@ def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             problems.append(Problem(f"has the dtype {tensor.dtype}, unknown to the format", key=key, hint="cast it"))
         elif key == "__metadata__":
             problems.append(Problem("has the name that the format keeps for itself", key=key))
+        elif not _is_text(key):
+            hint = "rename it"
+            problems.append(Problem("has a name with half of a surrogate pair, which is no UTF-8", key=key, hint=hint))
     if problems:
         raise CheckpointError(_SUMMARY, problems)
     return dict(tensors)
@@ -245,21 +278,20 @@ class _Saving:
     ) -> None:
         """Write, then rename. On an error the folder is as it was."""
         sums = self._sums()
+        mode = self._mode()
         try:
             for file, keys in split.items():
                 part = {key: tensors[key] for key in keys}
-                digest = write_safetensors(self._hidden(file), part, metadata, hashed=manifest)
+                digest = write_safetensors(self._hidden(file), part, metadata, hashed=manifest, mode=mode)
                 if digest is not None:
                     sums[file] = digest
             if self._index is not None:
-                digest = self._write_text(self._index_name, self._index)
+                digest = self._write_text(self._index_name, self._index, mode)
                 if manifest:
                     sums[self._index_name] = digest
             if sums:
-                self._write_text(MANIFEST, manifest_text(sums))
+                self._write_text(MANIFEST, manifest_text(sums), mode)
             self._swap([*self._new, *([MANIFEST] if sums else [])])
-        except OSError as error:
-            raise TransferError("saving failed", [Problem(f"writing failed: {error}", file=self._folder)]) from error
         finally:
             self._clean()
 
@@ -271,11 +303,17 @@ class _Saving:
         self._old.append(MANIFEST)
         return {file: digest for file, digest in sums.items() if file not in (*self._old, *self._new)}
 
+    def _mode(self) -> int | None:
+        """The permissions that every file which is replaced has: what was private stays so."""
+        modes = [os.stat(path).st_mode for file in self._old if (path := self._folder / file).exists()]
+        return functools.reduce(operator.and_, modes) & 0o777 if modes else None
+
     def _hidden(self, file: str, suffix: str = "new") -> Path:
         return self._folder / f".{file}.{self._mark}.{suffix}"
 
-    def _write_text(self, file: str, content: bytes) -> str:
+    def _write_text(self, file: str, content: bytes, mode: int | None) -> str:
         with open(self._hidden(file), "xb") as stream:
+            permit(stream.fileno(), mode)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -283,30 +321,37 @@ class _Saving:
 
     def _swap(self, new: list[str]) -> None:
         """Put the new files in their places, the index last; put the old ones back if that fails."""
-        moved: list[str] = []
+        moved: list[str] = []  # each noted before it is done: an interrupt may come in between
         placed: list[str] = []
         try:
             if not (len(new) == 1 and set(self._old) <= set(new)):  # else one rename does it all
                 for file in sorted(self._old, key=lambda file: file != self._index_name):
-                    os.rename(self._folder / file, self._hidden(file, "old"))
                     moved.append(file)
+                    os.rename(self._folder / file, self._hidden(file, "old"))
             for file in sorted(new, key=lambda file: (file == self._index_name, file == MANIFEST)):
-                os.replace(self._hidden(file), self._folder / file)
                 placed.append(file)
-        except OSError:
-            for file in placed:
-                if moved or file not in self._old:
-                    (self._folder / file).unlink(missing_ok=True)
-            for file in moved:
-                os.replace(self._hidden(file, "old"), self._folder / file)
+                os.replace(self._hidden(file), self._folder / file)
+        except BaseException:  # Ctrl-C too
+            self._put_back(moved, placed)
             raise
         for file in moved:
             self._hidden(file, "old").unlink(missing_ok=True)
         _flush(self._folder)
 
+    def _put_back(self, moved: list[str], placed: list[str]) -> None:
+        """Take new files away and give old ones their names again, as far as it had come."""
+        for file in placed:
+            there = not self._hidden(file).exists()
+            if there and (moved or file not in self._old):
+                (self._folder / file).unlink(missing_ok=True)
+        for file in moved:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._hidden(file, "old"), self._folder / file)
+
     def _clean(self) -> None:
         for file in (*self._new, MANIFEST):
-            self._hidden(file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it must not hide what failed, such as a name that is too long
+                self._hidden(file).unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -20,9 +21,10 @@ _CALL_BYTES = 64 << 20
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, hashed: bool
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, hashed: bool, mode: int | None
 ) -> str | None:
-    """Write a new file, flushed to the disk; its sha256 when ``hashed``.
+    """Write a new file, flushed to the disk, with the permissions ``mode`` (None: the umask's); its sha256 when
+    ``hashed``.
 
     The file must not exist. Tensors are plain, strided and of dtypes that the format has. Tensors of another device
     pass through the CPU one at a time. Raises `TransferError` with key and byte range, the cause chained.
@@ -34,6 +36,7 @@ def write_safetensors(
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
+            permit(fd, mode)
             _write(fd, memoryview(header), state)
             for key in names:
                 start, end = (len(header) + at for at in spans[key])
@@ -47,6 +50,13 @@ def write_safetensors(
         problem = Problem(f"writing failed: {error}", key=key, file=path, start=start, end=end, hint=hint)
         raise TransferError("saving failed", [problem]) from error
     return None if state is None else state.hexdigest()
+
+
+def permit(fd: int, mode: int | None) -> None:
+    """Give an open file its permissions, where the system has such and lets them be set."""
+    if mode is not None and hasattr(os, "fchmod"):
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, mode)
 
 
 def _header(
