@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weightlift as wl
+from weightlift.transfer import trace_page
+from weightlift.transfer.trace import Trace
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _OPTIONS = (
@@ -46,3 +48,14 @@ def test_the_page_draws_itself_and_keys_stay_text(tmp_path: Path) -> None:
     assert rows
     assert re.search(r"<li><b>68 B</b><span>moved or mapped</span></li>", dom), dom[-3000:]
     assert not re.search(r"(src|href)=.https?:", dom)
+
+
+@pytest.mark.skipif(_CHROMIUM is None, reason="needs chromium")
+def test_a_load_of_very_many_tensors_is_drawn(tmp_path: Path) -> None:
+    """A browser takes some hundred thousand arguments of a function, and no more."""
+    trace = Trace()
+    for number in range(200_000):
+        trace.add("read", f"layers.{number}.weight", trace.now(), 1)
+    trace_page.write(trace, tmp_path / "trace.html", title="many")
+    dom = _dom(tmp_path / "trace.html", tmp_path / "profile")
+    assert 'data-ready="1"' in dom and "<b>200000</b><span>spans</span>" in dom

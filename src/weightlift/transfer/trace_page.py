@@ -6,6 +6,7 @@ import functools
 import html
 import json
 import os
+import re
 import time
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,8 @@ def write(trace: Trace, path: str | os.PathLike[str], *, title: str) -> None:
     target = Path(path)
     as_page = target.suffix.lower() in (".html", ".htm")
     text = page(trace, title=title) if as_page else json.dumps(trace.chrome_events())
-    target.write_text(text, encoding="utf-8")
+    # The name of a folder may hold bytes that are no text.
+    target.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def page(trace: Trace, *, title: str) -> str:
@@ -34,7 +36,8 @@ def page(trace: Trace, *, title: str) -> str:
     data = json.dumps(_data(trace, title))
     # "</script>" and "<!--" inside a string would end the script that holds it.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return template.replace("{{TITLE}}", html.escape(title)).replace("{{DATA}}", data)
+    parts = {"{{TITLE}}": html.escape(title), "{{DATA}}": data}
+    return re.sub("|".join(parts), lambda match: parts[match[0]], template)  # at once: a title may look like a place
 
 
 def _data(trace: Trace, title: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,27 @@ def test_a_trace_that_fails_hides_no_error(folder: Path) -> None:
         file.truncate(2000)
     with pytest.raises(wl.WeightliftError):
         plan.execute()
+
+
+@pytest.mark.parametrize("name", ["{{DATA}}", "{{TITLE}}", "</title><script>", 'q"\\', "\udcff"])
+@pytest.mark.parametrize("suffix", ["html", "json"])
+def test_a_folder_of_an_odd_name(tmp_path: Path, name: str, suffix: str) -> None:
+    """The module is not lost for it, and the page's script holds JSON."""
+    folder = tmp_path.joinpath(*name.split("/"))
+    try:
+        folder.mkdir(parents=True)
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("the system has no such names")
+    save_file(Net().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    path = tmp_path / f"trace.{suffix}"
+    wl.load(Net, folder, trace=path)
+    text = path.read_text("utf-8")
+    if suffix == "json":
+        assert json.loads(text)["traceEvents"]
+        return
+    head, _, rest = text.partition("<title>")
+    title = html.unescape(rest.partition("</title>")[0])
+    assert title == f"{folder} into Net".encode(errors="backslashreplace").decode() and "<script" not in head
+    (data,) = [line for line in text.split("\n") if line.startswith("const DATA = ")]
+    assert json.loads(data.removeprefix("const DATA = ").removesuffix(";"))["title"] == f"{folder} into Net"
