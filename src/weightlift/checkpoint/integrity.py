@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -54,12 +55,13 @@ def expected_digests(paths: Iterable[Path]) -> dict[Path, Digest]:
     for path in paths:
         digest = expected_digest(path)
         if digest is None:
+            command = f"sha256sum {shlex.quote(path.name)} >> {MANIFEST}"
             problems.append(
                 Problem(
                     "no hash is written down for this file, so its content cannot be checked",
                     file=path,
                     expected=f"a hub cache that names its blobs by hash, or a line in {path.parent / MANIFEST}",
-                    hint=f"write one with `sha256sum {path.name} >> {MANIFEST}` where the file is known to be good",
+                    hint=f"write one with `{command}` where the file is known to be good",
                 )
             )
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 
@@ -65,6 +66,17 @@ def positive(text: str) -> int:
     return number
 
 
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above zero, found {text!r}")
+    return number
+
+
 def mesh(text: str) -> dict[str, int]:
     """An argparse type: names of mesh axes with sizes, as in ``fsdp=128,tp=8``."""
     found: dict[str, int] = {}
@@ -90,7 +102,7 @@ def load_options(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "device": _device(arguments.device),
         "strict": arguments.strict,
         "ignore_mismatched": arguments.ignore_mismatched,
-        "key_mapping": None if arguments.rename is None else dict(arguments.rename),
+        "key_mapping": _renames(arguments.rename),
         "seed": arguments.seed,
         "defer": arguments.defer,
         **more,
@@ -100,6 +112,17 @@ def load_options(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
     return {**hub_options(arguments), **options}
+
+
+def _renames(pairs: list[list[str]] | None) -> dict[str, str] | None:
+    if pairs is None:
+        return None
+    found: dict[str, str] = {}
+    for pattern, replacement in pairs:
+        if pattern in found:
+            raise UsageError(f"--rename {pattern!r} is given twice; write all of it into one replacement")
+        found[pattern] = replacement
+    return found
 
 
 def _device(text: str | None) -> Any:

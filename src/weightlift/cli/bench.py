@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import weightlift
-from weightlift.cli.arguments import UsageError
+from weightlift.cli.arguments import UsageError, above_zero, positive
+
+_TIDY_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m benchmarks``."""
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which cases; all when none is given")
     parser.add_argument("--list", action="store_true", help="name the cases and what each demands, and measure nothing")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each contender of a case runs (5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often each contender of a case runs (5)")
     parser.add_argument("--beside", metavar="NAMES", help="only these peers, separated by commas")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the models' size; below 1 for a quick look")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="of the models' size; below 1 for a quick look")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json, .md and .svg there")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made (a few GB; removed again)")
 
@@ -33,4 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("out", "folder"):
         path: Path | None = getattr(arguments, name)
         words += [] if path is None else [f"--{name}", str(path.absolute())]
-    return subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=root, check=False).returncode
+    suite = subprocess.Popen([sys.executable, "-m", "benchmarks", *words], cwd=root)
+    try:
+        return suite.wait()
+    except KeyboardInterrupt:
+        # A terminal has told the suite as well, which now removes the gigabytes that it made. `subprocess.run` would
+        # kill it at once.
+        try:
+            return suite.wait(_TIDY_SECONDS)
+        except subprocess.TimeoutExpired:
+            suite.send_signal(signal.SIGINT)
+            return suite.wait()

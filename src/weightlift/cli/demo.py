@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift.cli.arguments import UsageError, positive
+from weightlift.cli.arguments import UsageError, above_zero, positive
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=positive, default=5, metavar="N", help="timed rounds, fewer on a slow machine (default: 5)"
     )
-    parser.add_argument("--size-mb", type=float, default=500, help=argparse.SUPPRESS)
+    parser.add_argument("--size-mb", type=above_zero, default=500.0, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:

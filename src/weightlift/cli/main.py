@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from weightlift.cli.arguments import UsageError
-from weightlift.cli.streams import guarded
+from weightlift.cli.streams import any_character, complain, guarded
 from weightlift.cli.wording import as_flags
 
 _COMMANDS = {
@@ -46,10 +46,7 @@ def _main(words: list[str], wanted: str | None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     if wanted != _PROGRAM:
-        # Keys may hold any character, and a pipe's encoding may be ASCII.
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+        any_character()
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
@@ -86,16 +83,17 @@ def _run(arguments: argparse.Namespace) -> int:
         return _failed(error, arguments, 2)
     except WeightliftError as error:
         return _failed(error, arguments, 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except OSError:
+        raise  # `guarded` knows what to do
+    except Exception as error:  # of the model's own code, mostly: its hooks run when a load is planned
+        return _failed(error, arguments, 1, f"{type(error).__name__}: {error} (--debug shows where)")
 
 
-def _failed(error: Exception, arguments: argparse.Namespace, code: int) -> int:
+def _failed(error: Exception, arguments: argparse.Namespace, code: int, text: str | None = None) -> int:
     if arguments.debug:
-        traceback.print_exception(error)
+        complain("".join(traceback.format_exception(error)).rstrip())
     else:
-        print(f"weightlift {arguments.command}: {as_flags(str(error))}", file=sys.stderr)
+        complain(f"weightlift {arguments.command}: {as_flags(str(error)) if text is None else text}")
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,9 @@ def builder(spec: str) -> Callable[[], nn.Module]:
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
         raise UsageError(f"--model {spec!r}: expected module:callable, as in my_package.models:build")
+    if "/" in module_name or os.sep in module_name or module_name.endswith(".py") or module_name.startswith("."):
+        text = "is not the name of a module; give it as it is imported, my_package.models and not its file"
+        raise UsageError(f"--model {spec!r}: {module_name} {text}")
     target = _attribute(spec, _module(spec, module_name), attribute)
     if isinstance(target, nn.Module):
         raise UsageError(f"--model {spec!r}: is a module; give a callable that builds one, as in `lambda: MyModel()`")

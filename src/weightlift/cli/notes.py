@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from weightlift.cli.streams import complain
 from weightlift.cli.wording import as_flags
 
 
@@ -28,7 +28,7 @@ def heard(command: str) -> Iterator[list[str]]:
 def tell(command: str, texts: Iterable[str]) -> None:
     """Print warnings on standard error."""
     for text in texts:
-        print(f"weightlift {command}: {as_flags(text)}", file=sys.stderr)
+        complain(f"weightlift {command}: {as_flags(text)}")
 
 
 class _Handler(logging.Handler):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, hub_options, load_options, mesh
+from weightlift.cli.streams import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. 1 when it has problems, which the plan ends with."""
+    _require_mesh(arguments)
     if arguments.model is None:
         return _without_model(arguments)
     import weightlift as wl
@@ -33,13 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.cli.output import console, print_plan
     from weightlift.cli.wording import as_flags
 
-    try:
-        with heard("plan") as notes:
-            made = wl.plan(
-                builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments)
-            )
-    except ValueError as error:
-        raise _usage(arguments, error) from error
+    with heard("plan") as notes:
+        made = wl.plan(builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments))
     tell("plan", notes)
     if arguments.json:
         print(made.to_json(indent=2))
@@ -48,28 +44,30 @@ def run(arguments: argparse.Namespace) -> int:
     if not made.problems:
         return 0
     count = len(made.problems)
-    print(f"weightlift plan: it does not fit, {count} problem{'s' * (count != 1)}", file=sys.stderr)
+    complain(f"weightlift plan: it does not fit, {count} problem{'s' * (count != 1)}")
     return 1
 
 
 def _without_model(arguments: argparse.Namespace) -> int:
     """The checkpoint's own tensors on a mesh."""
-    if arguments.mesh is None:
-        raise UsageError("give --model module:callable, or --mesh for a checkpoint by itself")
     import weightlift as wl
     from weightlift.distributed.paper import on_mesh_alone
 
     checkpoint = wl.open_checkpoint(arguments.path, **hub_options(arguments))
-    try:
-        report = on_mesh_alone(checkpoint, arguments.mesh)
-    except ValueError as error:
-        raise _usage(arguments, error) from error
+    report = on_mesh_alone(checkpoint, arguments.mesh)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
     return 0
 
 
-def _usage(arguments: argparse.Namespace, error: ValueError) -> ValueError | UsageError:
-    """A mesh that can't be is the command line's fault; errors of checkpoints are values too."""
-    import weightlift as wl
+def _require_mesh(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for a mesh that can't be, and for none where there is no model either."""
+    if arguments.mesh is None:
+        if arguments.model is None:
+            raise UsageError("give --model module:callable, or --mesh for a checkpoint by itself")
+        return
+    from weightlift.distributed.placing import Mesh, placer
 
-    return error if isinstance(error, wl.WeightliftError) else UsageError(f"--mesh: {error}")
+    try:
+        placer(Mesh.of(arguments.mesh), None, named=True)
+    except ValueError as error:
+        raise UsageError(f"--mesh: {error}") from error

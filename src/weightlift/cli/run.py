@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
+
+from weightlift.cli.streams import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.integrations import install
 
     if arguments.module is None and arguments.program is None:
-        print("weightlift run: expected a script, -m and a module, or - for stdin", file=sys.stderr)
+        complain("weightlift run: expected a script, -m and a module, or - for stdin")
         return 2
     if arguments.module is None and arguments.program != "-" and not os.path.exists(arguments.program):
-        print(f"weightlift run: no such file: {arguments.program}", file=sys.stderr)
+        complain(f"weightlift run: no such file: {arguments.program}")
         return 2
     install()
     try:
         program.run(arguments.program, arguments.module, arguments.arguments)
     except program.CannotOpen as error:
-        print(f"weightlift run: can't open {arguments.program}: {error}", file=sys.stderr)
+        complain(f"weightlift run: can't open {arguments.program}: {error}")
         return 2
     return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
+
+from weightlift.cli.streams import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
     if not problems:
         return 0
     count = len(problems)
-    print(f"weightlift verify: {arguments.path}: {count} problem{'s' * (count != 1)}", file=sys.stderr)
+    complain(f"weightlift verify: {arguments.path}: {count} problem{'s' * (count != 1)}")
     return 1

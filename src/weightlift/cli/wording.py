@@ -17,6 +17,8 @@ _FLAGS = {
     "in device or device_map": "in --device",
     "key_mapping": "--rename",
     "memory_budget_bytes": "--memory-budget",
+    "all are in `.problems`": "weightlift plan --json lists all",
+    "all in `.problems`": "weightlift plan --json lists all",
     "trace:": "--trace:",
     "trace must be": "--trace must be",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from weightlift.distributed.layout import Split, splits_of
 
 Placements = Mapping[str, Sequence[Any]] | Callable[[str, tuple[int, ...]], Sequence[Any]] | None
 MeshShape = Mapping[str, int] | Sequence[int]
+
+_MOST_RANKS = 1 << 20  # each costs time and memory
 
 # How an axis of this name shards, where placements are not given.
 _BY_ROWS = ("fsdp", "shard", "dp_shard", "zero")
@@ -42,6 +45,8 @@ class Mesh:
             names = tuple(f"axis {number}" for number in range(len(sizes)))
         if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"mesh_shape must be positive sizes, or names with sizes, found {shape!r}")
+        if math.prod(sizes) > _MOST_RANKS:
+            raise ValueError(f"a mesh of {math.prod(sizes):,} ranks; at most {_MOST_RANKS:,} can be worked out")
         return cls(names, sizes)
 
     def __str__(self) -> str:

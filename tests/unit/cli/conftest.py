@@ -29,6 +29,9 @@ def needs(config, *, size): return Tied()
 def fails(): raise RuntimeError("no such config\\nand more")
 def leaves(): raise SystemExit(3)
 def returns_text(): return "a model"
+class Complains(Tied):
+    def _load_from_state_dict(self, *arguments, **options): raise ValueError("the hook says no")
+
 instance = Tied()
 number = 3
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,8 @@ def test_debug_shows_the_traceback(here, run):
         ("cli_models:fails", r"building it failed: RuntimeError: no such config$"),
         ("cli_models:leaves", r"building it failed: SystemExit: 3"),
         ("cli_models:returns_text", r"must return a torch.nn.Module, found a str"),
+        ("./cli_models.py:Tied", "is not the name of a module"),
+        ("cli_models.py:Tied", "is not the name of a module"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "load"])
@@ -291,6 +294,8 @@ def test_wrong_model(here, run, model, why, command):
         (("--device", "meta"), "without values"),
         (("--rename", "(", "x"), "--rename"),
         (("--rename", "a", r"\9"), "--rename"),
+        (("--rename", "^", "a.", "--rename", "^", "b."), "--rename '^' is given twice"),
+        (("--mesh", "fsdp=99999999999999999999"), "at most 1,048,576 can be worked out"),
     ],
 )
 def test_wrong_options(here, run, option, why):
@@ -300,11 +305,34 @@ def test_wrong_options(here, run, option, why):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["plan", "load"])
+def test_what_a_models_own_code_raises_is_a_line(here, run, command):
+    code, out, err = run(command, "ckpt", "--model", "cli_models:Complains")
+    assert (code, out) == (1, "")
+    assert err == f"weightlift {command}: ValueError: the hook says no (--debug shows where)\n"
+    assert "Traceback" in run(command, "ckpt", "--model", "cli_models:Complains", "--debug")[2]
+
+
 def test_a_callable_within_a_class(here, run):
     assert run("plan", "ckpt", "--model", "cli_models:Namespace.build")[0] == 0
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_as_a_module(here):
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift", "verify", "ckpt"],
+        cwd=here, text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and "valid" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+def test_messages_do_not_come_into_the_output_where_standard_error_is_closed(here):
+    line = f"exec {sys.executable} -m weightlift.cli.main plan ckpt --model cli_models:wide --json 2>&-"
+    done = subprocess.run(["sh", "-c", line], cwd=here, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and json.loads(done.stdout)["problems"]
 
 
 def test_the_current_directory_is_searched(here):
@@ -356,3 +384,49 @@ def test_bench_knows_its_cases_and_says_so(here):
     done = child("bench", "--list", cwd=here)
     assert done.returncode == 0 and "same-dtype" in done.stdout
     assert child("bench", "no-such-case", cwd=here).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--rounds", "0"), "--rounds"),
+        (("--scale", "-1"), "--scale"),
+        (("--scale", "nan"), "--scale"),
+        (("--beside", "nobody"), "no such peer in these cases: nobody"),
+    ],
+)
+def test_a_benchmark_that_can_not_be(here, words, why):
+    done = child("bench", "ordinary", *words, cwd=here)
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_results_that_can_not_be_written_are_told_before_anything_is_measured(here):
+    (here / "file").touch()
+    done = child("bench", "ordinary", "--scale", "0.001", "--out", "file", "--folder", "no-such-folder", cwd=here)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File exists" in done.stderr
+
+
+def test_the_list_of_benchmarks_in_ascii(here):
+    done = child("bench", "--list", cwd=here, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and "\\u2265" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
+def test_ctrl_c_leaves_nothing_of_a_benchmark(here):
+    """The suite is told by the terminal too, and has time to remove what it made."""
+    folder = here / "made"
+    folder.mkdir()
+    words = ["bench", "same-dtype", "--rounds", "9", "--scale", "0.05", "--folder", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weightlift.cli.main", *words],
+        cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    for _ in range(600):
+        if any(folder.rglob("*.safetensors")):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.count("interrupted") == 1 and not any(folder.iterdir())

@@ -148,6 +148,7 @@ def test_a_prefix_is_told_with_the_flag_that_takes_it_off(here, run):
     save_file({f"module.{name}": torch.zeros(1) for name in names}, here / "ddp.safetensors")
     code, _, err = run("load", "ddp.safetensors", *TIED)
     assert code == 1 and r"pass --rename '^module\.' ''" in err
+    assert "weightlift plan --json lists all" in err and ".problems" not in err
     given = r"""pass key_mapping={r"^a\.": "", '^"b': "c"}; and more"""
     assert as_flags(given) == r"""pass --rename '^a\.' '' --rename '^"b' c; and more"""
 
