@@ -21,7 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightlift.visible import visible
+
 _SHOWN = 20
+_LINES = "\n\t"  # other libraries' messages, which are told as found, may have several
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,15 @@ class Problem:
         place = "" if self.file is None else str(self.file)
         if self.start is not None and self.end is not None:
             place += f"[{self.start}:{self.end}]"
-        head = ": ".join(part for part in (place, name, self.what) if part)
+        where = [visible(part) for part in (place, name) if part]
+        head = ": ".join([*where, self.what] if self.what else where)
         if self.expected is not None:
             head += f"; expected {self.expected}"
         if self.found is not None:
             head += f"; found {self.found}"
         if self.hint is not None:
             head += f" — {self.hint}"
-        return head
+        return visible(head, keep=_LINES)
 
 
 class WeightliftError(Exception):
@@ -69,15 +73,16 @@ class WeightliftError(Exception):
         super().__init__(summary, self.problems)
 
     def __str__(self) -> str:
+        summary = visible(self.summary, keep=_LINES)
         if not self.problems:
-            return self.summary
+            return summary
         if len(self.problems) == 1:
-            return f"{self.summary}: {self.problems[0]}"
+            return f"{summary}: {self.problems[0]}"
         lines = told(self.problems)
         shown = lines[:_SHOWN]
         if len(lines) > _SHOWN:
             shown.append(f"… and {len(lines) - _SHOWN} more, all in `.problems`")
-        return "\n".join([f"{self.summary} ({len(self.problems)} problems):", *(f"  {line}" for line in shown)])
+        return "\n".join([f"{summary} ({len(self.problems)} problems):", *(f"  {line}" for line in shown)])
 
 
 def told(problems: Sequence[Problem]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from weightlift.cli.arguments import add_checkpoint, hub_options, positive
+from weightlift.visible import visible
 
 if TYPE_CHECKING:
     from weightlift import Checkpoint, TensorEntry
@@ -43,9 +44,11 @@ def _print(found: Checkpoint, depth: int, *, fold: bool) -> None:
     from weightlift.plan.report import human_bytes
 
     out = console()
-    out.print(f"{found.source}: {_count(len(found), 'tensor')}, {human_bytes(found.total_bytes)}", soft_wrap=True)
+    size = f"{_count(len(found), 'tensor')}, {human_bytes(found.total_bytes)}"
+    out.print(f"{visible(found.source)}: {size}", soft_wrap=True)
     for key, value in found.metadata.items():
-        out.print(f"  {key}: {value if len(value) <= 100 else value[:99] + '…'}", style="dim", soft_wrap=True)
+        line = f"  {key}: {value if len(value) <= 100 else value[:99] + '…'}"
+        out.print(visible(line), style="dim", soft_wrap=True)
     files = table("file", "format", ">tensors", ">bytes", ">on disk", "dtypes")
     for row in _files(found):
         add(files, row["name"], row["format"], row["tensors"], human_bytes(row["bytes"]),
@@ -66,7 +69,7 @@ def _print(found: Checkpoint, depth: int, *, fold: bool) -> None:
             out.print()
             out.print(part)
     if found.extras:
-        out.print(f"\nnot tensors: {', '.join(found.extras)}", soft_wrap=True)
+        out.print(f"\nnot tensors: {visible(', '.join(found.extras))}", soft_wrap=True)
 
 
 def _as_json(found: Checkpoint, depth: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive
+from weightlift.visible import visible
 
 if TYPE_CHECKING:
     from weightlift import LoadPlan
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     report, mapped = made.report, 0 if arguments.copy else _mappable_bytes(made)
     tell("load", [note for note in notes if not (report.warning() and note.endswith(f": {report.warning()}"))])
     out = console()
-    out.print(f"{made.decisions.source} into {made.decisions.module}", soft_wrap=True)
+    out.print(visible(f"{made.decisions.source} into {made.decisions.module}"), soft_wrap=True)
     out.print(str(report), soft_wrap=True)
     times = table("step", ">seconds", "")
     add(times, "build and plan", f"{planned - start:.3f}", "headers only")

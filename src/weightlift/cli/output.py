@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import IO, TYPE_CHECKING
 
+from weightlift.visible import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -42,10 +44,10 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def add(to: Table, *cells: object) -> None:
-    """Add a row; brackets in a key are not markup."""
+    """Add a row; brackets in a key are not markup, and nothing in it is obeyed by the terminal."""
     from rich.text import Text
 
-    to.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+    to.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in cells))
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -70,7 +72,7 @@ def print_plan(to: Console, text: str) -> None:
     """Print ``str(plan)``; on a terminal each line has the colour of what it says. Nothing is cut or wrapped."""
     from rich.text import Text
 
-    for line in text.splitlines():
+    for line in text.split("\n"):
         words = line.split(maxsplit=1)
         style = _STYLES.get(words[0], "") if words else ""
         to.print(Text(line, style=style), soft_wrap=True)

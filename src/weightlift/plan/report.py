@@ -10,6 +10,7 @@ from typing import Any
 from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.errors import told
 from weightlift.plan.records import Action, Decisions, Part, Row
+from weightlift.visible import visible
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -83,7 +84,7 @@ def _listing(title: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     shown = ", ".join(fold for fold, _ in folded(names))
-    return [f"  {title}: {shown if len(shown) < 2000 else shown[:2000] + ' …'}"]
+    return [visible(f"  {title}: {shown if len(shown) < 2000 else shown[:2000] + ' …'}")]
 
 
 def report(decisions: Decisions) -> LoadReport:
@@ -121,7 +122,7 @@ def report(decisions: Decisions) -> LoadReport:
 
 def table(decisions: Decisions) -> str:
     """The plan as text: a line for each name, repeated layers folded into one."""
-    lines = [f"load {decisions.source} into {decisions.module}", str(report(decisions)), ""]
+    lines = [visible(f"load {decisions.source} into {decisions.module}"), str(report(decisions)), ""]
     rows = []
     for names, members in _folded_rows(decisions.rows):
         count = f"×{len(members)}" if len(members) > 1 else ""
@@ -132,12 +133,13 @@ def table(decisions: Decisions) -> str:
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join([*cells, row[5]]).rstrip())
+        lines.append(visible("  ".join([*cells, row[5]]).rstrip()))
     if decisions.checks:
         lines += ["", "checked before anything is assigned:"]
-        lines += [f"  {check.fqn} and {check.other_fqn} share a value: equal bytes?" for check in decisions.checks]
+        pairs = [f"{check.fqn} and {check.other_fqn}" for check in decisions.checks]
+        lines += [f"  {visible(pair)} share a value: equal bytes?" for pair in pairs]
     if decisions.early_keys:
-        lines += ["", f"read early for state-dict hooks: {', '.join(decisions.early_keys)}"]
+        lines += ["", visible(f"read early for state-dict hooks: {', '.join(decisions.early_keys)}")]
     if decisions.problems:
         number = len(decisions.problems)
         lines += ["", f"refused, {number} problem{'s' * (number != 1)}:"]

@@ -101,6 +101,20 @@ def test_inspect_takes_keys_for_what_they_are(here, run):
     assert "bfloat16" in out
 
 
+@pytest.mark.parametrize("words", [("inspect",), ("inspect", "--all"), ("plan", *TIED), ("load", *TIED, "--no-strict")])
+def test_nothing_in_a_key_is_obeyed_by_the_terminal(here, run, words):
+    """Neither escape sequences, nor ends of lines that would make up another line, nor marks of direction."""
+    (here / "odd").mkdir()
+    names = ("a\x1b[2Jb", "c\nloaded  head.weight", "d\rhidden", "e\u202eyek", "f\u2028g", "ключ ok")
+    tensors = {name: torch.zeros(1) for name in names}
+    save_file(tensors, here / "odd" / "model.safetensors", metadata={"format": "pt", "by": "\x1b]0;x\x07\nz"})
+    _, out, err = run(words[0], "odd", *words[1:])
+    text = out + err
+    for shown in ("a\\x1b[2Jb", "c\\nloaded  head.weight", "d\\rhidden", "e\\u202eyek", "f\\u2028g", "ключ ok"):
+        assert shown in text, shown
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 def test_inspect_torch_file_with_other_values(here, run):
     torch.save({"weight": torch.ones(2), "epoch": 3}, here / "model.pt")
     code, out, _ = run("inspect", "model.pt")
