@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from weightlift.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from weightlift.options import (
     LoadOptions,
     Parallelize,
     ProgressOption,
+    used_seed,
 )
 from weightlift.transfer.subject import Subject
 from weightlift.transfer.trace import timed
@@ -40,9 +40,14 @@ def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferre
 
     ``build`` takes no argument and returns a ``torch.nn.Module``; it runs in the calling thread, other threads are not
     affected. Values that the constructor reads are right; see docs/deferred.md for what it may do. ``seed``
-    (None: ``torch.initial_seed()``) seeds what is sampled. Raises what ``build`` raises.
+    (None: ``torch.initial_seed()``) seeds what is sampled.
+
+    Raises what ``build`` raises; TypeError for what builds no module; MemoryError where the system refuses the address
+    space. Thread-safe.
     """
-    used = torch.initial_seed() if seed is None else int(seed)
+    if isinstance(build, nn.Module) or not callable(build):
+        raise TypeError(f"expected a callable that builds a module, found {_named(build)}; it takes no arguments")
+    used = used_seed(seed)
     module, recorder = construct(build, CurrentLoad(source=None, deferred=True, seed=used))
     return Deferred(module, recorder, used, seed_given=seed is not None)
 
@@ -83,10 +88,14 @@ def plan(
     torch placement an axis, or is a function of name and shape; None goes by the names of the axes (docs/scale.md).
 
     A plan that does not fit is returned like any other, with its ``problems``. ``parallelize`` is called when
-    the plan is executed. Raises CheckpointError for a checkpoint that breaks its format, and what the constructor
-    raises.
+    the plan is executed. Thread-safe, as `load` is.
+
+    Raises CheckpointError for a checkpoint that breaks its format, TypeError or ValueError for options that can't be
+    meant, and what the constructor raises.
     """
     _require_module(module, ckpt)
+    if placements is not None and mesh_shape is None:
+        raise ValueError("placements are those of a mesh on paper: give mesh_shape too")
     options = LoadOptions.create(
         dtype=dtype,
         device=device,
@@ -191,6 +200,8 @@ def load(
         TransferError: a read failed; for an existing module it names what had been written.
         LoadCancelled: ``cancel`` was set.
         RanksError: with several ranks, they do not load the same, or another one failed.
+        TypeError, ValueError: an option that can't be meant. MemoryError: the system refuses the address space.
+        And what the constructor, hooks, ``key_mapping``, ``progress`` or ``parallelize`` raise.
 
     Thread-safety: any number of loads may run at once, in any threads, of the same or of other checkpoints; no state
     of the process is written. One module must not be loaded into from two threads.

@@ -144,7 +144,10 @@ class CaptureError(WeightliftError, RuntimeError):
 
 
 class LoadCancelled(WeightliftError):
-    """The load was stopped through its ``cancel`` event; a callable's module is dropped."""
+    """The load was stopped through its ``cancel`` event; a callable's module is dropped.
+
+    ``written`` names the parameters of an existing module that had been written.
+    """
 
     def __init__(self, summary: str = "the load was cancelled", written: Iterable[str] = ()) -> None:
         super().__init__(summary)

@@ -177,7 +177,11 @@ class LoadPlan:
 class Deferred:
     """A module that was built without memory and without initialisation, and has no values yet.
 
-    The module itself stays inside until `load` or `materialize` has made it whole; either can be done once.
+    The module itself stays inside until `load` or `materialize` has made it whole; either can be done once, by one of
+    any number of threads; a second time is a RuntimeError.
+
+    ``name`` is that of its class, ``numel`` and ``nbytes`` count the parameters, ``buffer_nbytes`` the buffers, and
+    ``forced`` says which calls of the constructor had to run at once, and for how many bytes (docs/deferred.md).
     """
 
     def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int, *, seed_given: bool) -> None:

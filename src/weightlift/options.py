@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import os
 import re
 import threading
@@ -102,7 +103,7 @@ class LoadOptions:
             raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
         return cls(
             dtype=_dtypes(dtype),
-            device=_device(device),
+            device=_device("device", device),
             device_map=_device_map(device_map),
             strict=bool(strict),
             ignore_mismatched=bool(ignore_mismatched),
@@ -110,7 +111,7 @@ class LoadOptions:
             copy=bool(copy),
             workers=default_workers() if workers is None else workers,
             memory_budget_bytes=memory_budget_bytes,
-            seed=torch.initial_seed() if seed is None else int(seed),
+            seed=used_seed(seed),
             progress=progress,
             cancel=cancel,
             defer=bool(defer),
@@ -121,6 +122,16 @@ class LoadOptions:
             process_group=process_group,
             rank_patience_seconds=float(rank_patience_seconds),
         )
+
+
+def used_seed(seed: int | None) -> int:
+    """What a user gave, or torch's own, which is read and not drawn from. Raises TypeError."""
+    if seed is None:
+        return torch.initial_seed()
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number, found {seed!r}") from None
 
 
 def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
@@ -204,12 +215,18 @@ def _check_key_mapping(key_mapping: KeyMapping | None) -> None:
         raise TypeError(f"key_mapping must be a mapping or a callable, found {key_mapping!r}")
 
 
-def _device(device: DeviceOption) -> torch.device | None:
+def _device(option: str, device: DeviceOption) -> torch.device | None:
     if device is None:
         return None
-    found = torch.device(device)
+    if not isinstance(device, torch.device | str | int):
+        raise TypeError(f"{option} must be a torch.device, its name or its number, found {device!r}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{option}: {device!r} is no device of torch: {str(error).splitlines()[0]}") from error
     if found.type == "meta":
-        raise ValueError("device='meta' would return a module without values; weightlift.defer gives an unloaded one")
+        text = "would return a module without values; weightlift.defer gives an unloaded one"
+        raise ValueError(f"{option}='meta' {text}")
     return found
 
 
@@ -220,7 +237,9 @@ def _device_map(device_map: Mapping[str, DeviceOption] | None) -> Mapping[str, t
         raise TypeError(f"device_map must be a mapping of fqn prefixes to devices, found {device_map!r}")
     checked = {}
     for prefix, device in device_map.items():
-        found = _device(device)
+        if not isinstance(prefix, str):
+            raise TypeError(f"device_map goes from fqn prefixes to devices, found the prefix {prefix!r}")
+        found = _device(f"device_map[{prefix!r}]", device)
         if found is None:
             raise ValueError(f"device_map[{prefix!r}] is None")
         checked[prefix] = found

@@ -135,6 +135,8 @@ class Declared(Options):
         key: the declared name; ``"encoder_attentions"`` and ``"vision_tower.attentions"`` name a sub-model's.
         layers: which of its values, as a tuple is indexed; the others are not kept. None: all. One that a forward does
             not give is an error, unless ``expect`` is 'maybe'.
+
+    The other fields are those of `Output`, and so are the errors.
     """
 
     key: str

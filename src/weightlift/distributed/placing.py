@@ -41,7 +41,7 @@ class Mesh:
         if isinstance(shape, Mapping):
             names, sizes = tuple(map(str, shape)), tuple(shape.values())
         else:
-            sizes = tuple(shape)
+            sizes = tuple(shape) if isinstance(shape, Sequence) else ()
             names = tuple(f"axis {number}" for number in range(len(sizes)))
         if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"mesh_shape must be positive sizes, or names with sizes, found {shape!r}")

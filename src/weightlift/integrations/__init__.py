@@ -17,7 +17,16 @@ _FIRST = (
     "pretrained_model_link_or_path_or_dict",
     "pretrained_model_link_or_path",
 )
-_MISSING: Any = object()  # None is a first argument
+
+
+class _Missing:
+    """No first argument was given; None is one."""
+
+    def __repr__(self) -> str:
+        return "…"
+
+
+_MISSING: Any = _Missing()
 
 
 def from_pretrained(cls: Any, name: Any = _MISSING, /, *args: Any, **kwargs: Any) -> Any:

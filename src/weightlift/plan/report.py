@@ -24,6 +24,7 @@ class LoadReport:
     an ``existing`` module among the ``kept``, extra state in neither; texts about a plan that is ``refused`` call them
     missing. ``left_out`` holds (fqn, fqn of the same memory whose value was taken instead), once a plan was executed
     without ``strict``.
+    ``loaded_bytes`` are those of the results, ``read_bytes`` those of the checkpoint's tensors: they differ by casts.
     ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value) of mismatched keys that have one.
     """
 

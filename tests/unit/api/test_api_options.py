@@ -1,6 +1,7 @@
 """What the options of ``load`` and ``plan`` mean: dtype, device, strict, names, memory, seeds, wrong types."""
 
 import hashlib
+import inspect
 import logging
 import threading
 
@@ -568,3 +569,43 @@ def test_not_deferred_calls_the_constructor_ordinarily():
     got = wl.load(Watched, state, defer=False, strict=False)
     assert seen[0][0] is False and torch.equal(seen[0][1], want["a"].weight)
     assert torch.equal(got.b.weight, want["b"].weight) and torch.equal(got.a.weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"device": "abacus"}, ValueError, "device: 'abacus' is no device of torch"),
+        ({"device": 1.5}, TypeError, "device must be a torch.device"),
+        ({"device_map": {"first": "abacus"}}, ValueError, r"device_map\['first'\]: 'abacus' is no device"),
+        ({"device_map": {1: "cpu"}}, TypeError, "found the prefix 1"),
+        ({"seed": "x"}, TypeError, "seed must be a whole number, found 'x'"),
+        ({"seed": 1.5}, TypeError, "seed must be a whole number, found 1.5"),
+    ],
+)
+def test_an_option_that_can_not_be_meant_is_named(options, error, said):
+    for call in (wl.load, wl.plan):
+        with pytest.raises(error, match=said):
+            call(Net, {}, strict=False, **options)
+
+
+def test_what_can_not_be_deferred_is_not_called():
+    """A module is callable, too: its forward is not what was meant."""
+    for given in (nn.Identity(), 5, None):
+        with pytest.raises(TypeError, match="expected a callable that builds a module, found"):
+            wl.defer(given)
+    with pytest.raises(TypeError, match="seed must be"):
+        wl.defer(Net, seed="x")
+
+
+def test_a_mesh_that_is_none():
+    with pytest.raises(ValueError, match="give mesh_shape too"):
+        wl.plan(Net, {}, placements={"first.*": []})
+    with pytest.raises(ValueError, match="mesh_shape must be positive sizes"):
+        wl.plan(Net, {}, mesh_shape=4)
+
+
+def test_signatures_are_the_same_in_every_process():
+    """What ``help()`` shows of a default is no address."""
+    for name in wl.__all__:
+        if callable(getattr(wl, name)) and not isinstance(getattr(wl, name), type):
+            assert " at 0x" not in str(inspect.signature(getattr(wl, name))), name
