@@ -318,3 +318,30 @@ def test_a_forward_within_another_that_skips_a_module(within: int) -> None:
     with wl.capture(net, seen=wl.Output("layer", expect="some")) as got:
         net(x(), within)
     assert len(got["seen"]) == 1
+
+
+@pytest.mark.parametrize("tap", [wl.Output("a", tokens=[0, 2]), wl.Output("a", index=lambda output: output * output)])
+def test_what_is_made_of_an_output_within_checkpointing_is_not_the_regions(tap: wl.Output) -> None:
+    """The recomputation does not make it again: torch missed tensors there, in the user's backward."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.work, value, use_reentrant=False)
+
+        def work(self, value: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(value).relu())
+
+    torch.manual_seed(0)
+    net, value = Checkpointed(), torch.randn(2, 3, 4)
+    grads = []
+    for forward in (net, net.work):
+        net.zero_grad()
+        with wl.capture(net, taken=tap) as got:
+            output = forward(value)
+        (output.sum() + got["taken"][0].pow(2).sum()).backward()
+        grads.append([parameter.grad for parameter in net.parameters()])
+    assert all(map(torch.equal, *grads))

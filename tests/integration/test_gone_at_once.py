@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import shutil
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -217,3 +219,35 @@ def test_nothing_is_left_of_what_was_tried_before_its_own_library_loads(no_colle
         return Tied()
 
     native_or_alone(Tied, native, original)
+
+
+def test_nothing_is_left_of_a_component_that_failed(files: Path, tmp_path: Path, no_collector: None) -> None:
+    """Its error came from another thread."""
+    broken = shutil.copytree(files / "pipeline", tmp_path / "broken")
+    (file,) = (broken / "unet").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    shutil.copytree(broken / "unet", broken / "second")
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({**index, "second": index["unet"]}))
+
+    class Two(DDPMPipeline):  # type: ignore[misc]
+        def __init__(self, unet: nn.Module, second: nn.Module, scheduler: object) -> None:
+            super().__init__(unet, scheduler)
+
+    def fail() -> None:
+        try:  # `pytest.raises` would keep the error itself
+            wl.from_pretrained(Two, broken)
+        except OSError:
+            return
+        raise AssertionError("it was loaded")
+
+    fail()
+    gc.collect()
+    before = {id(error) for error in errors()}
+    fail()
+    assert [error for error in errors() if id(error) not in before] == []
+
+
+def errors() -> list[object]:
+    """Those that there are. By their types: some objects of torch warn when they are asked what they are."""
+    return [item for item in gc.get_objects() if issubclass(type(item), BaseException)]

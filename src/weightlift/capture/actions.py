@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from weightlift.capture.checkpointing import unseen
 from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original
 from weightlift.capture.session import Session, backward_id
@@ -169,7 +170,8 @@ class TakeOutput(Action):
             problem = out_of_reach(self.tap.name, self.fqn, kind)
             if problem not in session.problems:
                 session.problems.append(problem)
-        return finish(value, self.tap.recipe)
+        with unseen():
+            return finish(value, self.tap.recipe)
 
     def _let_go(self, session: Session, entry: Entry) -> None:
         """Of the calls that are counted from the end, only as many are kept as may still be wanted."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.actions import Action, Likely, in_order, likely
+from weightlift.capture.checkpointing import unseen
 from weightlift.capture.declared import Scope, Site
 from weightlift.capture.result import Entry, no_such_layers, places, undeclared
 from weightlift.capture.session import Forward, Session, backward_id
@@ -164,7 +165,8 @@ def _taken(entry: Entry, number: int) -> Entry:
 
 
 def _finished(entry: Entry, number: int, recipe: Recipe) -> Entry:
-    value = finish(entry.value, recipe)
+    with unseen():
+        value = finish(entry.value, recipe)
     version = entry.version if value is entry.value else _version(value)
     return Entry(number, entry.fqn, value, None, version)
 

@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import is_grad_enabled, is_inference_mode_enabled, nn
 
+from weightlift.capture.checkpointing import checkpointed_region
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
@@ -360,59 +361,9 @@ class Session:
         """Reentrant checkpointing runs without autograd: what is captured there is cut off. Edits are not repeated."""
         if not self.grad or (not edits and is_grad_enabled()):
             return
-        region = _checkpoint_region(is_grad_enabled() or _began_with_grad())
+        region = checkpointed_region(running.get())
         with _lock:
             if edits and region is not None:
                 self.checkpointed |= {fqn}
             elif region == "reentrant":
                 self.detached |= {fqn}
-
-
-def _began_with_grad() -> bool:
-    """Whether autograd was on when a forward began that runs; also where none runs."""
-    forward = running.get()
-    if forward is None:
-        return True
-    while forward is not None and not forward.grad:
-        forward = forward.outer
-    return forward is not None
-
-
-def _checkpoint_region(grad: bool) -> str | None:
-    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it.
-
-    None where autograd is off around that, too: nothing is cut off or recomputed. ``grad``: whether it is on or was on
-    when the forward began.
-    """
-    module = sys.modules.get("torch.utils.checkpoint")
-    if module is None:
-        return None
-    reentrant: CodeType = module.CheckpointFunction.forward.__code__
-    found = None
-    for frame in _calls():
-        if frame.f_code is reentrant and _attached(frame.f_locals["ctx"], grad):
-            return "reentrant"
-        if grad and frame.f_code is not reentrant and frame.f_code.co_filename == reentrant.co_filename:
-            found = "other"
-    return found
-
-
-def _calls() -> Iterator[FrameType]:
-    """Those that led here; in a context that was copied for another thread, those there, too, which wait for this."""
-    frame: FrameType | None = sys._getframe(1)
-    threads = {threading.get_ident()}
-    forward = running.get()
-    while frame is not None or forward is not None:
-        if frame is not None:
-            yield frame
-            frame = frame.f_back
-        elif forward is not None:
-            if forward.thread not in threads and not forward.done:
-                threads.add(forward.thread)
-                frame = sys._current_frames().get(forward.thread)
-            forward = forward.outer
-
-
-def _attached(region: Any, grad: bool) -> bool:
-    """Whether autograd is on around a reentrant region; if no input needs a gradient, that is not to be seen in it."""
-    return bool(region.next_functions) or (grad and not any(region.needs_input_grad))

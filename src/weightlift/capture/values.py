@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from weightlift.capture.checkpointing import unseen
 from weightlift.capture.taps import Options, Output
 
 
@@ -130,7 +131,10 @@ def _element(value: Any, index: Any) -> Any:
             # Transformers' outputs have no key for a field that is None.
             return None if getattr(value, index, value) is None else Lack(_kind(value))
         return getattr(value, index) if hasattr(value, index) else Lack(f"{_kind(value)} without that attribute")
-    return index(value)
+    if is_dynamo_compiling():
+        return index(value)
+    with unseen():
+        return index(value)
 
 
 def _kind(value: Any) -> str:

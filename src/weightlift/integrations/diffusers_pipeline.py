@@ -100,6 +100,7 @@ class Loading:
         for component in self._models.values():
             if component.thread is not None:
                 component.thread.join()
+            component.value = component.error = None  # an error knows the thread's frame, and so the component
         self._models.clear()
 
     def _in_second(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,7 +164,10 @@ class Loading:
         if isinstance(error, HelperThread):  # it has to run alone: this thread can step out of reading for it
             return component.load()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it will know this frame: a cycle
         value, component.value = component.value, None
         return value
 
