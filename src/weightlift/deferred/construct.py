@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from weightlift.ambient import no_dispatch_modes, outside_modes
+from weightlift.deferred.bystanders import Bystanders
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
 from weightlift.deferred.inventory import tensors_of
@@ -87,11 +88,14 @@ def construct(
         if not load.deferred:
             return _checked(build()), None
         recorder = Recorder(seed=load.seed, default_dtype=default_dtype, outer=recording())
+        bystanders = Bystanders()
+        asked = {torch.Tensor.to: bystanders.stays, **(answers or {})}
         # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
-        with no_dispatch_modes(), FunctionRecorder(recorder, answers=answers), recorder:
+        with no_dispatch_modes(), FunctionRecorder(recorder, answers=asked), recorder:
             module = _checked(build())
     recorder.default = None
     with outside_modes():
+        bystanders.undo(module)
         _finish(module, recorder)
     return module, recorder
 

@@ -28,7 +28,6 @@ from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.bystanders import STAYING
 from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
@@ -189,10 +188,10 @@ class StandIn:
 def _answers() -> Any:
     """For the models that are partly Transformers': its constructors patch the process unless they are told better."""
     if "transformers.modeling_utils" not in sys.modules:
-        return STAYING
+        return None
     from weightlift.integrations.transformers_init import ANSWERS
 
-    return {**STAYING, **ANSWERS}
+    return ANSWERS
 
 
 def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, Offer]]:

@@ -26,7 +26,6 @@ from transformers.modeling_utils import PreTrainedModel
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.inventory import modules_of, tensors_of
 from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.bystanders import STAYING
 from weightlift.integrations.exclusive import NotNative
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
@@ -36,8 +35,7 @@ _MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code_
 def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad) -> tuple[Any, Recorder]:
     """Run a constructor deferred. ``config`` is the load's own copy, ``dtype`` the default dtype for it."""
     dtypes = _Dtypes(config, dtype)
-    answers = {**STAYING, torch.tensor: dtypes.answer}
-    model, recorder = construct(make, load, default_dtype=dtypes.default, answers=answers)
+    model, recorder = construct(make, load, default_dtype=dtypes.default, answers={torch.tensor: dtypes.answer})
     assert recorder is not None
     dtypes.restore(model)
     return model, recorder
