@@ -84,7 +84,7 @@ def _ready(load: Any, options: dict[str, Any], folder: Path) -> Ready:
 
 def _case(name: str, title: str, made: Any, **options: Any) -> Case:
     contenders = {
-        OURS: partial(_ready, _ours, options), "diffusers, parallel loading": partial(_ready, _theirs, options)
+        OURS: partial(_ready, _ours, options), "diffusers (parallel loading)": partial(_ready, _theirs, options)
     }  # fmt: skip
     return Case(name, title, made, contenders, target="≥ 1.4× diffusers with parallel loading on")
 

@@ -51,6 +51,6 @@ def one_after_the_other(folder: Path) -> Ready:
 CASES = (
     Case(
         "threads", "8 loads on 8 threads, 0.3 B Llama, bf16 → fp32", partial(prepare),
-        {OURS: at_once, f"{OURS}, one after the other": one_after_the_other}, target="≤ 1.1× the serial sum",
+        {OURS: at_once, f"{OURS} (one after the other)": one_after_the_other}, target="≤ 1.1× the serial sum",
     ),
 )  # fmt: skip

@@ -57,9 +57,9 @@ def _ready(load: peers.Load, which: str, dtype: torch.dtype, folder: Path) -> Re
 def _contenders(dtype: torch.dtype) -> dict[str, Any]:
     return {
         OURS: partial(_ready, peers.weightlift, _TIED, dtype),
-        "weightlift, head in the checkpoint": partial(_ready, peers.weightlift, _WHOLE, dtype),
+        "weightlift (head in the checkpoint)": partial(_ready, peers.weightlift, _WHOLE, dtype),
         "transformers": partial(_ready, peers.transformers, _TIED, dtype),
-        "transformers, head in the checkpoint": partial(_ready, peers.transformers, _WHOLE, dtype),
+        "transformers (head in the checkpoint)": partial(_ready, peers.transformers, _WHOLE, dtype),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import cases as benchmark_cases
 from safetensors.torch import save_file
 
 import weightlift
@@ -418,6 +419,11 @@ def test_results_that_can_not_be_written_are_told_before_anything_is_measured(he
     (here / "file").touch()
     done = child("bench", "ordinary", "--scale", "0.001", "--out", "file", "--folder", "no-such-folder", cwd=here)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File exists" in done.stderr
+
+
+def test_each_peer_of_a_benchmark_can_be_named():
+    for case in map(benchmark_cases.find, benchmark_cases.FILES):
+        assert not [name for name in case.contenders if "," in name], "--beside parts names at commas"
 
 
 def test_the_list_of_benchmarks_in_ascii(here):
