@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from weightlift.checkpoint.sniff import NO_GGUF
+
 _WHOSE = tuple(
     (re.compile(pattern), hint)
     for pattern, hint in (
@@ -18,7 +20,7 @@ _WHOSE = tuple(
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes a file of it",
         ),
         (r"zero_to_fp32\.py", "DeepSpeed wrote it in parts: the zero_to_fp32.py in it puts the weights together"),
-        (r".*\.gguf", "weightlift does not read GGUF; use the safetensors weights of this model"),
+        (r".*\.gguf", NO_GGUF),
         (
             r".*\.(h5|keras|msgpack|onnx|ckpt\.index)",
             "weights of another framework are not readable here; convert them to safetensors",
@@ -35,6 +37,10 @@ def hint_for(names: Sequence[str], folders: Sequence[str]) -> str | None:
         if any(pattern.fullmatch(name) for name in names):
             return hint
     if folders:
-        more = ", …" if len(folders) > _SHOWN else ""
-        return f"sub-folders are not looked at: pass the one you mean of {', '.join(sorted(folders)[:_SHOWN])}{more}"
+        return f"sub-folders are not looked at: pass the one you mean of {first_of(sorted(folders))}"
     return None
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first few names, as messages show them."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

@@ -39,7 +39,7 @@ def fetch(repo: str, *, revision: str | None, token: str | bool | None, local_fi
     try:
         folder = _cached(repo, revision, token, reason)
     finally:
-        reason = None  # it knows this frame, and so the caller's model: a cycle, until the collector came
+        reason = None  # it knows this frame: a cycle, which would keep it until a collection
     return folder, choose_in(folder)
 
 

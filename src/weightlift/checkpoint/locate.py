@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightlift.checkpoint.elsewhere import hint_for
+from weightlift.checkpoint.elsewhere import first_of, hint_for
 from weightlift.checkpoint.files import os_errors
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
@@ -47,7 +47,7 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
         visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where
     )
     if choice is None:
-        found = ", ".join(visible[:8]) + (", …" if len(visible) > 8 else "")
+        found = first_of(visible)
         if not visible:
             found = "no file" if folders else "an empty folder"
         problem = Problem(

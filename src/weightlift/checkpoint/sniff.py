@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 HEAD_BYTES = 512
+NO_GGUF = "weightlift does not read GGUF; use the safetensors weights of this model"
+FROM_NUMPY = "read it with numpy.load, and pass a mapping of tensors"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _DOWNLOAD = "a server answered with this instead of the file: check the address and the credentials, download it again"
@@ -31,11 +33,11 @@ _MAGIC: tuple[tuple[bytes, Sniffed], ...] = (
     (b"\xfd7zXZ", Sniffed("xz", "an xz archive", "unpack it first")),
     (
         b"GGUF",
-        Sniffed("gguf", "a GGUF file", "weightlift does not read GGUF; use the safetensors weights of this model"),
+        Sniffed("gguf", "a GGUF file", NO_GGUF),
     ),
     (
         b"\x93NUMPY",
-        Sniffed("numpy", "a NumPy array", "read it with numpy.load, and pass a mapping of tensors"),
+        Sniffed("numpy", "a NumPy array", FROM_NUMPY),
     ),
     (b"\x89HDF", Sniffed("hdf5", "an HDF5 file", "Keras weights are not readable here; convert them to safetensors")),
 )

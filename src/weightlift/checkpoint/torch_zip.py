@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, shard_file
+from weightlift.checkpoint.sniff import FROM_NUMPY
 from weightlift.checkpoint.stored_zip import StoredZip, damage_told
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_pickle import PickleReader
@@ -88,7 +89,7 @@ class _Archive(StoredZip):
             "is a zip, but not one that torch.save writes",
             expected="a record data.pkl",
             found=", ".join(names[:5]) or "an empty zip",
-            hint="read it with numpy.load, and pass a mapping of tensors" if numpy else None,
+            hint=FROM_NUMPY if numpy else None,
         )
 
     def _check_records(self) -> None:
