@@ -25,7 +25,7 @@ from weightlift.distributed.fsdp import reshard
 from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
-from weightlift.options import LoadOptions
+from weightlift.options import LoadOptions, require_known
 from weightlift.plan.prefixes import find
 from weightlift.plan.records import Decisions
 from weightlift.plan.report import LoadReport, as_json, report, table
@@ -209,7 +209,11 @@ class Deferred:
         local_files_only: bool = False,
         **options: Any,
     ) -> LoadPlan:
-        """Plan loading ``ckpt`` into this module. The same options as `weightlift.load`; executing it uses this up."""
+        """Plan loading ``ckpt`` into this module; executing the plan uses this up.
+
+        The same options and errors as `weightlift.plan`, but for ``mesh_shape`` and ``placements``.
+        """
+        require_known(options)
         given = options.pop("seed", None)
         if given is None and self._seed_given:
             given = self._seed

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ class LoadOptions:
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
+        for option, flag in {
+            "strict": strict, "ignore_mismatched": ignore_mismatched, "copy": copy, "defer": defer, "verify": verify,
+        }.items():  # fmt: skip
+            if not isinstance(flag, bool):  # what is taken for true may be meant otherwise: strict="no"
+                raise TypeError(f"{option} must be True or False, found {flag!r}")
         _check_count("workers", workers)
         _check_count("memory_budget_bytes", memory_budget_bytes)
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
@@ -105,23 +110,33 @@ class LoadOptions:
             dtype=_dtypes(dtype),
             device=_device("device", device),
             device_map=_device_map(device_map),
-            strict=bool(strict),
-            ignore_mismatched=bool(ignore_mismatched),
+            strict=strict,
+            ignore_mismatched=ignore_mismatched,
             key_mapping=key_mapping,
-            copy=bool(copy),
+            copy=copy,
             workers=default_workers() if workers is None else workers,
             memory_budget_bytes=memory_budget_bytes,
             seed=used_seed(seed),
             progress=progress,
             cancel=cancel,
-            defer=bool(defer),
+            defer=defer,
             trace=None if trace is None else writable_target("trace", trace),
-            verify=bool(verify),
+            verify=verify,
             parallelize=parallelize,
             source_rank=source_rank,
             process_group=process_group,
             rank_patience_seconds=float(rank_patience_seconds),
         )
+
+
+def require_known(options: Mapping[str, object]) -> None:
+    """Raises TypeError for the name of an option that there is not."""
+    known = [field.name for field in fields(LoadOptions)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise TypeError(f"{name!r} is no option of a load{hint}")
 
 
 def used_seed(seed: int | None) -> int:

@@ -208,6 +208,11 @@ def test_compile(path: Path) -> None:
     _in_process(code, path)
 
 
+def test_no_module_has_no_files() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, found str"):
+        wl.mapped_files("model.safetensors")
+
+
 def test_which_files_a_model_is_mapped_from(path: Path) -> None:
     gc.collect()
     model = wl.load(Net, path)

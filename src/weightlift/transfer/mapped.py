@@ -19,8 +19,10 @@ def mapped_files(module: nn.Module) -> dict[Path, tuple[str, ...]]:
     Looks at the memory of the parameters and buffers (of DTensors: this rank's part), so it also knows what a cast, a
     ``.to()`` or an assignment has left. Empty for a module that lies in memory of its own, as after ``copy=True``.
     Only mappings that weightlift made are known. A tensor that was written to keeps its name: pages that nobody wrote
-    to are still the file's. Thread-safe; loads nothing.
+    to are still the file's. Thread-safe; loads nothing. Raises TypeError for what is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, found {type(module).__name__}")
     known = _by_address(mappings())
     starts = [start for start, _, _ in known]
     found: dict[Path, list[str]] = {}

@@ -91,7 +91,9 @@ def test_load_takes_the_options_of_load():
     module = wl.defer(Watching).load({"x." + k: v for k, v in STATE.items()}, dtype=torch.float16,
                                      key_mapping={r"^x\.": ""}, copy=True, workers=1)  # fmt: skip
     assert module.lin.weight.dtype == torch.float16
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"'dtpye' is no option of a load; did you mean 'dtype'\?"):
+        wl.defer(Watching).load(STATE, dtpye="float16")
+    with pytest.raises(TypeError, match=r"'nonsense' is no option of a load; there are dtype, device,"):
         wl.defer(Watching).load(STATE, nonsense=1)
     with pytest.raises(ValueError, match="dtype"):
         wl.defer(Watching).plan(STATE, dtype="quarter")

@@ -185,6 +185,9 @@ def test_complex_and_integer_tensors_keep_their_dtype(tmp_path):
         ({"memory_budget_bytes": 0}, ValueError),
         ({"memory_budget_bytes": "1GB"}, TypeError),
         ({"seed": "x"}, (TypeError, ValueError)),
+        ({"strict": "no"}, TypeError),  # BUG: taken for true
+        ({"verify": 0}, TypeError),
+        ({"copy": None}, TypeError),
         ({"key_mapping": 5}, TypeError),
         ({"key_mapping": lambda key: 5}, TypeError),  # BUG: 5 becomes a name
         ({"key_mapping": {"q": 1}}, TypeError),  # BUG: only noticed where the pattern matches
