@@ -170,6 +170,16 @@ def test_damaged_bytes_never_crash(tmp_path: Path) -> None:
                 assert 0 <= entry.start <= entry.end <= len(whole)
 
 
+def entangled() -> dict[str, Any]:
+    """Mappings that hold themselves, and each other many times over."""
+    inner: dict[str, Any] = {}
+    for _ in range(20):
+        inner = dict.fromkeys(map(str, range(20)), inner)
+    inner["again"] = {"self": inner, "model": {"w": torch.ones(1)}}
+    inner["again"]["again"] = inner["again"]
+    return inner
+
+
 @pytest.mark.parametrize("zipped", FORMATS)
 @pytest.mark.parametrize(
     ("value", "fragments"),
@@ -177,7 +187,9 @@ def test_damaged_bytes_never_crash(tmp_path: Path) -> None:
         ({"state_dict": {"w": torch.ones(1)}, "epoch": 3}, ["is nested", "under 'state_dict'", "loaded['state_dict']"]),
         ({"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, ["under 'model', 'ema'"]),
         ({"a": {"b": {"w": torch.ones(1)}}}, ["under 'a'"]),
-        ({"w": torch.ones(1), "optimizer": {"m": torch.ones(1)}}, ["under 'optimizer'"]),
+        ({"step": torch.ones(1), "model": {"w": torch.ones(1), "b": torch.ones(1)}}, ["under 'model'", "['model']"]),
+        ({"step": torch.ones(1), "a": {"b": {"w": torch.ones(1), "v": torch.ones(1)}}}, ["under 'a'", "['a']['b']"]),
+        (entangled(), ["under 'again'", "loaded['again']['model']"]),
         ({"epoch": 3, "loss": [1.0]}, ["holds no tensor", "2 values, none of them a tensor"]),
         ({}, ["holds no tensor", "an empty mapping"]),
         ([torch.ones(1)], ["is not a state dict", "found a list"]),

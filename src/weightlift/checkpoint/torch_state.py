@@ -161,6 +161,7 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     """What keeps ``root`` from being a flat mapping of names to tensors; None if nothing does.
 
     Values that are no tensors are allowed beside tensors, and ``…_extra_state`` may hold tensors (as modules make it).
+    So may other mappings, as an optimiser's state beside the weights: they are nested weights if one has more tensors.
     """
     expected = "a mapping of names to tensors"
     if not isinstance(root, Mapping):
@@ -170,16 +171,18 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     if odd:
         found = f"the key {odd[0]!r:.100}" if not isinstance(odd[0], tuple) else "a tuple"
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
-    nested = [
-        key
+    direct = sum(map(is_tensor, root.values()))
+    nested = {
+        key: value
         for key, value in root.items()
-        if not key.endswith("_extra_state") and _holds_mapping(value, is_tensor)
-    ]
+        if not key.endswith("_extra_state") and isinstance(value, Mapping) and _most(value, is_tensor) > direct
+    }
     if nested:
-        names = ", ".join(repr(key) for key in nested)
+        names = ", ".join(map(repr, nested))
+        path = _weights_in(nested, is_tensor, set()) or f"[{next(iter(nested))!r}]"
         hint = (
             f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
-            f"itself, e.g. loaded{_weights_in(root, nested, is_tensor)}"
+            f"itself, e.g. loaded{path}"
         )
         return Problem(
             "the state dict is nested", file=file, expected=expected, found=f"mappings under {names}", hint=hint
@@ -190,26 +193,32 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     return None
 
 
-def _weights_in(root: Mapping[str, Any], nested: list[str], is_tensor: Callable[[Any], bool]) -> str:
-    """The most likely way from ``root`` to a model's weights: by a usual name, else to a mapping of tensors; what
-    optimisers and averages hold lies deeper, or comes after."""
-    flat = [key for key in nested if any(map(is_tensor, root[key].values()))]
-    chosen = next((key for key in _USUAL if key in nested), [*flat, *nested][0])
-    path, within = f"[{chosen!r}]", root[chosen]
-    deeper = [key for key, value in within.items() if type(key) is str and _holds_mapping(value, is_tensor)]
-    if any(map(is_tensor, within.values())) or not deeper:
-        return path
-    return path + _weights_in(within, deeper, is_tensor)
+def _most(outer: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> int:
+    """How many tensors the mapping has that has most of them, of this one and all within. They may hold one another."""
+    most, seen, left = 0, {id(outer)}, [outer]
+    while left:
+        values = left.pop().values()
+        most = max(most, sum(map(is_tensor, values)))
+        within = {id(value): value for value in values if isinstance(value, Mapping)}
+        left += [value for key, value in within.items() if key not in seen]
+        seen |= within.keys()
+    return most
 
 
-def _holds_mapping(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Mapping) and _holds_tensors(value, is_tensor, 8)
-
-
-def _holds_tensors(value: Any, is_tensor: Callable[[Any], bool], depth: int) -> bool:
-    if not isinstance(value, Mapping):
-        return is_tensor(value)
-    return depth > 0 and any(_holds_tensors(item, is_tensor, depth - 1) for item in value.values())
+def _weights_in(mappings: Mapping[str, Any], is_tensor: Callable[[Any], bool], seen: set[int]) -> str:
+    """The most likely way to a model's weights: by a usual name, else to a mapping of tensors; what optimisers and
+    averages hold lies deeper, or comes after. Empty where none was found."""
+    flat = [key for key in mappings if any(map(is_tensor, mappings[key].values()))]
+    for key in dict.fromkeys((*(key for key in _USUAL if key in mappings), *flat, *mappings)):
+        within = mappings[key]
+        if key in flat:
+            return f"[{key!r}]"
+        if id(within) not in seen and len(seen) < _MAX_DEPTH:
+            seen.add(id(within))
+            deeper = {name: item for name, item in within.items() if type(name) is str and isinstance(item, Mapping)}
+            if path := _weights_in(deeper, is_tensor, seen):
+                return f"[{key!r}]{path}"
+    return ""
 
 
 def versions(attributes: Mapping[str, Any]) -> Mapping[str, Mapping[str, object]] | None:

@@ -7,12 +7,15 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import weightlift as wl
 from weightlift import dtypes
 from weightlift.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from weightlift.errors import CheckpointChanged, CheckpointError, CheckpointNotFound
@@ -171,6 +174,24 @@ def test_mapping() -> None:
     assert checkpoint.state_dict_metadata == {"": {"version": 2}}
     assert checkpoint.extras["k_extra_state"] is source["k_extra_state"]
     assert len(open_checkpoint({})) == 0
+
+
+def test_mappings_beside_the_weights(tmp_path: Path) -> None:
+    """What an optimiser holds makes a state dict no nested one: to ``load_state_dict`` it is an unexpected key."""
+    source: dict[str, Any] = nn.Linear(2, 2).state_dict()
+    state = {n: {"step": torch.tensor(1.0), "exp_avg": torch.full((2, 2), float(n))} for n in range(2)}
+    source["optimizer"] = {"state": state, "lr": 0.1}
+    source["ema"] = {name: tensor + 1 for name, tensor in nn.Linear(2, 2).state_dict().items()}
+    torch.save(source, tmp_path / "x.pt")
+    for checkpoint in (open_checkpoint(tmp_path / "x.pt"), open_checkpoint(source)):
+        assert set(checkpoint) == {"weight", "bias"} and set(checkpoint.extras) == {"optimizer", "ema"}
+        kept: Any = checkpoint.extras["optimizer"]
+        assert same(kept["state"][1]["exp_avg"], state[1]["exp_avg"]) and kept["lr"] == 0.1
+        loaded = wl.load(lambda: nn.Linear(2, 2), checkpoint, strict=False)
+        assert same(loaded.weight.detach(), source["weight"])
+        with pytest.raises(wl.PlanError, match="ema: the module has no place for this") as caught:
+            wl.load(lambda: nn.Linear(2, 2), checkpoint)
+        assert {problem.key for problem in caught.value.problems} == {"optimizer", "ema"}
 
 
 @pytest.mark.parametrize(
