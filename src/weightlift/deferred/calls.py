@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     PURE = enum.auto()  # makes new tensors from its arguments
     VALUE = enum.auto()  # gives something that is no tensor, or nothing at all: needs the values now
     RESIZE = enum.auto()
+    BATCH_NORM = enum.auto()  # writes its running statistics, and does not say so
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,14 @@ class Call:
     pointwise: bool = False
 
 
+# What these write, beside what their schemas say: running statistics, which may be None.
+_UNDECLARED: dict[str, tuple[int | str, ...]] = {
+    "aten::native_batch_norm": (3, 4), "aten::cudnn_batch_norm": (3, 4), "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2), "aten::batch_norm_gather_stats": (3, 4),
+    "aten::batch_norm_gather_stats_with_counts": (3, 4),
+}  # fmt: skip
+# What these give lies in their argument's memory, which the schemas of some keep to themselves.
+_VIEWS = {"aten::set_", "aten::detach_", "aten::unsafe_split", "aten::unsafe_split_with_sizes"}
 # In place operators that define every element of their first argument without looking at it.
 _OVERWRITING = {
     "aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_", "aten::copy_", "aten::random_",
@@ -50,13 +59,18 @@ def classify(func: Any) -> Call:
     random = torch.Tag.nondeterministic_seeded in func.tags
     if name == "aten::resize_":
         return Call(Kind.RESIZE)
-    if torch.Tag.inplace_view in func.tags or name in ("aten::set_", "aten::detach_"):
+    if name in _UNDECLARED and schema.overload_name != "out":
+        kind = Kind.BATCH_NORM if name == "aten::native_batch_norm" else Kind.VALUE
+        return Call(kind, random, _UNDECLARED[name])
+    if torch.Tag.inplace_view in func.tags or name in _VIEWS:
         return Call(Kind.VIEW)
     written = tuple(
         argument.name if argument.kwarg_only else index
         for index, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+    if written and any(_is_new(result) for result in schema.returns):
+        return Call(Kind.VALUE, random, written)  # as rrelu_with_noise: what it returns is none of what it writes
     if written:
         overwrites = name in _OVERWRITING or (schema.overload_name == "out" and name == "aten::eye")
         tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
@@ -103,6 +117,10 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def _gives_tensors(kind: Any) -> bool:
     return str(kind) in ("Tensor", "List[Tensor]")
+
+
+def _is_new(result: Any) -> bool:
+    return result.alias_info is None and _gives_tensors(result.type)
 
 
 class Birth(NamedTuple):

@@ -39,16 +39,19 @@ _ESCAPES = {
 }  # fmt: skip
 # Read the values, or run Python code that does, and keep no hold of the memory.
 _READS = {
-    _Tensor.tolist, _Tensor.__repr__, _Tensor.__format__, _Tensor.__reduce_ex__, torch.tensor, torch.as_tensor,
-    torch.asarray, _Tensor.is_shared,
+    _Tensor.tolist, _Tensor.__repr__, _Tensor.__format__, _Tensor.__reduce_ex__, torch.tensor,
 }  # fmt: skip
+# Make tensors of data; of a tensor one that shares its memory, or a copy by calls that are seen.
+_AS_TENSORS = {torch.as_tensor, torch.asarray}
+# Read where to cut in C++, below all calls that are seen.
+_SPLITS = {torch.tensor_split, _Tensor.tensor_split}
 # Composed in C++ of factories and of loops over the memory that those give: no call of theirs may be put off.
 _WHOLE = {
     torch._sobol_engine_initialize_state_, torch._sobol_engine_scramble_, torch._sobol_engine_ff_,
     torch._sobol_engine_draw,
 }  # fmt: skip
 # What another default dtype concerns.
-_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+_DATA = {torch.tensor, *_AS_TENSORS}
 _CASTS = {_Tensor.to, _Tensor.type}
 
 
@@ -83,6 +86,14 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
         self._recorder.force_tensors(tensors_in((args, kwargs)), func)
         return func(*args, **kwargs)
 
+    def _as_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs) if args and isinstance(args[0], _Tensor) else self._read(func, args, kwargs)
+
+    def _split(self, func: Any, args: Any, kwargs: Any) -> Any:
+        others = {name: value for name, value in kwargs.items() if name not in ("self", "input")}
+        self._recorder.force_tensors(tensors_in((args[1:], others)), func)
+        return func(*args, **kwargs)
+
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         answer = self._answers[func](_caller(), args, kwargs)
         declined = self._declined[func]
@@ -93,7 +104,7 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
 
     def _data(self, func: Any, args: Any, kwargs: Any) -> Any:
         """``torch.tensor([1.0])`` under another default dtype."""
-        found = self._read(func, args, kwargs)
+        found = (self._as_tensor if func in _AS_TENSORS else self._read)(func, args, kwargs)
         default = self._recorder.default
         dtype = None if default is None or not args else default.of_data(args[0], kwargs, found.dtype)
         return found if dtype is None else func(*args, **{**kwargs, "dtype": dtype})
@@ -128,7 +139,8 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
         record = self._recorder.record_of(tensor)
         odd = type(tensor) is not _Tensor or not tensor.is_leaf or tensor.is_conj() or tensor.is_neg()
         if record is None or not record.pending or odd:
-            return self._read(func, args, kwargs)
+            self._recorder.force_tensors([tensor], func)  # not what the memo holds: all that was copied before
+            return func(*args, **kwargs)
         if id(tensor) in memo:
             return memo[id(tensor)]
         copies = memo.setdefault("torch", {})  # where torch keeps the storages that were copied already
@@ -180,6 +192,8 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
 _OWN: dict[Any, Handler] = {
     **dict.fromkeys(_ESCAPES, FunctionRecorder._escape),
     **dict.fromkeys(_READS, FunctionRecorder._read),
+    **dict.fromkeys(_AS_TENSORS, FunctionRecorder._as_tensor),
+    **dict.fromkeys(_SPLITS, FunctionRecorder._split),
     **dict.fromkeys(_WHOLE, FunctionRecorder._whole),
     _Tensor.new_tensor: FunctionRecorder._new_tensor,
     _Tensor.__deepcopy__: FunctionRecorder._deepcopy,

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightlift.ambient import outside_modes
+from weightlift.deferred import batch_norm
 from weightlift.deferred.calls import (
     BIRTHS,
     DTYPES,
@@ -134,8 +135,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._birth_call(func, args, kwargs)
         if kind is Kind.PURE:
             return self._pure(func, call, args, kwargs)
-        grown = resized(self, func, args, kwargs) if kind is Kind.RESIZE else None
-        return self._now(func, call, args, kwargs) if grown is None else grown
+        answer: Any = None
+        if kind is Kind.RESIZE:
+            answer = resized(self, func, args, kwargs)
+        elif kind is Kind.BATCH_NORM and not kwargs:
+            answer = batch_norm.put_off(self._dispatch, args)
+        return self._now(func, call, args, kwargs) if answer is None else answer
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The record of a tensor's storage; None for memory that was not born in this scope."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from weightlift.deferred.schema import is_bounded
+from weightlift.strides import row_major
 
 _Tensor = torch.Tensor
 _aten = torch.ops.aten
@@ -38,7 +39,7 @@ def infer(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
     if rule is not None:
         found = rule(args, kwargs)
         if found is not None:
-            return found
+            return found or None
     return _tried_on_meta(func, args, kwargs)
 
 
@@ -98,6 +99,8 @@ def _comparison(args: Any, kwargs: Any) -> list[Result] | None:
 def _copy_of(args: Any, kwargs: Any) -> list[Result] | None:
     """``clone`` and ``to``: the layout is kept where it is dense."""
     tensor = args[0]
+    if not isinstance(tensor, _Tensor):  # a number, as vmap hands on what it closes over
+        return None
     if kwargs.get("device") is not None or kwargs.get("layout") is not None or kwargs.get("pin_memory"):
         return None
     memory_format = kwargs.get("memory_format") or torch.preserve_format
@@ -120,6 +123,39 @@ def _qr(args: Any, kwargs: Any) -> list[Result] | None:
         Result((rows, rank), matrix.dtype, (1, rows)),
         Result((rank, columns), matrix.dtype, (1, rank)),
     ]
+
+
+def _svd(args: Any, kwargs: Any) -> list[Result] | None:
+    """As LAPACK leaves it: both factors column-major. On ``meta`` the second one is not."""
+    matrix, whole, factors = (*args, *(None, False, True)[len(args) :])
+    if kwargs or matrix.dim() < 2 or not factors:
+        return None
+    *batch, rows, columns = matrix.shape
+    rank = min(rows, columns)
+    return [
+        _column_major((*batch, rows, rows if whole else rank), matrix.dtype),
+        Result((*batch, rank), matrix.dtype.to_real()),
+        _column_major((*batch, columns if whole else rank, columns), matrix.dtype),
+    ]
+
+
+def _eig(args: Any, kwargs: Any) -> list[Result] | None:
+    matrix = args[0]
+    if len(args) > 1 or kwargs or matrix.dim() < 2:
+        return None
+    dtype = matrix.dtype.to_complex()
+    return [Result(tuple(matrix.shape[:-1]), dtype), _column_major(tuple(matrix.shape), dtype)]
+
+
+def _column_major(shape: tuple[int, ...], dtype: torch.dtype) -> Result:
+    """Each matrix by its columns, the batch before them row by row."""
+    *batch, rows, columns = shape
+    return Result(shape, dtype, (*row_major((*batch, rows * columns))[:-1], 1, rows))
+
+
+def _fft(args: Any, kwargs: Any) -> list[Result] | None:
+    """Over several dimensions their order decides, in another way than on ``meta``: it is told by running it."""
+    return [] if kwargs or len(args[1]) > 1 else None
 
 
 def _diagonal(args: Any, kwargs: Any) -> list[Result] | None:
@@ -156,6 +192,7 @@ def _permutation(args: Any, kwargs: Any) -> list[Result] | None:
     return [Result((args[0],), kwargs.get("dtype") or torch.int64)]
 
 
+# None: `meta` is asked. Nothing at all: it is not to be told.
 _Rule = Callable[[Any, Any], "list[Result] | None"]
 _ELEMENTWISE = (
     "add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "pow",
@@ -169,6 +206,10 @@ _RULES: dict[str, _Rule] = {
     "aten::clone": _copy_of,
     "aten::_to_copy": _copy_of,
     "aten::linalg_qr": _qr,
+    "aten::_linalg_svd": _svd,
+    "aten::linalg_eig": _eig,
+    "aten::_fft_r2c": _fft,
+    "aten::_fft_c2r": _fft,
     "aten::diagonal_copy": _diagonal,
     "aten::tril": _triangle,
     "aten::triu": _triangle,
