@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlift.ambient import outside_modes
+from weightlift.ambient import lazy_views_as_they_are, outside_modes
 from weightlift.deferred import batch_norm
 from weightlift.deferred.calls import (
     BIRTHS,
@@ -347,6 +347,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             target = kwargs.get(name) if isinstance(name, str) else args[name]
             for tensor in tensors_in(target):
                 self.settle_readers(tensor, func)
+        if any(tensor.is_complex() for tensor in tensors):  # within the call there may be lazy views, too
+            with lazy_views_as_they_are():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:

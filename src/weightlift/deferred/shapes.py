@@ -127,7 +127,7 @@ def _qr(args: Any, kwargs: Any) -> list[Result] | None:
 
 def _svd(args: Any, kwargs: Any) -> list[Result] | None:
     """As LAPACK leaves it: both factors column-major. On ``meta`` the second one is not."""
-    matrix, whole, factors = (*args, *(None, False, True)[len(args) :])
+    matrix, whole, factors = args[0], args[1:2] == (True,), args[2:3] != (False,)
     if kwargs or matrix.dim() < 2 or not factors:
         return None
     *batch, rows, columns = matrix.shape

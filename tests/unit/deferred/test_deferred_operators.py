@@ -145,6 +145,25 @@ def test_numbers_among_the_arguments_of_a_mapped_function() -> None:
     assert wl.defer(lambda: Made(make)).materialize().b0.tolist() == [2, 2, 2]
 
 
+class Conjugated(nn.Module):
+    """Reads what is computed from lazily conjugated views, and what torch computes by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        root = torch.complex(torch.arange(4.0).view(2, 2), torch.tensor([[1.0, 2.0], [0.5, 3.0]]))
+        inverse = torch.linalg.pinv(root)
+        self.value = inverse[1, 0].item()
+        self.register_buffer("inverse", inverse)
+        tall = torch.complex(torch.arange(8.0).view(4, 2).cos(), torch.arange(8.0).view(4, 2).sin())
+        self.residuals = torch.linalg.lstsq(tall, tall.cumsum(0).sin())[1].tolist()
+
+
+def test_lazily_conjugated_tensors_that_are_read() -> None:
+    ordinary, ours = Conjugated(), wl.defer(Conjugated).materialize()
+    assert ours.value == ordinary.value and ours.residuals == ordinary.residuals
+    assert torch.equal(ours.inverse, ordinary.inverse)
+
+
 STRIDED: dict[str, Callable[[], Any]] = {
     "svd": lambda: torch.linalg.svd(torch.ones(3, 2).triu(), full_matrices=False),
     "whole svd of a batch": lambda: torch.linalg.svd(torch.ones(2, 4, 3).triu()),
