@@ -36,6 +36,7 @@ from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Given, Subject
 from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
+from weightlift.unstrided import bytes_of
 
 _log = logging.getLogger("weightlift")
 CheckpointSource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint
@@ -193,8 +194,8 @@ class Deferred:
         parameters = [slot.tensor for slot in tensors.values() if slot.kind == "parameter" and not is_lazy(slot.tensor)]
         buffers = [slot.tensor for slot in tensors.values() if slot.kind == "buffer" and not is_lazy(slot.tensor)]
         self.numel = sum(tensor.numel() for tensor in parameters)
-        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in parameters)
-        self.buffer_nbytes = sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+        self.nbytes = sum(map(bytes_of, parameters))
+        self.buffer_nbytes = sum(map(bytes_of, buffers))
         self.forced = {} if recorder is None else dict(recorder.forced)
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.torch_state import flat_problem, versions
 from weightlift.errors import CheckpointError, Problem
+from weightlift.unstrided import MKLDNN, unstrided
 
 SOURCE = "<mapping>"
 _SUMMARY = "not a valid mapping of tensors"
@@ -55,10 +56,8 @@ def entry_of(key: str, tensor: torch.Tensor) -> TensorEntry:
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout is not torch.strided:
-        return "a sparse tensor"
+    if other := unstrided(tensor):
+        return f"{'an' if other == MKLDNN else 'a'} {other} tensor"
     if tensor.is_quantized:
         return "a quantised tensor"
     if tensor.is_meta:

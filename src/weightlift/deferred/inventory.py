@@ -15,7 +15,8 @@ from torch import nn
 
 from weightlift.deferred.tape import Record
 from weightlift.lazy_views import shown
-from weightlift.strides import has_overlap
+from weightlift.strides import has_overlap, row_major
+from weightlift.unstrided import bytes_of, shape_of, unstrided
 
 Kind = Literal["parameter", "buffer"]
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
@@ -28,7 +29,8 @@ class TensorSpec(NamedTuple):
     Names with the same ``slot`` are one attribute of one module, which is known under several names.
     ``lazily``: whether what is shown is conjugated and negated beside what the memory holds (torch's lazy views).
     ``in_place``: the memory has to stay, because something outside these names uses it too, because it is the user's,
-    or for its strides; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides.
+    or for its strides; ``lazy``: an uninitialised parameter, whose shape the checkpoint decides. ``unstrided``: what it
+    is where it is no strided tensor ("sparse", "nested", "mkldnn"), which nothing is loaded into.
     """
 
     fqn: str
@@ -46,6 +48,7 @@ class TensorSpec(NamedTuple):
     in_place: bool = False
     slot: int = -1
     lazily: tuple[bool, bool] = (False, False)
+    unstrided: str = ""
 
     @property
     def numel(self) -> int:
@@ -134,7 +137,9 @@ class Inventory:
             record = record_of(tensor, address)
             shape, offset, stride, storage_bytes = _geometry(tensor, address, record)
             device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
-            in_place = not tensor.is_meta and (
+            lazy = address < 0 and is_lazy(tensor)
+            other = unstrided(tensor) if address < 0 and not lazy else ""
+            in_place = not (tensor.is_meta or other) and (
                 record is None
                 or users[address] > 1
                 or has_other_users(tensor, address, users[address])
@@ -154,10 +159,11 @@ class Inventory:
                     extents.setdefault(stride, stride),
                     storage_bytes,
                     persistent,
-                    address < 0 and is_lazy(tensor),
+                    lazy,
                     in_place,
                     place,
                     shown(tensor) if address >= 0 else (False, False),
+                    other,
                 )
             )
         return ModuleSpec(type(self.module).__qualname__, tuple(tensors), self.extra_state, self.empty)
@@ -187,12 +193,13 @@ def _geometry(
 ) -> tuple[tuple[int, ...], int, tuple[int, ...], int]:
     """Shape, offset and strides in elements, and the bytes of the storage.
 
-    Tensors without a storage of their own (uninitialised or sparse ones, wrapper subclasses) count as alone in one.
+    Tensors without a storage (uninitialised or sparse ones) count as alone in one, and have no strides to speak of.
     """
     if address < 0:
         if is_lazy(tensor):
             return (), 0, (), 0
-        return tuple(tensor.shape), 0, (), tensor.numel() * tensor.dtype.itemsize
+        shape = shape_of(tensor)
+        return shape, 0, row_major(shape), bytes_of(tensor)
     # Asking the storage makes a Python object of it, which stays.
     nbytes = tensor.untyped_storage().nbytes() if record is None else record.nbytes
     return tuple(tensor.shape), tensor.storage_offset(), tensor.stride(), nbytes  # type: ignore[return-value]
@@ -284,8 +291,11 @@ def has_extra_state(module: nn.Module) -> bool:
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage object; a negative number of its own for a tensor without one."""
-    if is_lazy(tensor):
+    """The address of a tensor's storage object; a negative number of its own for a tensor without one.
+
+    A nested tensor has one and no strides within it, so that it counts as without.
+    """
+    if is_lazy(tensor) or tensor.is_nested:
         return -id(tensor)
     try:
         return _storage_address(tensor)

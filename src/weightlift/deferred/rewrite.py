@@ -30,6 +30,7 @@ from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
 from weightlift.deferred.walk import has_post_hooks, has_state_hooks, is_overridden, partition, slots_of, walk
+from weightlift.unstrided import shape_of, unstrided
 
 _IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
 
@@ -376,8 +377,10 @@ def _records(slots: Iterable[Slot], recorder: Recorder) -> list[Record]:
 
 def _can_hold(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     # A one-element vector for a scalar: what torch itself accepts from checkpoints of version 0.3.
+    if unstrided(tensor):
+        return False  # the plan says so
     return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
 
 
 def _alike(tensor: torch.Tensor, original: torch.Tensor) -> bool:
-    return tensor.shape == original.shape and tensor.dtype == original.dtype
+    return shape_of(tensor) == shape_of(original) and tensor.dtype == original.dtype

@@ -19,6 +19,7 @@ from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.schema import is_plain
 from weightlift.deferred.tape import Node, Operation, Record, TensorRef
+from weightlift.unstrided import unstrided
 
 _aten = torch.ops.aten
 
@@ -85,6 +86,8 @@ class StandIns:
 
     def _own_like(self, tensor: torch.Tensor) -> torch.Tensor:
         made = self._own_data(tensor)
+        if unstrided(tensor):
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
         if type(tensor) is not torch.Tensor:
             fallback = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
             kind = type(tensor) if is_plain(type(tensor)) else fallback
@@ -96,7 +99,7 @@ class StandIns:
         return made
 
     def _own_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if unstrided(tensor) or tensor.is_quantized:
             return tensor.detach().clone()
         if tensor.numel() == 0:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

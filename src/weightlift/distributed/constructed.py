@@ -17,6 +17,7 @@ from weightlift.distributed.shapes import is_dtensor
 from weightlift.errors import Problem
 from weightlift.plan.records import Action, Row
 from weightlift.transfer.memory import bytes_of_values
+from weightlift.unstrided import unstrided
 
 
 def note_of_missing(slots: Sequence[Slot], rows: Sequence[Row]) -> str:
@@ -24,7 +25,7 @@ def note_of_missing(slots: Sequence[Slot], rows: Sequence[Row]) -> str:
     named: dict[int, tuple[str, torch.Tensor]] = {}
     for slot, row in zip(slots, rows, strict=True):
         tensor = slot.tensor
-        whole = not (is_lazy(tensor) or is_dtensor(tensor) or tensor.is_meta) and tensor.layout is torch.strided
+        whole = not (is_lazy(tensor) or is_dtensor(tensor) or tensor.is_meta or unstrided(tensor))
         if whole and row.action in (Action.INITIALISED, Action.MISMATCHED):
             named.setdefault(id(tensor), (slot.fqn, tensor))
     return json.dumps({fqn: _hash(tensor) for fqn, tensor in named.values()})

@@ -161,11 +161,12 @@ def on_mesh_alone(checkpoint: Checkpoint, mesh_shape: MeshShape, placements: Pla
 
 
 def wanted_by(decisions: Decisions) -> list[Wanted]:
-    """The values of a plan: one a target, as ties are read and held once."""
+    """The values of a plan: one a target, as ties are read and held once. What is no strided tensor has no bytes that
+    its shape tells of, and is left out."""
     found: dict[int, Wanted] = {}
     for row in decisions.rows:
         loaded = row.action is Action.LOADED
-        if row.target not in found or loaded:
+        if (row.target not in found or loaded) and not row.unstrided:
             found[row.target] = Wanted(row.fqn, row.shape, row.dtype, row.kind, row_parts(row) if loaded else ())
     return list(found.values())
 

@@ -25,6 +25,7 @@ from weightlift.errors import PlanError, Problem
 from weightlift.options import Parallelize
 from weightlift.plan.records import Action, Row
 from weightlift.strides import interval
+from weightlift.unstrided import shape_of, unstrided
 
 _log = logging.getLogger("weightlift")
 _LOAD_FIRST = "load first and change the module afterwards, or leave this tensor out of parallelize"
@@ -227,7 +228,7 @@ def _stand_ins(inventory: Inventory, rows: Sequence[Row]) -> dict[int, torch.Ten
     by_value: dict[tuple[int, str, bool], torch.Tensor] = {}
     for slot, row in zip(inventory.slots, rows, strict=True):
         tensor = slot.tensor
-        if id(tensor) in made or is_lazy(tensor) or is_dtensor(tensor) or tensor.layout is not torch.strided:
+        if id(tensor) in made or is_lazy(tensor) or is_dtensor(tensor) or unstrided(tensor):
             continue
         key = (row.target, slot.kind, tensor.requires_grad)
         if key not in by_value:
@@ -261,7 +262,7 @@ def _home(
     row = row._replace(dtype=now.dtype)
     if is_dtensor(now):
         return Home(row, slot, now, _checked_layout(now, row, fsdp=fsdp))
-    if tuple(now.shape) != row.shape:
+    if shape_of(now) != row.shape:
         raise ValueError(f"parallelize replaced it by a tensor of shape {list(now.shape)} that names no part of it")
     if stand_in is None or not (now is stand_in or now.is_meta or _is_computed(row, now, slot.tensor, births)):
         return Home(row, slot._replace(tensor=now), now)

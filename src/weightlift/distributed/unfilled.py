@@ -20,6 +20,7 @@ from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.apply import apply
 from weightlift.transfer.subject import Bytes, Subject
+from weightlift.unstrided import unstrided
 
 
 def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
@@ -70,6 +71,8 @@ def _leave(tensor: torch.Tensor, row: Row, subject: Subject, untouched: Reservat
         record.last = None
         record.memory()
     device = torch.device(row.device)
+    if unstrided(tensor):
+        return  # what the constructor made is its value
     if tensor.dtype != row.dtype or not same_device(tensor.device, device):
         tensor.data = _zeros(tensor.shape, row.dtype, device, untouched)
 

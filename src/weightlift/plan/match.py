@@ -15,9 +15,10 @@ from weightlift.options import LoadOptions
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.prefixes import in_short
-from weightlift.plan.problems import lacking, mismatched, unfit, unplaced, without_value
+from weightlift.plan.problems import lacking, mismatched, unfillable, unfit, unplaced, without_value
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
 from weightlift.strides import has_overlap, is_row_major
+from weightlift.unstrided import MKLDNN
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ def _decided(
 def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions) -> Row | None:
     """The row of a tensor that is alone in its storage and offered in its shape, as nearly all are. None for others."""
     offer = supply.offers.get(item.fqn)
-    if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape or _folded(item):
+    if offer is None or not item.persistent or item.lazy or offer.entry.shape != item.shape:
+        return None
+    if item.unstrided or _folded(item):
         return None
     # By position, in the order of the fields: it takes half the time, and this is done for every tensor.
     return Row(
@@ -242,7 +245,12 @@ def _decide(
 ) -> None:
     """Decide one value and write a row for each of its names."""
     names = group.names
-    wanted = [item for item in names if item.persistent]
+    wanted = [item for item in names if item.persistent and not item.unstrided]
+    problems += [
+        unfillable(item, supply.offers[item.fqn])
+        for item in names
+        if item.unstrided and item.persistent and item.fqn in supply.offers
+    ]
     offered = [(item, supply.offers[item.fqn]) for item in wanted if item.fqn in supply.offers]
     fitting = [(item, offer) for item, offer in offered if _fits(item, offer)]
     misfits = {item.fqn: offer for item, offer in offered if not _fits(item, offer)}
@@ -261,9 +269,7 @@ def _decide(
             Check(owner[0].fqn, owner[1], item.fqn, offer, can_untie=item.slot != owner[0].slot)
             for item, offer in fitting[1:]
         ]
-    source_dtype = owner[1].entry.dtype if owner else None
-    dtype = group.dtype or dtype_of([item.fqn for item in names], names[0].dtype, source_dtype, options.dtype)
-    device = group.device or device_of(names[0].fqn, names[0].device, options)
+    dtype, device = _setting(group, owner, options)
     stays = (dtype, device) == (names[0].dtype, names[0].device) or group.shares
     if owner is not None and stays and _folded(owner[0]):
         problems.append(unfit(*owner))
@@ -284,8 +290,23 @@ def _decide(
             tied_to=tied_to,
             excused=item.fqn in supply.excused,
             parts=offer.parts if offer is not None and action is Action.LOADED else (),
-            missing=item.persistent and action in (Action.INITIALISED, Action.KEPT),
+            missing=item.persistent
+            and action in (Action.INITIALISED, Action.KEPT)
+            and not (item.unstrided and item.fqn in supply.offers),
+            unstrided=item.unstrided,
         )
+
+
+def _setting(
+    group: _Group, owner: tuple[TensorSpec, Offer] | None, options: LoadOptions
+) -> tuple[torch.dtype, str]:
+    """The dtype and device of one value, which ``owner`` offers."""
+    first = group.names[0]
+    if first.unstrided == MKLDNN:
+        return first.dtype, first.device  # torch can neither cast nor move it
+    source = owner[1].entry.dtype if owner else None
+    dtype = group.dtype or dtype_of([item.fqn for item in group.names], first.dtype, source, options.dtype)
+    return dtype, group.device or device_of(first.fqn, first.device, options)
 
 
 def _between(one: TensorSpec, other: TensorSpec) -> tuple[bool, bool]:

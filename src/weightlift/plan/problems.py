@@ -25,6 +25,19 @@ def unfit(item: TensorSpec, offer: Offer) -> Problem:
     )
 
 
+def unfillable(item: TensorSpec, offer: Offer) -> Problem:
+    """For a tensor that torch copies no ordinary value into."""
+    return Problem(
+        f"the {item.kind} is no strided tensor, so that no value of a checkpoint can be copied into it",
+        key=offer.key,
+        fqn=item.fqn,
+        file=offer.entry.file,
+        found=f"a {item.unstrided} tensor in the module",
+        hint="make it a strided one in the module, or drop the key (key_mapping=lambda key: None for it, with"
+        " strict=False) and keep what the constructor computed",
+    )
+
+
 def mismatched(item: TensorSpec, offer: Offer) -> Problem:
     """For a tensor that is offered in another shape."""
     entry = offer.entry
@@ -45,6 +58,9 @@ def lacking(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
     """For each row that nothing provides, with the most similar of the ``unexpected`` keys."""
     problems: list[Problem] = []
     for row in rows:
+        if row.unstrided:
+            problems.append(_not_to_be_had(row))
+            continue
         # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
         near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
         problems.append(
@@ -57,6 +73,14 @@ def lacking(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
             )
         )
     return problems
+
+
+def _not_to_be_had(row: Row) -> Problem:
+    return Problem(
+        f"the {row.kind} is missing in the checkpoint, from which no {row.unstrided} tensor can be loaded",
+        fqn=row.fqn,
+        hint="register it with persistent=False, or pass strict=False to keep what the constructor computed",
+    )
 
 
 def without_value(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -> list[Problem]:

@@ -67,7 +67,8 @@ class Row(NamedTuple):
     the groups of names with one value.
     A loaded one has an ``offer``, or ``parts`` that fill it without overlap and without a hole; with both, ``parts``
     are what is read. ``missing``: it is persistent and nothing provides it; ``excused``: a state-dict hook says that
-    this is meant. ``untied``: it gets a tensor object of its own, as its tie turned out not to hold.
+    this is meant. ``untied``: it gets a tensor object of its own, as its tie turned out not to hold. ``unstrided``: see
+    `TensorSpec`.
     """
 
     fqn: str
@@ -85,6 +86,7 @@ class Row(NamedTuple):
     parts: tuple[Part, ...] = ()
     missing: bool = False
     untied: bool = False
+    unstrided: str = ""
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:

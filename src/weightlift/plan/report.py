@@ -164,6 +164,8 @@ def _cells(members: Sequence[Row]) -> tuple[str, str, str]:
         source += "" if row.tied_to is None else f" = {row.tied_to}"
     elif row.tied_to is not None:
         source = f"= {row.tied_to}"
+    elif row.unstrided:
+        source = row.unstrided
     if row.device != "cpu":
         source = f"{source} → {row.device}"
     return shape, dtype, source
@@ -203,7 +205,7 @@ def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     for row in rows:
         pattern = _DIGITS.sub("*", row.fqn)
         source = (row.offer.entry.dtype if row.offer else None, len(row.parts))
-        key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to)
+        key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to, row.unstrided)
         groups.setdefault(key, []).append(row)
     return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
 

@@ -35,6 +35,7 @@ from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
 from weightlift.transfer.jobs import Job, Task, entry_in_files, one_entry
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
+from weightlift.unstrided import unstrided
 
 
 def apply(
@@ -364,20 +365,21 @@ def _audit(subject: Subject) -> None:
 def _adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
     """Put ``value`` into the tensor object of a slot, so that ties, hooks and references survive.
 
-    A new object takes its place only where torch can't re-point the old one (from ``meta``, an uninitialised one), or
-    where a tie is given up.
+    A new object takes its place only where torch can't re-point the old one (from ``meta``, an uninitialised one, one
+    that is made of other tensors), or where a tie is given up.
     """
     tensor = slot.tensor
-    if not fresh and not is_lazy(tensor) and not tensor.is_meta:
+    lazy = is_lazy(tensor)
+    if not (fresh or lazy or tensor.is_meta or unstrided(tensor)):
         tensor.data = value
         return tensor
-    if is_lazy(tensor):
+    if lazy:
         tensor.materialize(tuple(value.shape), device=value.device, dtype=value.dtype)  # type: ignore[attr-defined]
         tensor.data = value
         return tensor
     new: torch.Tensor = value
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(value, requires_grad=tensor.requires_grad)
-        new.__dict__.update(tensor.__dict__)
+        new.__dict__.update({**tensor.__dict__, **new.__dict__})  # its own first: what it is made of may stand there
     slot.put(new)
     return new

@@ -17,8 +17,9 @@ from weightlift.deferred.inventory import Inventory, is_lazy, tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem
+from weightlift.unstrided import shape_of
 
-_Form = tuple[torch.dtype, torch.Size | None]  # None: uninitialised
+_Form = tuple[torch.dtype, tuple[int, ...] | None]  # None: uninitialised
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Given:
 
 
 def _form(tensor: torch.Tensor) -> _Form:
-    return tensor.dtype, None if is_lazy(tensor) else tensor.shape
+    return tensor.dtype, None if is_lazy(tensor) else shape_of(tensor)
 
 
 def _described(form: _Form) -> str:
