@@ -37,6 +37,11 @@ def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return False
 
 
+def is_expanded(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements along a dimension are one: torch writes to no such view, as it does to sliding windows."""
+    return 0 not in shape and any(size > 1 and step == 0 for size, step in zip(shape, stride, strict=True))
+
+
 def span_elements(sizes: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last one of a non-empty view, both included."""
     return 1 + sum((size - 1) * step for size, step in zip(sizes, stride, strict=True))

@@ -30,6 +30,7 @@ from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
 from weightlift.deferred.walk import has_post_hooks, has_state_hooks, is_overridden, partition, slots_of, walk
+from weightlift.strides import is_expanded
 from weightlift.unstrided import shape_of, unstrided
 
 _IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
@@ -377,8 +378,8 @@ def _records(slots: Iterable[Slot], recorder: Recorder) -> list[Record]:
 
 def _can_hold(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     # A one-element vector for a scalar: what torch itself accepts from checkpoints of version 0.3.
-    if unstrided(tensor):
-        return False  # the plan says so
+    if unstrided(tensor) or is_expanded(tensor.shape, tensor.stride()):
+        return False  # the plan says what that means
     return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
 
 

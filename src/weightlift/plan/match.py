@@ -17,7 +17,7 @@ from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.prefixes import in_short
 from weightlift.plan.problems import lacking, mismatched, unfillable, unfit, unplaced, without_value
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
-from weightlift.strides import has_overlap, is_row_major
+from weightlift.strides import has_overlap, is_expanded
 from weightlift.unstrided import MKLDNN
 
 
@@ -142,8 +142,8 @@ def _simple(item: TensorSpec, target: int, supply: Supply, options: LoadOptions)
 
 
 def _folded(item: TensorSpec) -> bool:
-    """Whether elements of a tensor that has to be filled in place share memory: it can't hold any value."""
-    return item.in_place and not is_row_major(item.shape, item.stride) and has_overlap(item.shape, item.stride)
+    """Whether a tensor that has to be filled in place is expanded: torch writes to none that is."""
+    return item.in_place and is_expanded(item.shape, item.stride)
 
 
 def _unexpected(spec: ModuleSpec, supply: Supply) -> tuple[Unexpected, ...]:
@@ -180,7 +180,8 @@ def _covering(group: list[TensorSpec], offers: Mapping[str, Offer]) -> TensorSpe
         return None
     for item in group:
         offer = offers.get(item.fqn)
-        if item.persistent and offer is not None and item.nbytes == item.storage_bytes and _fits(item, offer):
+        whole = item.nbytes == item.storage_bytes and not has_overlap(item.shape, item.stride)
+        if item.persistent and offer is not None and whole and _fits(item, offer):
             return item
     return None
 

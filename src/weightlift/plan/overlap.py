@@ -11,7 +11,7 @@ from weightlift.errors import Problem
 from weightlift.plan.parts import overlap, within
 from weightlift.plan.records import Offer
 from weightlift.plan.regions import Region
-from weightlift.strides import interval, is_row_major, row_major, span_elements
+from weightlift.strides import has_overlap, interval, is_row_major, row_major, span_elements
 
 Fitting = Mapping[int, tuple[TensorSpec, Offer]]
 
@@ -51,9 +51,10 @@ def overlays(
     return found
 
 
-def _says_less(item: TensorSpec) -> tuple[int, bool, tuple[bool, bool]]:
-    """The larger of two tensors can say what the other one is; of equals the one that shows the memory as it lies."""
-    return -item.nbytes, not is_row_major(item.shape, item.stride), item.lazily
+def _says_less(item: TensorSpec) -> tuple[bool, int, bool, tuple[bool, bool]]:
+    """The larger of two tensors can say what the other one is, unless elements of it share memory; of equals the one
+    that shows the memory as it lies."""
+    return has_overlap(item.shape, item.stride), -item.nbytes, not is_row_major(item.shape, item.stride), item.lazily
 
 
 def _range(item: TensorSpec) -> tuple[int, int]:

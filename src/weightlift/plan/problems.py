@@ -14,7 +14,7 @@ _HINTS = 20
 
 
 def unfit(item: TensorSpec, offer: Offer) -> Problem:
-    """For a tensor that has to be filled in place and that can't hold any value."""
+    """For an expanded tensor that has to be filled in place."""
     return Problem(
         f"elements of the {item.kind} share memory (it is expanded), so that it cannot be filled",
         key=offer.key,

@@ -28,6 +28,7 @@ from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
+from weightlift.strides import has_overlap
 from weightlift.transfer import headroom
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
@@ -133,7 +134,7 @@ class _Application:
             at += order.jobs
             place = None if order.in_place else self._place(member)
             if place is not None:
-                place.copy_(value)  # its strides can't be filled part by part
+                place.copy_(value)  # it can't be filled part by part; where elements share memory it is torch's order
             self._assign(member, None if order.in_place or place is not None else value)
         for member in rest:
             self._own(member)
@@ -187,8 +188,10 @@ class _Application:
         entry = one_entry(row)
         device = self._devices[row.device]
         into = self._place(member)
-        if into is not None and (into.is_conj() or into.is_neg() or (entry is None and not into.is_contiguous())):
-            into = None  # its bytes are not the value's, or not together
+        if into is not None and ((entry is None and not into.is_contiguous()) or _overlaps_itself(into)):
+            into = None  # its bytes are not together, or several elements write to one
+        elif into is not None and (into.is_conj() or into.is_neg()):
+            into = None  # its bytes are not the value's
         in_place = into is not None
         fresh = not in_place or self._home(member) is not None
         if entry is not None:
@@ -255,6 +258,7 @@ class _Application:
             if member.record is not None
             and member.slot.tensor.nbytes == member.record.nbytes
             and not self._parts(member)
+            and not _overlaps_itself(member.slot.tensor)
         }
 
     def _initialisers(self, supplied: set[Record]) -> list[Task]:
@@ -337,6 +341,10 @@ def _tied(members: Iterable[Member]) -> dict[int, list[Member]]:
         if (before := first.setdefault(member.row.target, member)) is not member:
             tied.setdefault(member.row.target, [before]).append(member)
     return tied
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return not tensor.is_contiguous() and has_overlap(tensor.shape, tensor.stride())
 
 
 def _audit(subject: Subject) -> None:
