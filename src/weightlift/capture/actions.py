@@ -16,7 +16,7 @@ from torch import nn
 
 from weightlift.capture.checkpointing import unseen
 from weightlift.capture.result import Entry, out_of_reach
-from weightlift.capture.select import original
+from weightlift.capture.select import original, scripted
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Lack, beyond, edit, finish, pick, put, recipe_of, untouched, version_of
@@ -270,6 +270,9 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
     Where that only passes on what it is given, ``*args``, the names are those of the class.
     """
+    if scripted(module):
+        method: Any = module.forward
+        return tuple(argument.name for argument in method.schema.arguments[1:])
     own = module.__dict__.get("forward")
     names = () if own is None else _positions(own)  # not kept: it may hold the module
     return names or _of_class(type(module).forward)

@@ -1,14 +1,14 @@
-"""Which modules run inside code that ``torch.compile`` made, where no hook of an eager capture can see them."""
+"""Which modules run inside code that ``torch.compile`` or TorchScript made, where no hook of a capture can see them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from weightlift.capture.declared import Wanted
-from weightlift.capture.select import Selected, children, compiled_wrapper, original, path_to
+from weightlift.capture.select import Selected, children, compiled_wrapper, original, path_to, scripted
 from weightlift.capture.taps import Tap
 from weightlift.errors import Problem
 
@@ -36,17 +36,35 @@ def region_of(root: nn.Module, fqn: str) -> Selected | None:
     return None
 
 
+def _script_around(root: nn.Module, fqn: str) -> Selected | None:
+    """The outermost TorchScript module that contains ``fqn``, unless it is that itself."""
+    return next((item for item in path_to(root, fqn) if scripted(item.module) and item.fqn != fqn), None)
+
+
+def inside_scripts(
+    model: nn.Module, taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
+) -> list[Problem]:
+    """What is wanted and never called from Python, so that neither a capture nor a recorder sees it."""
+    if not _any_met(model, names_of(chosen, wanted), scripted):
+        return []
+    problems = []
+    for name, fqn in _wanted_names(taps, chosen, wanted):
+        if (script := _script_around(model, fqn)) is not None:
+            where = f"{script.fqn!r}" if script.fqn else "the model"
+            what = f"tap {name!r} lies inside a TorchScript module ({where} was made by torch.jit)"
+            hint = f"take {where} itself, or build the model without torch.jit: what lies inside runs without hooks"
+            problems.append(Problem(what, fqn=fqn, hint=hint))
+    return problems
+
+
 def inside_compiled(
     model: nn.Module, taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
 ) -> list[Problem]:
     """What is wanted and can't be seen by hooks."""
-    if "torch._dynamo" not in sys.modules or not _any_compiled(model, names_of(chosen, wanted)):
+    if "torch._dynamo" not in sys.modules or not _any_met(model, names_of(chosen, wanted), _compiled):
         return []
-    names = [(name, item.fqn) for number, (name, _) in enumerate(taps) for item in chosen.get(number, ())]
-    if wanted is not None:
-        names += [(site.key, site.fqn) for site in wanted.sites]
     problems = []
-    for name, fqn in names:
+    for name, fqn in _wanted_names(taps, chosen, wanted):
         region = region_of(model, fqn)
         if region is not None:
             where = region.fqn or "the model"
@@ -55,21 +73,31 @@ def inside_compiled(
     return problems
 
 
-def _any_compiled(model: nn.Module, names: set[str]) -> bool:
-    """A quick look along the paths of what is wanted."""
+def _wanted_names(
+    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
+) -> list[tuple[str, str]]:
+    """For everything that is wanted the name of its tap and of its module."""
+    names = [(name, item.fqn) for number, (name, _) in enumerate(taps) for item in chosen.get(number, ())]
+    return names if wanted is None else names + [(site.key, site.fqn) for site in wanted.sites]
+
+
+def _compiled(module: nn.Module) -> bool:
+    return compiled_wrapper(module) or compiled_in_place(module)
+
+
+def _any_met(model: nn.Module, names: set[str], kind: Callable[[nn.Module], bool]) -> bool:
+    """A quick look along the paths of what is wanted: whether any module there is of a kind."""
     seen: dict[str, nn.Module | None] = {"": model}
-    if compiled_wrapper(model) or compiled_in_place(model):
-        return True
-    return any(_look(seen, fqn) for fqn in names)
+    return kind(model) or any(_look(seen, fqn, kind) for fqn in names)
 
 
-def _look(seen: dict[str, nn.Module | None], fqn: str) -> bool:
-    """Whether a module on the way to ``fqn`` is compiled; each is looked at once."""
+def _look(seen: dict[str, nn.Module | None], fqn: str, kind: Callable[[nn.Module], bool]) -> bool:
+    """Whether a module on the way to ``fqn`` is of a kind; each is looked at once."""
     if fqn in seen:
         return False
     parent, _, name = fqn.rpartition(".")
-    if _look(seen, parent):
+    if _look(seen, parent, kind):
         return True
     above = seen[parent]
     module = seen[fqn] = None if above is None else children(above).get(name)
-    return module is not None and (compiled_wrapper(module) or compiled_in_place(module))
+    return module is not None and kind(module)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from weightlift.capture.taps import OWN_TAPS
 from weightlift.errors import CaptureError, Problem
@@ -43,14 +44,20 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
+def scripted(module: nn.Module) -> bool:
+    """Whether TorchScript made it: only it itself is called from Python, what is within it runs without hooks."""
+    return isinstance(module, ScriptModule)
+
+
 def own_taps(model: nn.Module) -> Any:
     """What the model's class gives names to with `weightlift.records`."""
-    return getattr(type(original(model)).forward, OWN_TAPS, {})
+    return getattr(getattr(type(original(model)), "forward", None), OWN_TAPS, {})  # TorchScript's classes have none
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's own children, those of what was wrapped for a wrapper of ``torch.compile``."""
-    return original(module)._modules
+    modules = original(module)._modules
+    return dict(modules.items()) if scripted(module) else modules  # TorchScript's is no dictionary
 
 
 def path_to(root: nn.Module, fqn: str) -> Iterator[Selected]:

@@ -11,11 +11,13 @@ from torch import nn
 from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, TakeWhole, Tapping
 from weightlift.capture.declared import Wanted, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
-from weightlift.capture.regions import inside_compiled, names_of
+from weightlift.capture.regions import inside_compiled, inside_scripts, names_of
 from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap, no_option
 from weightlift.errors import CaptureError, Problem
+
+_NOT_LIKE_THIS = "{} can't be captured like this"
 
 
 class Template:
@@ -31,7 +33,7 @@ class Template:
         chosen, wanted = resolve_taps(model, self.taps, self.watches)
         problems = inside_compiled(model, self.taps, chosen, wanted)
         if problems:
-            raise CaptureError(f"{type(model).__name__} can't be captured like this", problems)
+            raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
         self.awaited = awaited(self.taps, chosen, wanted)
         self.sites: dict[tuple[int, str], int] = {}
         self.before: dict[int, list[Action]] = {}
@@ -199,6 +201,8 @@ def resolve_taps(
             problems.extend(error.problems)
     if problems:
         raise CaptureError(f"nothing to capture in {type(model).__name__}", problems)
+    if problems := inside_scripts(model, taps, chosen, wanted):
+        raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
     return chosen, wanted
 
 

@@ -20,7 +20,7 @@ from weightlift.capture.actions import argument_place, parameters_of, put_argume
 from weightlift.capture.declared import Site
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
-from weightlift.capture.select import original
+from weightlift.capture.select import original, scripted
 from weightlift.capture.values import Lack, Recipe, edit, finish, pick, put
 
 
@@ -83,7 +83,7 @@ def build_twin(
             return made[id(module)]
         made[id(module)] = outer  # a module that contains itself ends here
         replaced = {}
-        for name, child in module._modules.items():
+        for name, child in () if scripted(module) else module._modules.items():
             if child is not None:
                 twin = make(child)
                 if twin is not child:
@@ -92,7 +92,7 @@ def build_twin(
         if not replaced and own is None:
             return outer
         copied = _shallow(module, replaced)
-        if training is not None:
+        if training is not None and not scripted(module):
             copied.__dict__["training"] = training
         forward = None if wrap is None else wrap(outer, copied)
         if forward is not None:
@@ -100,6 +100,8 @@ def build_twin(
         if own is not None:
             _stand(copied, own, cell, parameters_of(module))
         made[id(module)] = copied
+        if scripted(module):  # which has its mode and its parts elsewhere, shared with the copy
+            return copied
         originals.append(module)
         links.extend((module, name, child) for name, child in module._modules.items())
         return copied
@@ -110,7 +112,8 @@ def build_twin(
 def _shallow(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
     copied: nn.Module = object.__new__(type(module))
     attributes = {name: _bound_anew(value, module, copied) for name, value in module.__dict__.items()}
-    attributes["_modules"] = {**module._modules, **replaced}
+    if not scripted(module):
+        attributes["_modules"] = {**module._modules, **replaced}
     attributes["_compiled_call_impl"] = None
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         # Its own: an eager capture comes and goes in the model's, and that must be nothing to compiled code.
