@@ -223,7 +223,7 @@ def _walk(
 ) -> None:
     modules.append(module)
     prefixes.append(prefix)
-    for name, parameter in module._parameters.items():
+    for name, parameter in _parameters_of(module, prefix).items():
         if parameter is not None:
             slots.append(Slot(prefix + name, "parameter", module, name, parameter, True))
     transient = module._non_persistent_buffers_set
@@ -237,13 +237,27 @@ def _walk(
             empty.append(f"{prefix}{name}.")
 
 
+def _parameters_of(module: nn.Module, prefix: str) -> dict[str, nn.Parameter | None]:
+    try:
+        return module._parameters
+    except AttributeError:
+        raise _without_init(module, prefix[:-1]) from None
+
+
+def _without_init(module: nn.Module, fqn: str = "") -> TypeError:
+    """For a module that ``nn.Module.__init__`` was never called for."""
+    at = f" at {fqn}" if fqn else ""
+    what = "is no whole module: its __init__ lacks super().__init__(), which comes before all else"
+    return TypeError(f"the {type(module).__qualname__}{at} {what}")
+
+
 def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Every name with its tensor, in ``state_dict`` order: `Inventory.of` where no more is asked."""
     found: list[tuple[str, torch.Tensor]] = []
     waiting = [("", module)]
     while waiting:
         prefix, owner = waiting.pop()
-        for name, parameter in owner._parameters.items():
+        for name, parameter in _parameters_of(owner, prefix).items():
             if parameter is not None:
                 found.append((prefix + name, parameter))
         for name, buffer in owner._buffers.items():
@@ -274,7 +288,10 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
         owner = waiting.pop()
         if id(owner) not in found:
             found[id(owner)] = owner
-            waiting += [child for child in owner._modules.values() if child is not None]
+            try:
+                waiting += [child for child in owner._modules.values() if child is not None]
+            except AttributeError:
+                raise _without_init(owner) from None
     return list(found.values())
 
 
