@@ -188,11 +188,17 @@ class _Matching:
             source=self._checkpoint.source,
             offers=self._offers,
             files=self._checkpoint.files,
-            problems=(*self._problems, *(_no_tensor(name, key) for name, key in wrong.items())),
+            problems=(*self._problems, *(self._no_tensor(name, key) for name, key in wrong.items())),
             excused=frozenset(wrong),
             extra_state=frozenset(makers),
             others=self._others,
         )
+
+    def _no_tensor(self, fqn: str, key: str) -> Problem:
+        if self._checkpoint.files or not isinstance(self._checkpoint.extras.get(key), torch.Tensor):
+            return Problem("the checkpoint's value is no tensor", fqn=fqn, key=key, expected="a tensor")
+        hint = "take the state_dict() of a lazy module after its first forward"
+        return Problem("the checkpoint's value is uninitialised", fqn=fqn, key=key, expected="a tensor", hint=hint)
 
     def _other(self, key: str) -> Callable[[], Any]:
         extras = self._checkpoint.extras
@@ -214,7 +220,7 @@ class _Matching:
         self.extras = Extras({name: self._extra(value) for name, value in done.extras.items()})
         known = {item.fqn for item in self._spec.tensors if item.persistent} | set(self._spec.extra_state)
         problems = [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
-        problems += [_no_tensor(name, self._others.get(name, name)) for name in done.not_tensors]
+        problems += [self._no_tensor(name, self._others.get(name, name)) for name in done.not_tensors]
         return Supply(
             source=self._checkpoint.source,
             offers=final,
@@ -264,10 +270,6 @@ def _filled(value: Any, makers: Mapping[str, Callable[[], Any]]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_filled(item, makers) for item in value)
     return value
-
-
-def _no_tensor(fqn: str, key: str) -> Problem:
-    return Problem("the checkpoint's value is no tensor", fqn=fqn, key=key, expected="a tensor")
 
 
 def _refitted(spec: ModuleSpec, refits: Mapping[str, Refit]) -> ModuleSpec:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.torch_state import flat_problem, versions
@@ -21,7 +22,8 @@ def read_mapping(
 ) -> tuple[
     dict[str, TensorEntry], dict[str, torch.Tensor], dict[str, object], Mapping[str, Mapping[str, object]] | None
 ]:
-    """Entries, tensors, other values, and ``_metadata`` of a mapping such as ``module.state_dict()``.
+    """Entries, tensors, other values (uninitialised tensors among them), and ``_metadata`` of a mapping such as
+    ``module.state_dict()``.
 
     Raises `CheckpointError` for nested mappings, keys that are no strings, and tensors without plain values: sparse,
     quantised and meta ones, DTensors and other wrappers.
@@ -34,7 +36,7 @@ def read_mapping(
     tensors: dict[str, torch.Tensor] = {}
     extras: dict[str, object] = {}
     for key, value in source.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or is_lazy(value):  # an uninitialised one has neither shape nor value
             extras[key] = value
             continue
         kind = _unreadable(value)

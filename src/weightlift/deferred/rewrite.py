@@ -198,6 +198,10 @@ class _Rehearsal:
 
     def _load_one(self, module: nn.Module, key: str, tensor: torch.Tensor, value: torch.Tensor, prefix: str) -> None:
         lazy = is_lazy(tensor)
+        if is_lazy(value):  # of a lazy module that has never run: as if it were not there, to one that has not, either
+            if not lazy:
+                self._result.not_tensors[key] = value
+            return
         if not lazy and self._stand_ins.same_place(value, tensor) and not self._doubles.written(tensor):
             return  # it is given what it has
         self._loads[key] = self._settled(value, prefix)

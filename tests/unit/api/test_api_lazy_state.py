@@ -1,0 +1,51 @@
+"""State dicts of lazy modules that have never run: their tensors have no shape and no value."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+import weightlift as wl
+
+pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules")
+LAZY = {
+    "linear": lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)),
+    "batch norm": lambda: nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(8, 2)),
+}
+MADE = {"callable": lambda build: build, "existing": lambda build: build()}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_lazy_module_that_has_not_run_either_takes_the_rest(kind, made):
+    state, wanted = LAZY[kind]().state_dict(), LAZY[kind]()
+    wanted.load_state_dict(state)
+    plan = wl.plan(MADE[made](LAZY[kind]), state)
+    loaded = plan.execute()
+    assert not plan.report.missing_keys and not plan.report.unexpected_keys
+    for name, tensor in wanted.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert is_lazy(found) if is_lazy(tensor) else torch.equal(found, tensor)
+    assert loaded.eval()(torch.ones(3, 8)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_any_other_module_is_told_which_value_is_none(made):
+    state = LAZY["linear"]().state_dict()
+    plan = wl.plan(MADE[made](lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))), state)
+    assert {problem.key for problem in plan.problems} == {"0.weight", "0.bias"}
+    assert all("uninitialised" in str(problem) and "first forward" in str(problem) for problem in plan.problems)
+
+
+def test_a_hooked_module_is_told_so_too():
+    def build():
+        module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        module[0].register_load_state_dict_pre_hook(lambda *_: None)
+        return module
+
+    assert len(wl.plan(build, LAZY["linear"]().state_dict()).problems) == 2
+
+
+def test_it_can_not_be_saved(tmp_path):
+    with pytest.raises(wl.CheckpointError, match=r"0\.weight"):
+        wl.save(LAZY["linear"](), tmp_path)
