@@ -17,6 +17,12 @@ class Replay:
     records: tuple[Record, ...]
     nbytes: int
 
+    @property
+    def failed_in(self) -> str:
+        """After `run` has raised: the call that did."""
+        func = next((node.func for node in self.nodes if not node.done), None)
+        return getattr(func, "_opname", None) or getattr(func, "__name__", None) or str(func)
+
     def run(self, seed: int) -> None:
         """Execute the nodes; must be called outside every torch mode, without autograd; not twice."""
         last_use: dict[Record, Node] = {}

@@ -25,7 +25,7 @@ from weightlift.plan.regions import Region, whole
 from weightlift.strides import is_row_major
 from weightlift.transfer.budget import Budget
 from weightlift.transfer.engine import run
-from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.jobs import Job, Task, initialise
 from weightlift.transfer.memory import new_tensor
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
@@ -207,22 +207,22 @@ def _initialisers(
         members = [shard for record in replay.records for shard in waiting.get(record, ())]
         names = ", ".join(shard.row.fqn for shard in members[:3]) or "a constructor's tensor"
         done = [record for record in replay.records if record in waiting and record not in kept]
-        tasks.append(Task(names, replay.nbytes, _initialiser(replay, members, done, options.seed, budget)))
+        tasks.append(Task(names, replay.nbytes, _initialiser(replay, names, members, done, options.seed, budget)))
     return tasks
 
 
 def _initialiser(
-    replay: Replay, members: list[Local], done: list[Record], seed: int, budget: Budget
+    replay: Replay, names: str, members: list[Local], done: list[Record], seed: int, budget: Budget
 ) -> Callable[[], None]:
-    def initialise() -> None:
+    def run() -> None:
         with budget.holding(replay.nbytes), torch.no_grad():
-            replay.run(seed)
+            initialise(replay, names, seed)
             for shard in members:
                 _keep(shard)
             for record in done:
                 record.discard()
 
-    return initialise
+    return run
 
 
 def _keeper(shard: Local, record: Record | None) -> Callable[[], None]:

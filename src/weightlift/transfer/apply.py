@@ -6,8 +6,9 @@ is filled in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from weightlift.transfer import headroom
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
-from weightlift.transfer.jobs import Job, Task, entry_in_files, one_entry
+from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
 from weightlift.unstrided import unstrided
@@ -272,7 +273,8 @@ class _Application:
         tasks = []
         for replay in replays(nodes):
             names = [record.label for record in replay.records if record.label]
-            task = Task(", ".join(names[:3]) or "a constructor's tensor", replay.nbytes, _runner(replay, self._options))
+            name = ", ".join(names[:3]) or "a constructor's tensor"
+            task = Task(name, replay.nbytes, partial(initialise, replay, name, self._options.seed))
             if in_place and any(not in_place.isdisjoint(node.touched) for node in replay.nodes):
                 task.run()  # what is read goes on top of what this reads, or gives a value to
             else:
@@ -323,14 +325,6 @@ class _Application:
         if is_lazy(tensor) or (tensor.is_meta and self._home(member) is None):
             return
         self._assign(member, None)
-
-
-def _runner(replay: Any, options: LoadOptions) -> Callable[[], None]:
-    def initialise() -> None:
-        with torch.no_grad():
-            replay.run(options.seed)
-
-    return initialise
 
 
 def _tied(members: Iterable[Member]) -> dict[int, list[Member]]:

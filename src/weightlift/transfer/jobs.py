@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.deferred.replay import Replay
+from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Part, Row
 from weightlift.strides import is_row_major
 
@@ -48,6 +50,17 @@ class Task:
     nbytes: int
     run: Callable[[], None]
     kind: str = "init"
+
+
+def initialise(replay: Replay, fqn: str, seed: int) -> None:
+    """Run a recorded initialiser. Raises TransferError, which names the call that failed."""
+    try:
+        with torch.no_grad():
+            replay.run(seed)
+    except Exception as error:
+        what = f"its initialiser failed in {replay.failed_in}: {type(error).__name__}: {error}"
+        hint = "with defer=False the constructor itself runs it, and raises where it stands"
+        raise TransferError("loading failed", [Problem(what, fqn=fqn, hint=hint)]) from error
 
 
 def entry_in_files(row: Row) -> TensorEntry | None:

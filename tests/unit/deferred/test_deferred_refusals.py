@@ -128,3 +128,17 @@ def test_a_trial_draws_from_no_generator_and_warns_of_nothing():
         wl.defer(lambda: nn.ParameterList([init.trunc_normal_(torch.empty(4, 4), 5.0, 1.0, -2.0, 2.0)]))
     assert torch.equal(before, torch.get_rng_state())
     assert len(told) == 1
+
+
+class OutOfRange(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.zeros(5000)), nn.Parameter(torch.zeros(2))
+        with torch.no_grad():
+            self.weight.index_copy_(0, torch.tensor([5000]), torch.ones(1))
+
+
+def test_a_call_that_fails_when_it_is_run_is_named_with_what_to_do():
+    with pytest.raises(wl.TransferError, match=r"weight: its initialiser failed in index_copy_: .*defer=False"):
+        wl.load(OutOfRange, {"other": torch.ones(2)}, strict=False)
+    assert wl.load(OutOfRange, {"other": torch.ones(2), "weight": torch.ones(5000)}).weight.sum() == 5000
