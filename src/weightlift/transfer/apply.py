@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import (
@@ -364,6 +365,11 @@ def _audit(subject: Subject) -> None:
     raise TransferError("the module is not complete", problems)
 
 
+def _wraps_others(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
+    return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
+
+
 def _adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
     """Put ``value`` into the tensor object of a slot, so that ties, hooks and references survive.
 
@@ -372,13 +378,16 @@ def _adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
     """
     tensor = slot.tensor
     lazy = is_lazy(tensor)
-    if not (fresh or lazy or tensor.is_meta or unstrided(tensor)):
+    wraps = not lazy and _wraps_others(tensor)
+    if not (fresh or lazy or wraps or tensor.is_meta or unstrided(tensor)):
         tensor.data = value
         return tensor
     if lazy:
         tensor.materialize(tuple(value.shape), device=value.device, dtype=value.dtype)  # type: ignore[attr-defined]
         tensor.data = value
         return tensor
+    if wraps and type(value) is not type(tensor):
+        value = tensor.detach().to(device=value.device, dtype=value.dtype, copy=True).copy_(value)
     new: torch.Tensor = value
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(value, requires_grad=tensor.requires_grad)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import weightlift as wl
 from weightlift.deferred.inventory import tensors_of
@@ -144,3 +145,32 @@ def test_a_large_one_counts_what_it_holds():
 
     assert wl.defer(build).buffer_nbytes == 20
     wl.load(build, nn.Linear(2, 2).state_dict())
+
+
+def two_tensors(holds):
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            value = TwoTensor(torch.ones(4), torch.full((4,), 2.0))
+            if holds == "parameter":
+                self.both = nn.Parameter(value, requires_grad=False)
+                self.both.mark, self.again = "mine", self.both
+            else:
+                self.register_buffer("both", value, persistent=holds == "persistent")
+                self.register_buffer("again", value, persistent=False)
+
+    return Holds
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["callable", "existing"])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("holds", ["buffer", "persistent", "parameter"])
+def test_a_tensor_made_of_others_has_them_loaded_and_cast(holds, dtype, existing):
+    build = two_tensors(holds)
+    offered = holds != "buffer"
+    loaded = wl.load(build() if existing else build, {"both": torch.full((4,), 3.0)} if offered else {}, dtype=dtype)
+    wanted = torch.float64 if dtype else torch.float32
+    assert [part.dtype for part in (loaded.both, loaded.both.a, loaded.both.b)] == [wanted] * 3
+    assert [part[0].item() for part in (loaded.both.a, loaded.both.b)] == ([3.0, 3.0] if offered else [1.0, 2.0])
+    assert loaded.again is loaded.both and type(loaded.both) is TwoTensor
+    assert holds != "parameter" or (loaded.both.mark == "mine" and not loaded.both.requires_grad)
