@@ -126,6 +126,7 @@ class LoadPlan:
         self._final = final
         if self._given is not None:
             self._given = Given.of(module)
+            self._subject = replace(subject, inventory=subject.inventory.renewed())
         _log_outcome(final, self._options)
         return module
 

@@ -6,8 +6,9 @@ record the tensor itself and the places (module, attribute) that hold it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -87,8 +88,15 @@ class Slot(NamedTuple):
 
     def put(self, tensor: torch.Tensor) -> None:
         """Replace the tensor object that this slot holds."""
-        slots: dict[str, Any] = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
-        slots[self.attribute] = tensor
+        self._place()[self.attribute] = tensor
+
+    def held(self) -> torch.Tensor:
+        """What is there by now; ``tensor`` if that is gone."""
+        found = self._place().get(self.attribute)
+        return self.tensor if found is None else found
+
+    def _place(self) -> dict[str, Any]:
+        return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,10 @@ class Inventory:
         empty: list[str] = []
         _walk(module, "", modules, prefixes, slots, empty)
         return cls(module, tuple(modules), tuple(prefixes), tuple(slots), tuple(empty))
+
+    def renewed(self) -> Inventory:
+        """The same slots with the tensors that they hold by now."""
+        return replace(self, slots=tuple([slot._replace(tensor=slot.held()) for slot in self.slots]))
 
     @property
     def extra_state(self) -> tuple[str, ...]:
@@ -211,6 +223,29 @@ def has_other_users(tensor: torch.Tensor, address: int, holders: int) -> bool:
         return False
     # A storage object of Python's counts too, whether or not somebody holds it; asking makes sure that there is one.
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > holders)
+
+
+def held_elsewhere(slots: Iterable[Slot]) -> set[int]:
+    """The ids of buffers that somebody holds, as the objects that they are, besides ``slots`` and their modules.
+
+    Parameters are none of these: who holds one has it cast with the module, as torch has it.
+    """
+    known: dict[int, int] = {}
+    places: set[tuple[int, str]] = set()
+    buffers = [slot for slot in slots if slot.kind == "buffer" and not isinstance(slot.tensor, nn.Parameter)]
+    for slot in buffers:
+        place = (id(slot.owner), slot.attribute)
+        known[id(slot.tensor)] = known.get(id(slot.tensor), 0) + (1 if place in places else 2)
+        places.add(place)
+    return {id(slot.tensor) for slot in buffers if _references(slot) > _OWN_REFERENCES + known[id(slot.tensor)]}
+
+
+def _references(slot: Slot) -> int:
+    return sys.getrefcount(slot.tensor)
+
+
+# What counting adds by itself, which differs between versions of Python.
+_OWN_REFERENCES = _references(Slot("", "buffer", nn.Module(), "", torch.empty(0, device="cpu"), True)) - 1
 
 
 def _walk(

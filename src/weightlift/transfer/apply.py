@@ -20,6 +20,7 @@ from weightlift.deferred.inventory import (
     Slot,
     has_other_users,
     held_by,
+    held_elsewhere,
     is_lazy,
     storage_address,
     users_of,
@@ -96,6 +97,7 @@ class _Application:
         members = {}
         self._records: dict[Record, None] = {}  # of all slots
         self._watched: set[int] = set()  # storages of the module that somebody else's tensors lie on as well
+        self._held = held_elsewhere(slots)  # ids of buffers that somebody else may hold, the very objects
         for slot, address in zip(slots, addresses):
             record = subject.record_at(slot.tensor, address)
             if record is not None:
@@ -116,6 +118,7 @@ class _Application:
         loaded, rest = self._split()
         jobs: list[Job] = []
         orders = [self._order(member, jobs) for member in loaded]
+        copied = {member.row.fqn for member in loaded if self._known(member) and not self._order_old(member, jobs)}
         supplied = self._supplied(loaded)
         tasks = self._initialisers(supplied)
         filled = self._move_in(loaded)
@@ -134,6 +137,8 @@ class _Application:
         for member, order in zip(loaded, orders, strict=True):
             value = values[at] if order.into is None else order.into
             at += order.jobs
+            if member.row.fqn in copied:
+                member.slot.tensor.detach().copy_(value)
             place = None if order.in_place else self._place(member)
             if place is not None:
                 place.copy_(value)  # it can't be filled part by part; where elements share memory it is torch's order
@@ -231,6 +236,30 @@ class _Application:
             member.record.memory()
         return tensor.detach()
 
+    def _known(self, member: Member) -> bool:
+        """Whether others know the memory of a tensor that leaves it to be cast or moved: it is given the value too, as
+        ``load_state_dict`` would have done it."""
+        row, slot, address, record = member
+        if address not in self._watched and id(slot.tensor) not in self._held:
+            return False
+        if address < 0 or slot.tensor.is_meta or fits(row, slot.tensor) or self._parts(member):
+            return False
+        if has_overlap(slot.tensor.shape, slot.tensor.stride()):
+            return False  # it can't be filled
+        return (row.in_place or record is not None) and row.shape == tuple(slot.tensor.shape)
+
+    def _order_old(self, member: Member, jobs: list[Job]) -> bool:
+        """Add the job that gives the memory which a tensor leaves its value, read again: a value of the other dtype has
+        been rounded. False where the value has to do."""
+        row, slot, _, record = member
+        if record is not None:
+            record.memory()
+        entry, old = one_entry(row), slot.tensor.detach()
+        if entry is None or old.is_conj() or old.is_neg():
+            return False
+        jobs.append(Job(row.fqn, entry, old.dtype, old.device, old))
+        return True
+
     def _move_in(self, loaded: Iterable[Member]) -> list[torch.Tensor]:
         """Take over what is not read anyway, and return the memory of the rest. Initialisers of storages that are read
         in part have run by now."""
@@ -270,7 +299,8 @@ class _Application:
             return []
         label_samples(self._records)
         nodes = needed(records, supplied)
-        in_place = {record for row, _, _, record in self._members if row.in_place and record is not None}
+        stay = (item.record for item in self._members if item.row.in_place or self._known(item))
+        in_place = {record for record in stay if record is not None}
         tasks = []
         for replay in replays(nodes):
             names = [record.label for record in replay.records if record.label]
@@ -313,11 +343,9 @@ class _Application:
         return tensor.detach().to(device=torch.device(row.device), dtype=row.dtype)
 
     def _put(self, row: Row, member: Member, value: torch.Tensor) -> torch.Tensor:
-        slot, record = member.slot, member.record
-        if record is not None and member.address in self._watched and not self._parts(member):
-            # Somebody outside the module holds a view of the old memory: it must not be left without its values.
-            record.memory()
-            slot.tensor.detach().copy_(value)
+        slot, tensor = member.slot, member.slot.tensor
+        if not row.untied and id(tensor) in self._held and not (fits(row, tensor) or _wraps_others(tensor)):
+            return _replaced(slot, value)
         return _adopt(slot, value, fresh=row.untied)
 
     def _own(self, member: Member) -> None:
@@ -368,6 +396,15 @@ def _audit(subject: Subject) -> None:
 def _wraps_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
     return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def _replaced(slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    """Put a new buffer into a slot, as ``Module.to`` does: whoever else holds the old one did not ask for a cast."""
+    new = value.detach()
+    if slot.tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
+        new.requires_grad_()
+    slot.put(new)
+    return new
 
 
 def _adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
