@@ -33,6 +33,7 @@ from weightlift.supply import decide
 from weightlift.transfer import trace_page
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
+from weightlift.transfer.settle import settle_small
 from weightlift.transfer.subject import Bytes, Given, Subject
 from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
@@ -245,6 +246,7 @@ class Deferred:
                     replay.run(recorder.seed)
                 for record in owned:
                     record.memory()
+                settle_small(subject.inventory.slots, owned)
         return subject.inventory.module
 
     def _refuse_meta(self) -> None:

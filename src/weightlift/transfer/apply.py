@@ -37,6 +37,7 @@ from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
 from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
+from weightlift.transfer.settle import settle_small
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
 from weightlift.unstrided import unstrided
@@ -146,6 +147,7 @@ class _Application:
         for member in rest:
             self._own(member)
         self._tell_autograd(loaded)
+        settle_small(self._subject.inventory.slots, self._records)
         if self._trace is not None:
             self._trace.add("assign", "the module", began)
 
