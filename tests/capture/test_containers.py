@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import types
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
@@ -147,3 +148,59 @@ def test_a_container_that_holds_itself() -> None:
     with wl.capture(net, given=wl.Output("0", index=0, detach=True), whole="0") as got:
         net(torch.ones(2))
     assert got["whole"][0][1] is ring
+
+
+class Rows:
+    """A mapping as tensordict's: its names are its keys, but it goes over its rows."""
+
+    def __init__(self, held: dict[str, torch.Tensor]) -> None:
+        self.held = held
+
+    def keys(self) -> Any:
+        return self.held.keys()
+
+    def values(self) -> Any:
+        return self.held.values()
+
+    def items(self) -> Any:
+        return self.held.items()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.held.values())))
+
+    def __iter__(self) -> Any:
+        return (Rows({key: value[at] for key, value in self.held.items()}) for at in range(len(self)))
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.held[key]
+
+    def clone(self) -> Rows:
+        return Rows({key: value.clone() for key, value in self.held.items()})
+
+
+collections.abc.Mapping.register(Rows)  # as tensordict's
+
+
+@pytest.mark.parametrize("options", [{"clone": True}, {"detach": True}, {"dtype": torch.float64}, {"at": 0}])
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"rows": [rows]}])
+def test_mapping_that_goes_over_rows_is_recorded_as_it_is_and_named(options: Any, wrap: Any) -> None:
+    net = Gives(lambda value: wrap(Rows({"a": value, "b": value * 2})))
+    with pytest.raises(wl.CaptureError, match="Rows") as caught, wl.capture(net, tap=wl.Output("", **options)):
+        out = net(torch.ones(2, 3))
+    assert "index=" in str(caught.value)
+    rows = out if isinstance(out, Rows) else out["rows"][0]
+    assert type(rows) is Rows  # the forward had no part in it
+
+
+def test_elements_of_a_mapping_that_goes_over_rows() -> None:
+    net = Gives(lambda value: Rows({"a": value, "b": value * 2}))
+    value = torch.ones(2, 3)
+    with wl.capture(
+        net,
+        key=wl.Output("", index="b", clone=True),
+        place=wl.Output("", index=1, clone=True),
+        whole=wl.Output("", index=lambda output: output.clone()),
+    ) as got:
+        net(value)
+    assert torch.equal(got["key"][0], value * 2) and torch.equal(got["place"][0], value * 2)
+    assert torch.equal(got["whole"][0]["a"], value)

@@ -126,7 +126,7 @@ def _element(value: Any, index: Any) -> Any:
             return Lack(_kind(value))
     if isinstance(index, str):
         if isinstance(value, Mapping):
-            if index in value:
+            if index in value.keys():  # noqa: SIM118 - `in` may look through its rows
                 return value[index]
             # Transformers' outputs have no key for a field that is None.
             return None if getattr(value, index, value) is None else Lack(_kind(value))
@@ -142,8 +142,10 @@ def _kind(value: Any) -> str:
     name = type(value).__name__
     if not isinstance(value, (Mapping, tuple, list)):
         return name
-    text = f"{name} of {len(value)} element{'' if len(value) == 1 else 's'}"
-    return f"{text} ({', '.join([str(key) for key in value])})" if isinstance(value, Mapping) else text
+    keys = [str(key) for key, _ in value.items()] if isinstance(value, Mapping) else []
+    count = len(keys) if isinstance(value, Mapping) else len(value)
+    text = f"{name} of {count} element{'' if count == 1 else 's'}"
+    return f"{text} ({', '.join(keys)})" if isinstance(value, Mapping) else text
 
 
 def put(value: Any, index: Any, new: Any) -> Any:
@@ -159,7 +161,7 @@ def put(value: Any, index: Any, new: Any) -> Any:
         items[index] = new
         return _list_of(value, items)
     if isinstance(value, Mapping):
-        return _mapping_with(value, {list(value)[index] if isinstance(index, int) else index: new})
+        return _mapping_with(value, {list(value.keys())[index] if isinstance(index, int) else index: new})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _dataclass_with(value, {index: new})
     changed = copy.copy(value)
@@ -252,7 +254,9 @@ def finish(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> Any:
     if isinstance(value, list):
         return _list_of(value, [finish(item, recipe, within) for item in value])
     if isinstance(value, Mapping):
-        return _mapping_with(value, {key: finish(value[key], recipe, within) for key in value})
+        if not _goes_over_keys(value):
+            return value
+        return _mapping_with(value, {key: finish(item, recipe, within) for key, item in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
         return _dataclass_with(value, {name: finish(getattr(value, name), recipe, within) for name in fields})
@@ -269,7 +273,23 @@ def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
         return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
     if _holds_itself(value, within):
         return f"{type(value).__name__} within itself"
+    if isinstance(value, Mapping) and not _goes_over_keys(value):
+        return type(value).__name__
     return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
+
+
+def _goes_over_keys(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is one as Python has them. tensordict's are registered as mappings and go over their rows: what
+    is right for such a one with other tensors in it, only its class knows."""
+    if isinstance(value, dict) or is_dynamo_compiling():
+        return True
+    try:
+        found, keys = list(value), list(value.keys())
+        return len(found) == len(keys) and all(
+            one is other or (type(one) is type(other) and one == other) for one, other in zip(found, keys)
+        )
+    except Exception:  # whatever its class raises, the forward is the user's
+        return False
 
 
 def _holds_itself(value: Any, within: tuple[Any, ...]) -> bool:
