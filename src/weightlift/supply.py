@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
@@ -35,7 +36,8 @@ from weightlift.transfer.subject import Bytes, Subject
 _log = logging.getLogger("weightlift")
 _INSTEAD = (
     ", though the class overrides it: what it changes belongs in _load_from_state_dict or a state-dict hook, which are"
-    " run, or key_mapping"
+    " run, or key_mapping; where it has to be called: module = wl.defer(build).materialize(),"
+    " then module.load_state_dict(…)"
 )
 
 
@@ -91,8 +93,21 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
     _warn(subject, checkpoint, options, matching.idle)
     if options.strict and decisions.problems and any(has_post_hooks(module) for module in subject.inventory.modules):
         decisions = matching.forgiven(decisions)
+    if decisions.problems and is_bypassed(subject.inventory.module):
+        decisions = _with_hint(decisions, f"{_not_called(subject.inventory.module)}{_INSTEAD}")
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **matching.early}, matching.extras, matching.changes)
     return Supplied(decisions, replace(subject, inventory=matching.inventory), source)
+
+
+def _not_called(module: nn.Module) -> str:
+    return f"{type(module).__qualname__}.load_state_dict is not called"
+
+
+def _with_hint(decisions: Decisions, text: str) -> Decisions:
+    """Say something with the first problem, which every error shows: names may be what the override deals with."""
+    first, *rest = decisions.problems
+    first = replace(first, hint=text if first.hint is None else f"{first.hint}; {text}")
+    return replace(decisions, problems=(first, *rest))
 
 
 def _warn(subject: Subject, checkpoint: Checkpoint, options: LoadOptions, idle: tuple[str, ...]) -> None:
@@ -100,7 +115,7 @@ def _warn(subject: Subject, checkpoint: Checkpoint, options: LoadOptions, idle: 
     inventory = subject.inventory
     name = type(inventory.module).__qualname__
     if is_bypassed(inventory.module):
-        _log.warning("%s into %s: %s.load_state_dict is not called%s", checkpoint.source, name, name, _INSTEAD)
+        _log.warning("%s into %s: %s%s", checkpoint.source, name, _not_called(inventory.module), _INSTEAD)
     if not idle and options.device_map is None and not isinstance(options.dtype, Mapping):
         return
     names = [slot.fqn for slot in inventory.slots]

@@ -356,6 +356,7 @@ def test_a_load_state_dict_that_is_not_called_is_named(existing, caplog):
         return module
 
     (text,) = said(lambda: OwnLoad(2, 2))
+    assert "wl.defer(build).materialize()" in text
     assert text.startswith("<mapping> into OwnLoad: OwnLoad.load_state_dict is not called")
     (text,) = said(instance)
     assert "Linear.load_state_dict is not called" in text
@@ -581,3 +582,14 @@ def test_a_parameter_that_is_pointed_at_the_checkpoints_value_and_then_loaded():
         module.a.data = state[prefix + "a"]
 
     both_ways(lambda: Calling(before=point, a=nn.Parameter(torch.zeros(4))), {"a": torch.ones(4)})
+
+
+@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2), "more": torch.zeros(1)}])
+def test_a_refused_plan_says_that_load_state_dict_is_not_called(state):
+    with pytest.raises(wl.PlanError) as caught:
+        wl.load(lambda: OwnLoad(2, 2), {**state, "other": torch.zeros(1)})
+    assert str(caught.value).count("OwnLoad.load_state_dict is not called") == 1
+    assert "wl.defer(build).materialize()" in str(caught.value)
+    with pytest.raises(wl.PlanError) as caught:
+        wl.load(lambda: nn.Linear(2, 2), {**state, "other": torch.zeros(1)})
+    assert "is not called" not in str(caught.value)
