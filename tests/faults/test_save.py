@@ -62,6 +62,27 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, limit: int) -> None:
         assert sorted(json.loads(index.read_text())["weight_map"]) == sorted(held)
 
 
+@pytest.mark.parametrize("metadata", [{}, {"note": "x" * 7}, {"note": "ü" * 40}])
+def test_tensors_lie_as_those_of_torch_do(tmp_path: Path, metadata: dict[str, str]) -> None:
+    state = {
+        "a": torch.ones(3),
+        "bias": torch.ones(16),
+        "half": torch.ones(3, 32, dtype=torch.bfloat16),
+        "odd": torch.ones(5, dtype=torch.uint8),
+        "weight": torch.ones(16, 3, dtype=torch.float64),
+    }
+    (file,) = wl.save(state, tmp_path, metadata=metadata)
+    content = file.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    assert begin % 64 == 0
+    header = json.loads(content[8:begin])
+    starts = {key: begin + header[key]["data_offsets"][0] for key in state}
+    assert all(starts[key] % 64 == 0 for key in ("bias", "half", "weight"))
+    assert all(start % state[key].element_size() == 0 for key, start in starts.items())
+    loaded = safetensors.torch.load_file(file)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
 def test_every_dtype_of_the_format(tmp_path: Path) -> None:
     from weightlift import dtypes
 

@@ -16,7 +16,10 @@ import torch
 from weightlift import dtypes
 from weightlift.errors import Problem, TransferError
 
-_ALIGN_BYTES = 8
+# As torch's own memory is; the format wants 8. Kernels may sum in another order where a tensor lies otherwise, and a
+# mapped one lies as in the file. So those that fill up whole units come first.
+_ALIGN_BYTES = 64
+_LENGTH_BYTES = 8  # before the header
 _CALL_BYTES = 64 << 20
 
 
@@ -29,7 +32,7 @@ def write_safetensors(
     The file must not exist. Tensors are plain, strided and of dtypes that the format has. Tensors of another device
     pass through the CPU one at a time. Raises `TransferError` with key and byte range, the cause chained.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: _place(name, tensors[name]))
     header, spans = _header(names, tensors, metadata)
     state = hashlib.sha256(usedforsecurity=False) if hashed else None
     key, start, end = None, 0, len(header)
@@ -50,6 +53,11 @@ def write_safetensors(
         problem = Problem(f"writing failed: {error}", key=key, file=path, start=start, end=end, hint=hint)
         raise TransferError("saving failed", [problem]) from error
     return None if state is None else state.hexdigest()
+
+
+def _place(name: str, tensor: torch.Tensor) -> tuple[bool, int, str]:
+    """Where a tensor stands among the others."""
+    return tensor.numel() * tensor.element_size() % _ALIGN_BYTES != 0, -tensor.element_size(), name
 
 
 def permit(fd: int, mode: int | None) -> None:
@@ -76,7 +84,7 @@ def _header(
         position = spans[name][1]
         described[name] = {"dtype": kind, "shape": shape, "data_offsets": list(spans[name])}
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGN_BYTES)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text, spans
 
 
