@@ -112,10 +112,11 @@ def test_missing_weights_of_another_dtype(tmp_path: Path) -> None:
         assert mine.dtype == value.dtype and (name not in kept or torch.equal(mine, value)), name
 
 
-def test_of_a_copied_configuration_the_dtype_is_not_known(tmp_path: Path) -> None:
+def test_a_copied_configuration_has_the_dtype_of_what_it_was_copied_from(tmp_path: Path) -> None:
     folder = _saved(Pair(PairConfig()), tmp_path, copies=True)
-    with pytest.raises(FellBack, match="a configuration that its constructor made"):
-        both(Pair, folder)
+    (ours, info), (theirs, their_info) = both(Pair, folder)
+    assert differences(ours, theirs) == [] and info == their_info
+    assert ours.first.dtype == theirs.first.dtype == torch.bfloat16
 
 
 class Named(PreTrainedModel):
