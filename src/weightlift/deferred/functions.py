@@ -78,9 +78,13 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = self._handlers.get(func)
-        if handler is not None:
-            return handler(self, func, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        try:
+            if handler is not None:
+                return handler(self, func, args, kwargs or {})
+            return func(*args, **kwargs) if kwargs else func(*args)
+        except RuntimeError as error:
+            self._recorder.failed = str(error)
+            raise
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._recorder.force_tensors(tensors_in((args, kwargs)), func)

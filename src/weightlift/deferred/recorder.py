@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.records: dict[int, Record] = {}
         self._outer = outer
         self.forced: dict[str, int] = {}
+        self.failed: str | None = None  # what torch said of the last call that it refused, caught or not
         self._reservations = Reservations()
         self._seq = 0
         self._sampled_reads = 0
@@ -117,7 +118,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if self.default is not None:
             args, kwargs = self.default.rewrite(func, args, kwargs, self._dispatch)
-        return self._dispatch(func, args, kwargs)
+        try:
+            return self._dispatch(func, args, kwargs)
+        except RuntimeError as error:
+            self.failed = str(error)
+            raise
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = KINDS.get(func) or call_of(func)

@@ -24,7 +24,7 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
-from weightlift.deferred.construct import CurrentLoad, construct
+from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
@@ -32,6 +32,7 @@ from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_h
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
+from weightlift.integrations.failing_calls import built
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
 from weightlift.integrations.foreign import refuse_allowed
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
@@ -152,7 +153,7 @@ class StandIn:
 
     def from_config(self, config: Any, **kwargs: Any) -> Any:
         """The model, deferred."""
-        model, self._recorder = construct(
+        model, self._recorder = built(
             lambda: self._cls.from_config(config, **kwargs),
             self._load,
             default_dtype=self._dtype,

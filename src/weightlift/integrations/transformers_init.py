@@ -20,9 +20,10 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
-from weightlift.deferred.construct import CurrentLoad, construct
+from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
+from weightlift.integrations.failing_calls import built
 from weightlift.integrations.transformers_dtypes import Dtypes
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
@@ -40,9 +41,7 @@ def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: Curren
         return answer
 
     with dtypes:
-        model, recorder = construct(make, load, default_dtype=dtypes.default, answers={torch.tensor: answer})
-    assert recorder is not None
-    return model, recorder
+        return built(make, load, default_dtype=dtypes.default, answers={torch.tensor: answer})
 
 
 def _meta_if_asked(frame: FrameType, args: Any, kwargs: Any) -> Any:
