@@ -28,11 +28,11 @@ from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.integrations.constructors import built
 from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers_originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
-from weightlift.integrations.failing_calls import built
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
 from weightlift.integrations.foreign import refuse_allowed
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
@@ -154,6 +154,7 @@ class StandIn:
     def from_config(self, config: Any, **kwargs: Any) -> Any:
         """The model, deferred."""
         model, self._recorder = built(
+            self._cls,
             lambda: self._cls.from_config(config, **kwargs),
             self._load,
             default_dtype=self._dtype,

@@ -151,7 +151,8 @@ class TextStandIn:
         """The model, deferred, its tied names tied."""
         from weightlift.integrations.transformers_init import build, tie
 
-        made, self._recorder = build(lambda: self._cls(config), config, torch.get_default_dtype(), self._load)
+        default = torch.get_default_dtype()
+        made, self._recorder = build(self._cls, lambda: self._cls(config), config, default, self._load)
         tie(made)
         return made
 

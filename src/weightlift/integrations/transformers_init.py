@@ -23,14 +23,16 @@ from transformers.modeling_utils import PreTrainedModel
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.failing_calls import built
+from weightlift.integrations.constructors import built
 from weightlift.integrations.transformers_dtypes import Dtypes
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
 
 
-def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad) -> tuple[Any, Recorder]:
-    """Run a constructor deferred. ``config`` is the load's own copy, ``dtype`` the default dtype for it."""
+def build(
+    cls: Any, make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad
+) -> tuple[Any, Recorder]:
+    """Run the constructor of a class deferred. ``config`` is the load's own copy, ``dtype`` the default dtype."""
     dtypes = Dtypes(config, dtype)
 
     def answer(frame: FrameType, args: Any, kwargs: Any) -> Any:
@@ -41,7 +43,7 @@ def build(make: Callable[[], Any], config: Any, dtype: torch.dtype, load: Curren
         return answer
 
     with dtypes:
-        return built(make, load, default_dtype=dtypes.default, answers={torch.tensor: answer})
+        return built(cls, make, load, default_dtype=dtypes.default, answers={torch.tensor: answer})
 
 
 def _meta_if_asked(frame: FrameType, args: Any, kwargs: Any) -> Any:

@@ -101,7 +101,11 @@ class StandIn:
         if self._quantiser is not None:
             refuse_quantised(config)
         self._load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
-        model, self._recorder = build(lambda: self._cls(config, *args, **kwargs), config, self._dtype, self._load)
+
+        def make() -> Any:
+            return self._cls(config, *args, **kwargs)
+
+        model, self._recorder = build(self._cls, make, config, self._dtype, self._load)
         refuse_parts(modules_of(model))
         if self._quantiser is not None:
             self._quantiser.show(model, self._recorder, self._load)
@@ -193,9 +197,7 @@ class Filling:
                 slot.tensor.requires_grad_(slot.tensor.is_floating_point())
         extend(self._model, self._recorder, self._load, lambda: initialise(self._model, tensors))
         decisions, subject = self._decide(done)
-        source = Bytes(
-            self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras)
-        )
+        source = Bytes(self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras))
         with outside_modes():
             decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
         self._carry_out(decisions, subject, source)
