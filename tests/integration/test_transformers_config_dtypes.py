@@ -103,6 +103,23 @@ def test_constructors_see_the_dtypes_of_their_configurations(
     assert type(again) is LooksConfig and again.dtype == ours.dtype == ours.config.dtype
 
 
+class Copies(Looks):
+    """Copies that are gone leave their place in memory to those that stay."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.kept = []
+        for _ in range(200):
+            copy.deepcopy(config)
+            self.kept.append(copy.deepcopy(config.own))
+
+
+def test_all_copies_are_of_their_own_class_in_the_end(tmp_path: Path) -> None:
+    Looks(LooksConfig()).save_pretrained(tmp_path)
+    model = wl.from_pretrained(Copies, tmp_path, dtype=torch.bfloat16)
+    assert {type(kept) for kept in model.kept} == {BertConfig}
+
+
 class Breaks(Looks):
     def __init__(self, config: Any) -> None:
         super().__init__(config)

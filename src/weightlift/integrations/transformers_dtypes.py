@@ -112,11 +112,13 @@ class Dtypes:
         """Give all configurations their own class back. Raises what was refused, also where the constructor made
         something else of that."""
         with _lock:
-            mine = [found for key, found in self._watched if _owners.get(key) is self and _owners.pop(key)]
-        for found in mine:
-            config = found()
-            if config is not None:
-                _CLASS.__set__(config, type(config).weightlift_base)
+            mine = {key for key, _ in self._watched if _owners.get(key) is self}
+            for key, found in self._watched:
+                config = found()
+                if config is not None and key in mine:  # of one that is gone another may have the id
+                    _CLASS.__set__(config, type(config).weightlift_base)
+            for key in mine:
+                del _owners[key]
         self._watched.clear()
         self._making.clear()
         if self.refused is not None and (error is None or isinstance(error, Exception)):
