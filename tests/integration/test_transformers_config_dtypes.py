@@ -79,7 +79,7 @@ def _dtypes(model: Any) -> list[Any]:
             item = vars(module).get(key)
             if isinstance(item, Configuration):
                 parts = [vars(part)["dtype"] for part in vars(item).values() if isinstance(part, Configuration)]
-                found.append((name, key, vars(item).get("dtype"), type(item), parts, item.to_dict()))
+                found.append((name, key, vars(item).get("dtype"), id(type(item)), parts, item.to_dict()))
     return found
 
 
@@ -117,7 +117,7 @@ class Copies(Looks):
 def test_all_copies_are_of_their_own_class_in_the_end(tmp_path: Path) -> None:
     Looks(LooksConfig()).save_pretrained(tmp_path)
     model = wl.from_pretrained(Copies, tmp_path, dtype=torch.bfloat16)
-    assert {type(kept) for kept in model.kept} == {BertConfig}
+    assert all(type(kept) is BertConfig for kept in model.kept)
 
 
 class Breaks(Looks):
