@@ -115,7 +115,7 @@ class Dtypes:
             mine = {key for key, _ in self._watched if _owners.get(key) is self}
             for key, found in self._watched:
                 config = found()
-                if config is not None and key in mine:  # of one that is gone another may have the id
+                if _is_watched(config) and key in mine:  # of one that is gone another may have the id
                     _CLASS.__set__(config, type(config).weightlift_base)
             for key in mine:
                 del _owners[key]
