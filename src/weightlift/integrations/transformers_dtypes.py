@@ -114,7 +114,7 @@ class Dtypes:
         with _lock:
             mine = {key for key, _ in self._watched if _owners.get(key) is self}
             for key, found in self._watched:
-                config = found()
+                config: Any = found()
                 if _is_watched(config) and key in mine:  # of one that is gone another may have the id
                     _CLASS.__set__(config, type(config).weightlift_base)
             for key in mine:
