@@ -3,6 +3,7 @@ as Transformers tells it."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 
 import weightlift as wl
 
+_TELL_OF_PLANS = ("modeling_utils", "distributed.tensor_parallel")
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
 }  # fmt: skip
@@ -380,3 +382,20 @@ def test_parameters_that_the_constructor_makes_transposed(tmp_path: Path, kind: 
     (ours, _), (theirs, _) = both(_Transposed, tmp_path, dtype=dtype)
     assert differences(ours, theirs) == []
     assert ours.counted.is_contiguous() == ours.sampled.is_contiguous() == (kind == "safetensors")
+
+
+def test_layers_without_a_tensor_parallel_plan_are_told_of(llama: Path) -> None:
+    """Where the loading's own logger is quieter than its default, strange as that is."""
+    logger, teller = (logging.getLogger(f"transformers.{name}") for name in _TELL_OF_PLANS)
+    level = logger.level
+    told: list[list[str]] = []
+    watch = logging.Handler()
+    watch.emit = lambda item: told.append(sorted(item.getMessage().partition(": ")[2].split(", ")))  # type: ignore
+    logger.setLevel(logging.ERROR)
+    teller.addHandler(watch)
+    try:
+        both(LlamaForCausalLM, llama)
+    finally:
+        teller.removeHandler(watch)
+        logger.setLevel(level)
+    assert len(told) == 2 and told[0] == told[1]

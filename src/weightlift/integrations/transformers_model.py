@@ -7,6 +7,7 @@ the loading of the weights. Nothing of Transformers is replaced for that.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -181,6 +182,9 @@ class Filling:
         }
         self._extra_state = tuple(name for name in inventory.extra_state if _gives_extra_state(model, name))
         self._plan_dtypes = _dtype_plan(load_config.dtype_plan, self._state)
+        verify = getattr(modeling_utils, "verify_tp_plan", None)
+        if verify is not None and modeling_utils.logger.level >= logging.WARNING:
+            verify([*self._state, *self._extra_state], getattr(model, "_tp_plan", None))
 
     def run(self) -> LoadStateDictInfo:
         """Plan, report as Transformers does, initialise, read. Raises before anything is read what can be known."""
