@@ -120,6 +120,40 @@ def test_all_copies_are_of_their_own_class_in_the_end(tmp_path: Path) -> None:
     assert all(type(kept) is BertConfig for kept in model.kept)
 
 
+SHARED = BertConfig(**SMALL)
+
+
+class HalvesConfig(PreTrainedConfig):
+    """As Mimi's: its part is made of it whenever it is asked for. Another belongs to everybody."""
+
+    model_type = "weightlift-halves"
+
+    @property
+    def half(self) -> Any:
+        return BertConfig(**{**SMALL, "dtype": self.to_dict()["dtype"]})
+
+    @property
+    def shared(self) -> Any:
+        return SHARED
+
+
+class Halves(PreTrainedModel):
+    config_class = HalvesConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.part = AutoModel.from_config(config.half)
+        self.is_shared = type(config.shared) is BertConfig
+        self.post_init()
+
+
+def test_parts_that_a_configuration_makes_when_asked_are_native(tmp_path: Path) -> None:
+    Halves(HalvesConfig()).save_pretrained(tmp_path)
+    (ours, _), (theirs, _) = both(Halves, tmp_path, dtype=torch.bfloat16)
+    assert differences(ours, theirs) == [] and ours.part.config.dtype == theirs.part.config.dtype == torch.bfloat16
+    assert type(ours.part.config) is BertConfig and ours.is_shared
+
+
 class Breaks(Looks):
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -29,6 +29,8 @@ from weightlift.integrations.exclusive import NotNative
 _MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code__
 _CLASS: Any = object.__dict__["__class__"]
 
+_NEW = 2  # references to what nobody else has: the name, and the argument of the call that counts
+
 _lock = threading.Lock()
 _owners: dict[int, Dtypes] = {}  # the loads that watch configurations, by the ids of these
 
@@ -186,6 +188,13 @@ class _Watched:
         if "dtype" not in vars(self):
             raise AttributeError("dtype")
         del vars(self)["dtype"]
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super(_Watched, self).__getattribute__(name)  # noqa: UP008 - ``__class__`` is a property below
+        # A part that a property makes when it is asked for, out of the dtype among others; nobody else has it yet.
+        if isinstance(found, PreTrainedConfig) and not _is_watched(found) and sys.getrefcount(found) <= _NEW:
+            _owners[id(self)].watch(found)
+        return found
 
     def __copy__(self) -> Any:
         with _plain(self):
