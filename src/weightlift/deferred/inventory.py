@@ -92,7 +92,8 @@ class Slot(NamedTuple):
 
     def held(self) -> torch.Tensor:
         """What is there by now; ``tensor`` if that is gone."""
-        found = self._place().get(self.attribute)
+        place = self._place()  # of a TorchScript module no dictionary, and without its `get`
+        found = place[self.attribute] if self.attribute in place else None
         return self.tensor if found is None else found
 
     def _place(self) -> dict[str, Any]:
