@@ -93,7 +93,9 @@ class Slot(NamedTuple):
     def held(self) -> torch.Tensor:
         """What is there by now; ``tensor`` if that is gone."""
         place = self._place()  # of a TorchScript module no dictionary, and without its `get`
-        found = place[self.attribute] if self.attribute in place else None
+        if self.attribute not in place:
+            return self.tensor
+        found: torch.Tensor | None = place[self.attribute]
         return self.tensor if found is None else found
 
     def _place(self) -> dict[str, Any]:
