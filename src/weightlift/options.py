@@ -91,11 +91,7 @@ class LoadOptions:
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
-        for option, flag in {
-            "strict": strict, "ignore_mismatched": ignore_mismatched, "copy": copy, "defer": defer, "verify": verify,
-        }.items():  # fmt: skip
-            if not isinstance(flag, bool):  # what is taken for true may be meant otherwise: strict="no"
-                raise TypeError(f"{option} must be True or False, found {flag!r}")
+        _check_flags(strict=strict, ignore_mismatched=ignore_mismatched, copy=copy, defer=defer, verify=verify)
         _check_count("workers", workers)
         _check_count("memory_budget_bytes", memory_budget_bytes)
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
@@ -162,6 +158,12 @@ def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
     elif not os.access(target.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{option}: nothing may be written to the folder {target.parent}; choose another")
     return target
+
+
+def _check_flags(**flags: object) -> None:
+    for option, flag in flags.items():
+        if not isinstance(flag, bool):  # what is taken for true may be meant otherwise: strict="no"
+            raise TypeError(f"{option} must be True or False, found {flag!r}")
 
 
 def _check_count(option: str, count: int | None) -> None:

@@ -82,6 +82,35 @@ def the_plan_names_what_the_load_will_do():
     assert_same_state(plan.execute(), wl.load(Tied, FOLDER / "plan.pt"))
 
 
+class Odd(Tied):
+    """With buffers that are no strided tensors, which stay as every rank's constructor makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("graph", torch.eye(30).to_sparse(), persistent=False)
+        self.register_buffer("rows", torch.eye(4).to_sparse_csr(), persistent=False)
+        self.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)]), persistent=False)
+        self.mean = nn.Parameter(torch.zeros(30))
+
+    def odd(self):
+        return self.graph.to_dense().tolist(), self.rows.to_dense().tolist(), [part.tolist() for part in self.ragged]
+
+
+def tensors_that_are_not_strided_stay_as_they_were_made():
+    path = _saved("odd.pt", checkpoint_of(Odd))
+    reference = wl.load(Odd, path)
+    assert reference.odd() == Odd().odd()
+    for options in ({}, {"source_rank": 0}):
+        model = wl.load(Odd, path if RANK == 0 or not options else "/nowhere", parallelize=fsdp(mesh(2)), **options)
+        state = gathered(model)
+        assert model.odd() == reference.odd(), options
+        assert all(torch.equal(state[key], value) for key, value in reference.state_dict().items()), options
+    # Its parameters are for another engine to fill; nobody sends these.
+    assert wl.load(Odd, path if RANK == 0 else "/nowhere", source_rank=0).odd() == reference.odd()
+    plan = wl.plan(Odd, path, mesh_shape={"fsdp": 2})
+    assert not plan.problems and "sparse" in str(plan) and "nested" in str(plan)
+
+
 def tensor_parallel_llama():
     build = _llama()
     path = _saved("llama.pt", checkpoint_of(build, "lm_head", "model.layers.1.self_attn.o_proj"))
@@ -575,6 +604,7 @@ SCENARIOS = {
     for run in (
         fsdp2_of_a_tied_model,
         the_plan_names_what_the_load_will_do,
+        tensors_that_are_not_strided_stay_as_they_were_made,
         tensor_parallel_llama,
         ties_that_tensor_parallelism_gives_up_are_tied_again,
         fsdp2_llama,

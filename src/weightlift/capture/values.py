@@ -142,10 +142,10 @@ def _kind(value: Any) -> str:
     name = type(value).__name__
     if not isinstance(value, (Mapping, tuple, list)):
         return name
-    keys = [str(key) for key, _ in value.items()] if isinstance(value, Mapping) else []
-    count = len(keys) if isinstance(value, Mapping) else len(value)
+    keys = [str(key) for key, _ in value.items()] if isinstance(value, Mapping) else None
+    count = len(value if keys is None else keys)
     text = f"{name} of {count} element{'' if count == 1 else 's'}"
-    return f"{text} ({', '.join(keys)})" if isinstance(value, Mapping) else text
+    return text if keys is None else f"{text} ({', '.join(keys)})"
 
 
 def put(value: Any, index: Any, new: Any) -> Any:

@@ -247,11 +247,8 @@ def _decide(
     """Decide one value and write a row for each of its names."""
     names = group.names
     wanted = [item for item in names if item.persistent and not item.unstrided]
-    problems += [
-        unfillable(item, supply.offers[item.fqn])
-        for item in names
-        if item.unstrided and item.persistent and item.fqn in supply.offers
-    ]
+    refused = {item.fqn for item in names if item.unstrided and item.persistent and item.fqn in supply.offers}
+    problems += [unfillable(item, supply.offers[item.fqn]) for item in names if item.fqn in refused]
     offered = [(item, supply.offers[item.fqn]) for item in wanted if item.fqn in supply.offers]
     fitting = [(item, offer) for item, offer in offered if _fits(item, offer)]
     misfits = {item.fqn: offer for item, offer in offered if not _fits(item, offer)}
@@ -291,9 +288,7 @@ def _decide(
             tied_to=tied_to,
             excused=item.fqn in supply.excused,
             parts=offer.parts if offer is not None and action is Action.LOADED else (),
-            missing=item.persistent
-            and action in (Action.INITIALISED, Action.KEPT)
-            and not (item.unstrided and item.fqn in supply.offers),
+            missing=item.persistent and action in (Action.INITIALISED, Action.KEPT) and item.fqn not in refused,
             unstrided=item.unstrided,
         )
 

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import (
     Inventory,
-    Slot,
     has_other_users,
     held_by,
     held_elsewhere,
@@ -33,6 +31,7 @@ from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.strides import has_overlap
 from weightlift.transfer import headroom
+from weightlift.transfer.adopt import adopt, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
@@ -40,7 +39,6 @@ from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_
 from weightlift.transfer.settle import settle_small
 from weightlift.transfer.subject import Bytes, Subject
 from weightlift.transfer.trace import Trace
-from weightlift.unstrided import unstrided
 
 
 def apply(
@@ -346,9 +344,9 @@ class _Application:
 
     def _put(self, row: Row, member: Member, value: torch.Tensor) -> torch.Tensor:
         slot, tensor = member.slot, member.slot.tensor
-        if not row.untied and id(tensor) in self._held and not (fits(row, tensor) or _wraps_others(tensor)):
-            return _replaced(slot, value)
-        return _adopt(slot, value, fresh=row.untied)
+        if not row.untied and id(tensor) in self._held and not (fits(row, tensor) or wraps_others(tensor)):
+            return replaced(slot, value)
+        return adopt(slot, value, fresh=row.untied)
 
     def _own(self, member: Member) -> None:
         """A target that nothing was read for: its own value, cast and moved."""
@@ -393,43 +391,3 @@ def _audit(subject: Subject) -> None:
         if is_unready(slot.tensor)
     ]
     raise TransferError("the module is not complete", problems)
-
-
-def _wraps_others(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
-    return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
-
-
-def _replaced(slot: Slot, value: torch.Tensor) -> torch.Tensor:
-    """Put a new buffer into a slot, as ``Module.to`` does: whoever else holds the old one did not ask for a cast."""
-    new = value.detach()
-    if slot.tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
-        new.requires_grad_()
-    slot.put(new)
-    return new
-
-
-def _adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
-    """Put ``value`` into the tensor object of a slot, so that ties, hooks and references survive.
-
-    A new object takes its place only where torch can't re-point the old one (from ``meta``, an uninitialised one, one
-    that is made of other tensors), or where a tie is given up.
-    """
-    tensor = slot.tensor
-    lazy = is_lazy(tensor)
-    wraps = not lazy and _wraps_others(tensor)
-    if not (fresh or lazy or wraps or tensor.is_meta or unstrided(tensor)):
-        tensor.data = value
-        return tensor
-    if lazy:
-        tensor.materialize(tuple(value.shape), device=value.device, dtype=value.dtype)  # type: ignore[attr-defined]
-        tensor.data = value
-        return tensor
-    if wraps and type(value) is not type(tensor):
-        value = tensor.detach().to(device=value.device, dtype=value.dtype, copy=True).copy_(value)
-    new: torch.Tensor = value
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(value, requires_grad=tensor.requires_grad)
-        new.__dict__.update({**tensor.__dict__, **new.__dict__})  # its own first: what it is made of may stand there
-    slot.put(new)
-    return new
