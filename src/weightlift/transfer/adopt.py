@@ -1,0 +1,50 @@
+"""How a value gets into the place of a module's tensor: into the tensor that is there, or as a new one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.unstrided import unstrided
+
+
+def wraps_others(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
+    return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def replaced(slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    """Put a new buffer into a slot, as ``Module.to`` does: whoever else holds the old one did not ask for a cast."""
+    new = value.detach()
+    if slot.tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
+        new.requires_grad_()
+    slot.put(new)
+    return new
+
+
+def adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
+    """Put ``value`` into the tensor object of a slot, so that ties, hooks and references survive.
+
+    A new object takes its place only where torch can't re-point the old one (from ``meta``, an uninitialised one, one
+    that is made of other tensors), or where a tie is given up.
+    """
+    tensor = slot.tensor
+    lazy = is_lazy(tensor)
+    wraps = not lazy and wraps_others(tensor)
+    if not (fresh or lazy or wraps or tensor.is_meta or unstrided(tensor)):
+        tensor.data = value
+        return tensor
+    if lazy:
+        tensor.materialize(tuple(value.shape), device=value.device, dtype=value.dtype)  # type: ignore[attr-defined]
+        tensor.data = value
+        return tensor
+    if wraps and type(value) is not type(tensor):
+        value = tensor.detach().to(device=value.device, dtype=value.dtype, copy=True).copy_(value)
+    new: torch.Tensor = value
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        new.__dict__.update({**tensor.__dict__, **new.__dict__})  # its own first: what it is made of may stand there
+    slot.put(new)
+    return new
