@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.utils import output_capturing
 
 import weightlift as wl
-from weightlift.integrations.transformers_collector import SafeCollector
+from weightlift.integrations.transformers.collector import SafeCollector
 
 pytestmark = [
     pytest.mark.timeout(500),

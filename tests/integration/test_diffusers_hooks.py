@@ -18,7 +18,7 @@ from tests.parity.diffusers_compare import ORIGINAL, both, same_info
 from torch import nn
 
 import weightlift as wl
-from weightlift.integrations.diffusers_single_file import ORIGINAL as SINGLE_ORIGINAL
+from weightlift.integrations.diffusers.single_file import ORIGINAL as SINGLE_ORIGINAL
 
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -17,7 +17,7 @@ from tests.parity.compare import FellBack, native_only
 from tests.parity.diffusers_compare import PIPELINE_ORIGINAL, both_pipelines, pipeline_differences
 
 import weightlift as wl
-from weightlift.integrations import diffusers_pipeline
+from weightlift.integrations.diffusers import pipeline as diffusers_pipeline
 from weightlift.integrations.exclusive import LOADING
 from weightlift.transfer import share
 
@@ -109,7 +109,7 @@ def test_what_is_not_native_is_left_to_diffusers(folders: dict[str, Path], tmp_p
 def test_a_component_that_is_not_native_is_loaded_alone(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from weightlift.integrations import transformers_options
+    from weightlift.integrations.transformers import options as transformers_options
 
     monkeypatch.setattr(transformers_options, "is_deepspeed_zero3_enabled", lambda: True)
     theirs = PIPELINE_ORIGINAL.__func__(DiffusionPipeline, folders["flux"])

@@ -20,7 +20,7 @@ from tests.parity.diffusers_compare import differences
 from tests.parity.test_every_single_file import both
 
 import weightlift as wl
-from weightlift.integrations.diffusers_single_file import ORIGINAL
+from weightlift.integrations.diffusers.single_file import ORIGINAL
 from weightlift.integrations.lazy import Lazy, lazy_state_dict, offered
 
 NAME = "UNet2DConditionModel"

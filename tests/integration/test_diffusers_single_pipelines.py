@@ -21,7 +21,7 @@ from tests.parity.diffusers_compare import pipeline_differences
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import weightlift as wl
-from weightlift.integrations.diffusers_single_pipeline import ORIGINAL
+from weightlift.integrations.diffusers.single_pipeline import ORIGINAL
 
 pytestmark = pytest.mark.usefixtures("no_bars")
 

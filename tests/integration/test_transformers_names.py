@@ -10,7 +10,7 @@ import pytest
 from transformers import core_model_loading as core
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
-from weightlift.integrations.transformers_names import Names, in_natural_order
+from weightlift.integrations.transformers.names import Names, in_natural_order
 
 MAPPINGS = _build_checkpoint_conversion_mapping()
 

@@ -271,7 +271,7 @@ def mixtral(folder: Path) -> None:
 
 def test_merged_experts_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of the merged tensors come from the files: no tensor is read early for them."""
-    from weightlift.integrations import transformers_conversion
+    from weightlift.integrations.transformers import conversion as transformers_conversion
 
     mixtral(tmp_path)
     monkeypatch.setattr(transformers_conversion, "_computed", lambda *_: pytest.fail("computed"))
@@ -340,7 +340,7 @@ def test_an_index_that_leads_out_of_its_folder(llama: Path) -> None:
 def test_variables_say_how_many_threads_read(
     llama: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int
 ) -> None:
-    from weightlift.integrations import transformers_model
+    from weightlift.integrations.transformers import model as transformers_model
 
     for name in ("HF_PARALLEL_LOADING_WORKERS", "HF_ENABLE_PARALLEL_LOADING", "HF_DEACTIVATE_ASYNC_LOAD"):
         monkeypatch.delenv(name, raising=False)

@@ -18,7 +18,7 @@ from tests.parity.compare import differences, native_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import weightlift as wl
-from weightlift.integrations.transformers_model import ORIGINAL
+from weightlift.integrations.transformers.model import ORIGINAL
 
 ROOT = Path(__file__).parents[2]
 

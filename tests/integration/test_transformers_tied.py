@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig, PreT
 
 import weightlift as wl
 from weightlift.deferred.tape import Node
-from weightlift.integrations.transformers_model import ORIGINAL
+from weightlift.integrations.transformers.model import ORIGINAL
 
 EMBEDDING = "model.embed_tokens.weight"
 CONFIG = Gemma2Config(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
+from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
 
 DTYPES = (torch.float32, torch.bfloat16)
 

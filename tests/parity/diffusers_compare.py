@@ -9,8 +9,8 @@ import torch
 from tests.parity.compare import differences, native_only, settings
 
 import weightlift as wl
-from weightlift.integrations.diffusers_model import ORIGINAL
-from weightlift.integrations.diffusers_pipeline import ORIGINAL as PIPELINE_ORIGINAL
+from weightlift.integrations.diffusers.model import ORIGINAL
+from weightlift.integrations.diffusers.pipeline import ORIGINAL as PIPELINE_ORIGINAL
 
 
 def both(cls: Any, folder: Path, **options: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from tests.parity import diffusers_tiny as tiny
 from tests.parity.compare import DTYPES, in_each_dtype, save_in_two
 from tests.parity.diffusers_compare import both, same_info
 
-from weightlift.integrations.diffusers_model import ORIGINAL
+from weightlift.integrations.diffusers.model import ORIGINAL
 
 # Down and up blocks, joint and single transformer blocks, parts kept in fp32, buffers, 3D, audio, motion, adapters.
 SELECTED = (

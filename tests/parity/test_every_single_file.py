@@ -19,7 +19,7 @@ from tests.parity.compare import native_only
 from tests.parity.diffusers_compare import differences
 
 import weightlift as wl
-from weightlift.integrations.diffusers_single_file import ORIGINAL
+from weightlift.integrations.diffusers.single_file import ORIGINAL
 
 # Joined and swapped halves, dual attention, renames, convolutions for matrices, removed keys, keys of no use.
 SELECTED = (

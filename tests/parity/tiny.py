@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.integrations.transformers_init import build
+from weightlift.integrations.transformers.init import build
 
 LARGEST = 300_000_000
 

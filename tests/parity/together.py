@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from weightlift.integrations.transformers_model import ORIGINAL
+from weightlift.integrations.transformers.model import ORIGINAL
 
 
 class _Touches(TorchDispatchMode):

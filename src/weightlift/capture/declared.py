@@ -19,7 +19,7 @@ from weightlift.capture.taps import Declared
 from weightlift.errors import CaptureError, Problem
 
 # The library's module that defines its models' base class → the provider.
-_PROVIDERS = {"transformers.modeling_utils": "weightlift.integrations.transformers_capture"}
+_PROVIDERS = {"transformers.modeling_utils": "weightlift.integrations.transformers.capture"}
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,12 @@ def from_pretrained(cls: Any, name: Any = _MISSING, /, *args: Any, **kwargs: Any
     name = _first(name, kwargs)
     load = None
     if "transformers" in sys.modules:
-        from weightlift.integrations import transformers_classes
+        from weightlift.integrations.transformers import classes as transformers_classes
 
         if transformers_classes.handles(cls):
             load = transformers_classes.from_pretrained
     if load is None and "diffusers" in sys.modules:
-        from weightlift.integrations import diffusers_classes
+        from weightlift.integrations.diffusers import classes as diffusers_classes
 
         if diffusers_classes.handles(cls):
             load = diffusers_classes.from_pretrained
@@ -77,7 +77,7 @@ def from_single_file(cls: Any, file: Any = _MISSING, /, **kwargs: Any) -> Any:
     """
     file = _first(file, kwargs)
     if "diffusers" in sys.modules:
-        from weightlift.integrations import diffusers_classes
+        from weightlift.integrations.diffusers import classes as diffusers_classes
 
         if diffusers_classes.handles(cls):
             if file is _MISSING and hasattr(cls, "from_single_file"):

@@ -3,7 +3,7 @@
 `install` is the one place where attributes of another library are replaced, because the user asks for it. It replaces
 ``transformers.PreTrainedModel.from_pretrained`` (model classes inherit it, Auto classes call it), the collector behind
 Transformers' own ``output_hidden_states=True``, which mixes up threads while anything compiles, and the methods of
-Diffusers that `weightlift.integrations.diffusers_install` names; nothing else.
+Diffusers that `weightlift.integrations.diffusers.install` names; nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from weightlift.integrations import diffusers_install, transformers_install
+from weightlift.integrations.diffusers import install as diffusers_install
+from weightlift.integrations.transformers import install as transformers_install
 from weightlift.integrations.upon_import import Finder, imported
 
 _REPLACED = {**transformers_install.REPLACED, **diffusers_install.REPLACED}

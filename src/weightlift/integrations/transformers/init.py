@@ -3,7 +3,7 @@
 - The constructors end with ``init_weights``, which replaces functions of ``torch.nn.init`` while it runs, unless the
   thread builds on the meta device. It asks so through ``torch.tensor([]).device``; the recorder answers that call.
 - Sub-models made from a configuration set the process's default dtype to the configuration's, if that has one. They
-  are told of none (`weightlift.integrations.transformers_dtypes`); the default is the recorder's instead.
+  are told of none (`weightlift.integrations.transformers.dtypes`); the default is the recorder's instead.
 - Initialisation comes later, as recorded calls of each class's own ``_init_weights``, so that only what the checkpoint
   lacks is ever computed.
 """
@@ -24,7 +24,7 @@ from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.constructors import built
-from weightlift.integrations.transformers_dtypes import Dtypes
+from weightlift.integrations.transformers.dtypes import Dtypes
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from weightlift.checkpoint.dduf import DdufArchive, read_dduf, standing_for
-from weightlift.integrations.diffusers_pipeline import Loader, load_native, load_pipeline
+from weightlift.integrations.diffusers.pipeline import Loader, load_native, load_pipeline
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -36,12 +36,12 @@ from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files
 from weightlift.integrations.foreign import refuse_allowed, refuse_foreign
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
-from weightlift.integrations.transformers_conversion import Conversion, convert
-from weightlift.integrations.transformers_hooks import refuse_hooks, refuse_parts
-from weightlift.integrations.transformers_init import build, initialise, tie
-from weightlift.integrations.transformers_offload import Offload
-from weightlift.integrations.transformers_options import refuse
-from weightlift.integrations.transformers_quantised import ShapesOnly, refuse_quantised
+from weightlift.integrations.transformers.conversion import Conversion, convert
+from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_parts
+from weightlift.integrations.transformers.init import build, initialise, tie
+from weightlift.integrations.transformers.offload import Offload
+from weightlift.integrations.transformers.options import refuse
+from weightlift.integrations.transformers.quantised import ShapesOnly, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Action, Decisions, Row

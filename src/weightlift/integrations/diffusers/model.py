@@ -29,9 +29,9 @@ from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.constructors import built
-from weightlift.integrations.diffusers_hooks import refuse_names, refuse_state_hooks, refuse_steps
-from weightlift.integrations.diffusers_options import OFFLOAD, Quantisers, refuse
-from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers.hooks import refuse_names, refuse_state_hooks, refuse_steps
+from weightlift.integrations.diffusers.options import OFFLOAD, Quantisers, refuse
+from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
 from weightlift.integrations.foreign import refuse_allowed
@@ -191,7 +191,7 @@ def _answers() -> Any:
     """For the models that are partly Transformers': its constructors patch the process unless they are told better."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
-    from weightlift.integrations.transformers_init import ANSWERS
+    from weightlift.integrations.transformers.init import ANSWERS
 
     return ANSWERS
 

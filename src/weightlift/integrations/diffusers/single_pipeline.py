@@ -1,6 +1,6 @@
 """`from_single_file` of Diffusers pipelines: its own code, with the models among the components loaded at once.
 
-It goes as with `from_pretrained` (`weightlift.integrations.diffusers_pipeline`). The file's header is read once; every
+It goes as with `from_pretrained` (`weightlift.integrations.diffusers.pipeline`). The file's header is read once; every
 component converts a state dict of its own, of tensors that nobody has read.
 """
 
@@ -21,11 +21,11 @@ from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.diffusers_model import Wanted
-from weightlift.integrations.diffusers_options import refuse
-from weightlift.integrations.diffusers_originals import original
-from weightlift.integrations.diffusers_pipeline import Loader, Loading
-from weightlift.integrations.diffusers_single_file import fill, lazy_checkpoint, load_natively
+from weightlift.integrations.diffusers.model import Wanted
+from weightlift.integrations.diffusers.options import refuse
+from weightlift.integrations.diffusers.originals import original
+from weightlift.integrations.diffusers.pipeline import Loader, Loading
+from weightlift.integrations.diffusers.single_file import fill, lazy_checkpoint, load_natively
 from weightlift.integrations.exclusive import native_or_alone
 from weightlift.integrations.lazy import Lazy, source_of
 from weightlift.integrations.room import Delegate, Handle, in_room
@@ -149,7 +149,7 @@ class TextStandIn:
 
     def __call__(self, config: Any) -> Any:
         """The model, deferred, its tied names tied."""
-        from weightlift.integrations.transformers_init import build, tie
+        from weightlift.integrations.transformers.init import build, tie
 
         default = torch.get_default_dtype()
         made, self._recorder = build(self._cls, lambda: self._cls(config), config, default, self._load)

@@ -24,7 +24,7 @@ from transformers.models.auto.auto_factory import (
 
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, Handle, in_room
-from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
+from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
 # count of the recursion depth that belongs to all threads) when two threads parse at once.

@@ -12,7 +12,7 @@ from typing import Any
 
 def _model_class(module: ModuleType) -> tuple[Any, str, Any]:
     # Now, in the thread that imports Transformers, and not when several threads make their first loads.
-    from weightlift.integrations.transformers_model import ORIGINAL, load_pretrained
+    from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         return load_pretrained(cls, pretrained_model_name_or_path, model_args, kwargs)
@@ -24,7 +24,7 @@ def _model_class(module: ModuleType) -> tuple[Any, str, Any]:
 
 
 def _collector(module: ModuleType) -> tuple[Any, str, Any]:
-    from weightlift.integrations.transformers_collector import SafeCollector
+    from weightlift.integrations.transformers.collector import SafeCollector
 
     theirs = module._active_collector
     return module, "_active_collector", SafeCollector(getattr(theirs, "replaced", theirs))

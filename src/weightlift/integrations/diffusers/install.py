@@ -9,29 +9,29 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers.originals import original
 
 
 def _model(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    from weightlift.integrations.diffusers_model import load_pretrained
+    from weightlift.integrations.diffusers.model import load_pretrained
 
     return load_pretrained(cls, *args, **kwargs)
 
 
 def _pipeline(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    from weightlift.integrations.diffusers_classes import load_pipeline
+    from weightlift.integrations.diffusers.classes import load_pipeline
 
     return load_pipeline(cls, *args, **kwargs)
 
 
 def _auto(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    from weightlift.integrations.diffusers_classes import load_auto
+    from weightlift.integrations.diffusers.classes import load_auto
 
     return load_auto(cls, *args, **kwargs)
 
 
 def _single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    from weightlift.integrations.diffusers_classes import load_single_file
+    from weightlift.integrations.diffusers.classes import load_single_file
 
     return load_single_file(cls, *args, **kwargs)
 

@@ -21,14 +21,9 @@ from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from weightlift.integrations import (
-    diffusers_dduf,
-    diffusers_pipeline,
-    diffusers_single_file,
-    diffusers_single_pipeline,
-)
-from weightlift.integrations.diffusers_model import ORIGINAL, load_pretrained
-from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers import dduf, pipeline, single_file, single_pipeline
+from weightlift.integrations.diffusers.model import ORIGINAL, load_pretrained
+from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
 from weightlift.integrations.room import Handle, in_room, unwrapped
 
@@ -59,7 +54,7 @@ def from_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     if issubclass(cls, _AUTO_PIPELINES):
         return _auto_pipeline(cls, name, kwargs)
     if issubclass(cls, DiffusionPipeline):
-        if cls.from_pretrained.__func__ is diffusers_pipeline.ORIGINAL.__func__:
+        if cls.from_pretrained.__func__ is pipeline.ORIGINAL.__func__:
             return load_pipeline(cls, name, **kwargs)
         return _overriding(cls, name, args, kwargs)
     if cls.from_pretrained.__func__ is ORIGINAL.__func__:
@@ -85,8 +80,8 @@ def from_single_file(cls: Any, file: Any, kwargs: dict[str, Any]) -> Any:
 def load_single_file(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``from_single_file`` of a model or pipeline class that has none of its own."""
     if issubclass(cls, DiffusionPipeline):
-        return diffusers_single_pipeline.load_pipeline(loader, cls, *args, **kwargs)
-    return diffusers_single_file.load_model(cls, *args, **kwargs)
+        return single_pipeline.load_pipeline(loader, cls, *args, **kwargs)
+    return single_file.load_model(cls, *args, **kwargs)
 
 
 def _handle(cls: Any) -> Handle:
@@ -99,7 +94,7 @@ def loader(cls: Any) -> Callable[..., Any] | None:
     if handles(cls):
         return lambda name, /, *args, **kwargs: from_pretrained(cls, name, args, kwargs)
     if "transformers" in sys.modules:
-        from weightlift.integrations import transformers_classes
+        from weightlift.integrations.transformers import classes as transformers_classes
 
         if transformers_classes.handles(cls):
             return lambda name, /, *args, **kwargs: transformers_classes.from_pretrained(cls, name, args, kwargs)
@@ -108,7 +103,7 @@ def loader(cls: Any) -> Callable[..., Any] | None:
 
 def load_pipeline(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``from_pretrained`` of a pipeline class that has none of its own, out of a folder or of an archive."""
-    load = diffusers_dduf.load_archive if kwargs.get("dduf_file") else diffusers_pipeline.load_pipeline
+    load = dduf.load_archive if kwargs.get("dduf_file") else pipeline.load_pipeline
     return load(loader, cls, *args, **kwargs)
 
 
@@ -138,8 +133,8 @@ def _auto_pipeline(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     task_class = auto_pipeline._get_task_class
 
     def found(*args: Any, **more: Any) -> Any:
-        pipeline = task_class(*args, **more)
-        return None if pipeline is None else _handle(pipeline)
+        task = task_class(*args, **more)
+        return None if task is None else _handle(task)
 
     run = in_room(cls.from_pretrained, {"_get_task_class": found})
     with LOADING.shared():

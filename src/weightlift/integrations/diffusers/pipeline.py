@@ -22,8 +22,8 @@ from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils._validators import validate_hf_hub_args
 
-from weightlift.integrations.diffusers_options import refuse
-from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers.options import refuse
+from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.transfer.progress import bar

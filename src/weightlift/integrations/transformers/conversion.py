@@ -20,7 +20,7 @@ from transformers import core_model_loading as core
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint
 from weightlift.checkpoint.memory import entry_of
-from weightlift.integrations.transformers_names import Names, in_natural_order
+from weightlift.integrations.transformers.names import Names, in_natural_order
 from weightlift.plan.records import Offer
 
 if TYPE_CHECKING:

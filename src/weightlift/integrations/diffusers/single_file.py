@@ -22,10 +22,10 @@ from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError
-from weightlift.integrations.diffusers_hooks import refuse_state_hooks
-from weightlift.integrations.diffusers_model import Filling, Offered, StandIn, Wanted, opened
-from weightlift.integrations.diffusers_options import Quantisers, refuse
-from weightlift.integrations.diffusers_originals import original
+from weightlift.integrations.diffusers.hooks import refuse_state_hooks
+from weightlift.integrations.diffusers.model import Filling, Offered, StandIn, Wanted, opened
+from weightlift.integrations.diffusers.options import Quantisers, refuse
+from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.lazy import Lazy, lazy_state_dict, offered, source_of
 from weightlift.integrations.room import in_room

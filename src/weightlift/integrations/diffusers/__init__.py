@@ -1,0 +1,1 @@
+"""Models, pipelines and single files of Diffusers by their own calling conventions."""

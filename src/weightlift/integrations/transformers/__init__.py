@@ -1,0 +1,1 @@
+"""Models of Transformers by their own calling conventions, their captures, what `weightlift.install` replaces."""
