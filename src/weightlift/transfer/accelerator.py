@@ -5,21 +5,31 @@ Nothing here names one vendor: ``torch.accelerator`` finds the device's module, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 
 from weightlift.errors import PlanError, Problem
 from weightlift.plan.records import Decisions
+from weightlift.transfer.memory import Mark
 
 
 class Backend(Protocol):
     """What the engine needs of one device. `pinned`, `stream` and `record` are called from several threads."""
 
+    def reserve(self, nbytes: int) -> None:
+        """Called first, with what will be asked of `empty` in all. Whether there is as much shows there, not here."""
+        ...
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor on the device."""
+        ...
+
+    def begin(self) -> None:
+        """Called by the thread that loads, once all destinations are there: copies come after what the device was asked
+        to do before."""
         ...
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -30,8 +40,8 @@ class Backend(Protocol):
         """Makes the transfer's stream current for the calling thread."""
         ...
 
-    def record(self) -> Callable[[], None]:
-        """Mark the stream here; the result waits until the device has come to the mark."""
+    def record(self) -> Mark:
+        """Mark the transfer's stream here."""
         ...
 
     def synchronize(self) -> None:
@@ -46,12 +56,25 @@ class TorchBackend:
         self.device = device
         self._module: Any = torch.get_device_module(device)
         self._stream: Any = self._module.Stream(device=device)
-        # New tensors may come from memory that earlier work of the caller's stream still uses.
-        self._stream.wait_stream(self._module.current_stream(device))
+
+    def reserve(self, nbytes: int) -> None:
+        """See `Backend.reserve`. The allocator keeps what is let go of, so that it asks the driver once instead of
+        once a tensor, as Transformers' own loading has it do."""
+        if not (hasattr(self._module, "memory_reserved") and hasattr(self._module, "memory_allocated")):
+            return
+        kept = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
+        if nbytes > kept:
+            with suppress(RuntimeError):  # not in one piece
+                torch.empty(nbytes - kept, dtype=torch.uint8, device=self.device)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Backend.empty`."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def begin(self) -> None:
+        """See `Backend.begin`. New tensors may lie in memory that other threads have just let go of, while their work
+        on the caller's stream still uses it."""
+        self._stream.wait_stream(self._module.current_stream(self.device))
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See `Backend.pinned`."""
@@ -62,12 +85,11 @@ class TorchBackend:
         context: AbstractContextManager[Any] = self._module.stream(self._stream)
         return context
 
-    def record(self) -> Callable[[], None]:
+    def record(self) -> Mark:
         """See `Backend.record`."""
-        event = self._module.Event()
-        event.record(self._stream)
-        wait: Callable[[], None] = event.synchronize
-        return wait
+        event: Mark = self._module.Event()
+        event.record(self._stream)  # type: ignore[attr-defined]
+        return event
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
@@ -81,9 +103,15 @@ class PlainBackend:
         self.device = device
         self._module: Any = torch.get_device_module(device)
 
+    def reserve(self, nbytes: int) -> None:
+        """See `Backend.reserve`."""
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Backend.empty`."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def begin(self) -> None:
+        """See `Backend.begin`; there is one order only."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See `Backend.pinned`; here it is ordinary memory."""
@@ -91,13 +119,15 @@ class PlainBackend:
 
     def stream(self) -> AbstractContextManager[Any]:
         """See `Backend.stream`; there is only the default one."""
-        from contextlib import nullcontext
-
         return nullcontext()
 
-    def record(self) -> Callable[[], None]:
+    def record(self) -> Mark:
         """See `Backend.record`; waits for the whole device."""
-        return self.synchronize
+        return self
+
+    def query(self) -> bool:
+        """See `Mark.query`; nobody can tell."""
+        return False
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""

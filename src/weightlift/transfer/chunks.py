@@ -24,6 +24,8 @@ _GAP_BYTES = 64 << 10
 # About a core's own cache: what was just read is still there when it is converted (measured: 256 KiB costs 40% more
 # processor time, 8 MiB 10–40%).
 _MAX_BLOCK_BYTES = 2 * _MIB
+# What goes to a device is not worked on here, and each block costs calls and a copy of the bus: fewer are better.
+_MAX_UPLOAD_BYTES = 8 * _MIB
 _MIN_BLOCK_BYTES = 16 << 10
 # Blocks a worker may have in flight: an accelerator's worker reads one while another is copied, and data that is not
 # aligned to its element needs a second place while it is converted.
@@ -115,9 +117,10 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes, in bytes, and the number of workers that they allow."""
+    """Sizes, in bytes, and the number of workers that they allow. ``upload_bytes``: of blocks that go to a device."""
 
     block_bytes: int
+    upload_bytes: int
     direct_bytes: int
     workers: int
 
@@ -130,11 +133,13 @@ def limits(total_bytes: int, workers: int, memory_budget_bytes: int | None) -> L
     """
     budget = DEFAULT_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
     share = -(-total_bytes // (workers * _PIECES_PER_WORKER))
-    block = min(max(share, _SMALL_BYTES), _MAX_BLOCK_BYTES, budget // (_BLOCKS_PER_WORKER * workers))
-    block = max(block // _LARGEST_ELEMENT_BYTES * _LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
+    most = min(max(share, _SMALL_BYTES), budget // (_BLOCKS_PER_WORKER * workers))
+    block = max(min(most, _MAX_BLOCK_BYTES) // _LARGEST_ELEMENT_BYTES * _LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
+    # A power of two: torch rounds pinned memory up to one.
+    upload = max(1 << min(most, _MAX_UPLOAD_BYTES).bit_length() >> 1, _MIN_BLOCK_BYTES)
     # Whole huge pages, so that two workers do not fault the same one.
     direct = min(max(-(-share // _HUGE_PAGE_BYTES), 1) * _HUGE_PAGE_BYTES, _MAX_DIRECT_BYTES)
-    return Limits(block, direct, max(1, min(workers, budget // (_BLOCKS_PER_WORKER * block))))
+    return Limits(block, upload, direct, max(1, min(workers, budget // (_BLOCKS_PER_WORKER * block))))
 
 
 def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:
@@ -192,24 +197,26 @@ def pieces(requests: Sequence[Request], limit: Limits) -> list[Piece]:
     files: dict[tuple[Path, str], list[Request]] = {}
     for request in requests:
         if request.file is None:
-            result += (Block(None, 0, 0, (cut,)) for cut, _, _ in _cuts(request, limit.block_bytes))
+            nbytes = limit.block_bytes if request.place == "cpu" else limit.upload_bytes
+            result += (Block(None, 0, 0, (cut,)) for cut, _, _ in _cuts(request, nbytes))
         else:
             files.setdefault((request.file, request.place), []).append(request)
-    for (file, _), group in files.items():
+    for (file, place), group in files.items():
         group.sort(key=lambda request: request.start)
-        result += _file_pieces(file, group, limit)
+        block_bytes = limit.block_bytes if place == "cpu" else limit.upload_bytes
+        result += _file_pieces(file, group, block_bytes, limit.direct_bytes)
     return result
 
 
-def _file_pieces(file: Path, group: list[Request], limit: Limits) -> Iterator[Piece]:
-    block_bytes, direct_from = limit.block_bytes, min(_SMALL_BYTES, limit.block_bytes)
+def _file_pieces(file: Path, group: list[Request], block_bytes: int, direct_bytes: int) -> Iterator[Piece]:
+    direct_from = min(_SMALL_BYTES, block_bytes)
     start = end = -1
     cuts: list[Cut] = []
     for request in group:
         nbytes = request.nbytes
         if request.src_stride is not None or request.dst_stride is not None or nbytes >= direct_from:
             if request.direct and _run_bytes(request) >= direct_from:
-                yield from _direct_pieces(file, request, limit.direct_bytes)
+                yield from _direct_pieces(file, request, direct_bytes)
                 continue
             if request.src_stride is not None and has_gaps(request.shape, request.src_stride, request.itemsize):
                 yield from _comb_pieces(file, request, request.src_stride, block_bytes)

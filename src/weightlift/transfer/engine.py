@@ -28,6 +28,8 @@ from weightlift.transfer.requests import requests_of
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 from weightlift.transfer.trace import Trace, timed
 
+_ALLOCATED_BYTES = 512  # devices' allocators hand out multiples of it
+
 
 def run(
     jobs: Sequence[Job],
@@ -283,6 +285,7 @@ class _Run:
     ) -> None:
         if not rest and not tasks:
             return
+        self._reserve(rest)
         targets = {index: self._target(index) for index in rest}
         total_bytes = sum(nbytes_of(self._jobs[index].entry) for index in rest)
         limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
@@ -290,6 +293,8 @@ class _Run:
         pieces = chunks.pieces(requests, limit)
         if self._trace is not None:
             self._trace.choices.update(workers=limit.workers, block_bytes=limit.block_bytes, pieces=len(pieces))
+            if self._backends:
+                self._trace.choices["upload_bytes"] = limit.upload_bytes
         open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
         executor = Executor(
             self._jobs, targets, self._touched, open_files, self._backends, limit, stopped=cancel,
@@ -307,12 +312,24 @@ class _Run:
             trace=self._trace,
         )
         try:
+            for device_backend in self._backends.values():
+                device_backend.begin()
             pool.run()
         finally:
             # Also after an error: until then the device may still read from staging and write to destinations.
             open_files.close()
             for device_backend in self._backends.values():
                 device_backend.synchronize()
+
+    def _reserve(self, rest: list[int]) -> None:
+        """Tell devices how much will be asked of them."""
+        new: dict[torch.device, int] = {}
+        for job in (self._jobs[index] for index in rest):
+            if job.into is None and job.device.type != "cpu":
+                nbytes = job.entry.numel * job.dtype.itemsize
+                new[job.device] = new.get(job.device, 0) + -(-nbytes // _ALLOCATED_BYTES) * _ALLOCATED_BYTES
+        for device, nbytes in new.items():
+            self._backend(device).reserve(nbytes)
 
     def _target(self, index: int) -> Target:
         """The job's destination, made now where it is new, and what its copies read and write."""

@@ -64,7 +64,7 @@ class Executor:
         # One block a worker here and two there leave one of `limits`' three for data not aligned to its element.
         self._staging = StagingPool(limit.block_bytes, limit.workers)
         self._rings = {
-            device: StagingPool(limit.block_bytes, 2 * limit.workers, backend.pinned)
+            device: StagingPool(limit.upload_bytes, 2 * limit.workers, backend.pinned)
             for device, backend in backends.items()
         }
         self._cores = cores()

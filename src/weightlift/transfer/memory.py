@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -141,13 +142,25 @@ def memory_of(tensor: torch.Tensor, at: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr() + at)).cast("B")
 
 
+class Mark(Protocol):
+    """A place in the order of what a device was asked to do, as torch's events are."""
+
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+        ...
+
+
 class Staging:
-    """One reusable block of bytes, used by one thread at a time. ``ready`` waits until its last copy has left it."""
+    """One reusable block of bytes, used by one thread at a time. ``ready``: when its last copy has left it."""
 
     def __init__(self, flat: torch.Tensor) -> None:
         self.flat = flat
         self.view = memory_of(flat, 0, flat.numel())
-        self.ready: Callable[[], None] | None = None
+        self.ready: Mark | None = None
         self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     def strided(self, dtype: torch.dtype, at: int, sizes: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -180,17 +193,19 @@ class StagingPool:
     def take(self) -> Staging:
         """A block that nothing reads from any more; the caller's until `give`."""
         with self._lock:
-            # A block whose copy is still under way is the oldest one's turn, and only once no other can be made.
-            idle = [i for i, block in enumerate(self._free) if block.ready is None]
-            if idle:
-                return self._free.pop(idle[-1])
-            block = self._free.pop(0) if self._left == 0 else None
+            for at in range(len(self._free) - 1, -1, -1):
+                if self._free[at].ready is None:
+                    return self._free.pop(at)
+            # Copies end in their order: where the oldest one's has not, none has. Then a new block is made while there
+            # may be one more, and after that it is waited for.
+            oldest = self._free[0].ready if self._free else None
+            block = self._free.pop(0) if self._left == 0 or (oldest is not None and oldest.query()) else None
             if block is None:
                 self._left -= 1
         if block is None:
             return Staging(self._allocate(self.block_bytes))
         if block.ready is not None:
-            block.ready()
+            block.ready.synchronize()
             block.ready = None
         return block
 

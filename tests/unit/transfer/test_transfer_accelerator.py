@@ -28,13 +28,36 @@ class LateCopy(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Mark:
+    def __init__(self, backend, at):
+        self.backend, self.at = backend, at
+
+    def query(self):
+        return self.backend.done >= self.at
+
+    def synchronize(self):
+        self.backend.waits += not self.query()
+        self.backend.drain(self.at)
+
+
 class FakeBackend:
     def __init__(self, device):
         self.queue, self.done, self.lock = [], 0, threading.Lock()
         self.pinned_bytes, self.waits, self.synchronized = 0, 0, 0
+        self.begun, self.reserved_bytes, self.empty_bytes = None, 0, 0
+
+    def reserve(self, nbytes):
+        assert not self.reserved_bytes and not self.empty_bytes
+        self.reserved_bytes = nbytes
 
     def empty(self, shape, dtype):
+        assert self.begun is None, "memory that was taken after the device was told what comes first"
+        self.empty_bytes += torch.Size(shape).numel() * dtype.itemsize
         return torch.empty(tuple(shape), dtype=dtype)
+
+    def begin(self):
+        assert self.begun is None and not self.queue
+        self.begun = threading.current_thread()
 
     def pinned(self, nbytes):
         with self.lock:
@@ -47,13 +70,7 @@ class FakeBackend:
             yield
 
     def record(self):
-        mark = len(self.queue)
-
-        def wait():
-            self.waits += 1
-            self.drain(mark)
-
-        return wait
+        return Mark(self, len(self.queue))
 
     def drain(self, mark):
         with self.lock, torch.no_grad():
@@ -87,6 +104,8 @@ def test_late_copies_see_their_own_bytes(saved, workers, dtype, budget):
         assert same(value, saved.tensors[job.entry.key].to(job.dtype)), job.fqn
     (only,) = made
     assert only.synchronized == 1 and only.done == len(only.queue) > 0
+    assert only.begun is threading.current_thread()
+    assert only.empty_bytes <= only.reserved_bytes <= only.empty_bytes + 512 * len(jobs)
     assert only.pinned_bytes <= (budget or 512 << 20) // 2
     if budget:
         assert only.waits > 0
@@ -114,3 +133,26 @@ def test_from_memory(saved):
     entry = entry_of("a", tensor)
     (value,) = load([Job("a", entry, torch.float32, DEVICE)], tensors={"a": tensor}, backend=FakeBackend)
     assert same(value, tensor)
+
+
+def test_staging_that_the_device_is_done_with_is_used_before_more_is_pinned(saved):
+    """A device that is always at once done needs no more blocks than there are threads that fill them."""
+
+    class Done(Mark):
+        def query(self):
+            self.backend.drain(self.at)
+            return True
+
+    class Quick(FakeBackend):
+        def record(self):
+            return Done(self, len(self.queue))
+
+    made = []
+
+    def backend(device):
+        made.append(Quick(device))
+        return made[-1]
+
+    jobs = [Job(k, e, e.dtype, DEVICE) for k, e in saved.entries.items()]
+    load(jobs, files=[saved.shard], backend=backend, workers=1, memory_budget_bytes=6 * (256 << 10))
+    assert made[0].waits == 0 and made[0].pinned_bytes == 256 << 10 < len(made[0].queue) * (64 << 10)

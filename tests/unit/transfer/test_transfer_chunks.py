@@ -50,7 +50,7 @@ def requests(sizes, itemsize=2, gap=0, direct=False):
 def test_every_byte_has_one_writer(seed, direct):
     rng = random.Random(seed)
     sizes = [rng.choice([1, 5, 100, 40_000, 300_000]) for _ in range(60)]
-    limit = Limits(rng.choice([2048, 4096, 1 << 20]), 2 << 20, 2)
+    limit = Limits(rng.choice([2048, 4096, 1 << 20]), 1 << 20, 2 << 20, 2)
     written = {job: [] for job in range(len(sizes))}
     for piece in chunks.pieces(requests(sizes, gap=rng.choice([0, 3, 100_000]), direct=direct), limit):
         if isinstance(piece, Direct):
@@ -76,7 +76,7 @@ def test_overlapping_tensors(seed):
         n = rng.choice([10, 700, 5000])
         found.append(Request(job, FILE, rng.randrange(0, 4000, 2), 2, 2 * n, (n,), None, None, False))
     got = Counter()
-    for piece in chunks.pieces(found, Limits(1024, 2 << 20, 1)):
+    for piece in chunks.pieces(found, Limits(1024, 1024, 2 << 20, 1)):
         assert piece.end - piece.start <= 1024
         for cut in piece.cuts:
             assert cut.at >= 0 and cut.at + cut.nbytes <= piece.end - piece.start
@@ -93,11 +93,11 @@ def test_ninety_thousand_tensors_are_few_pieces():
 
 
 def test_gaps_and_places_part_reads():
-    assert len(chunks.pieces(requests([10, 10], gap=1000), Limits(1 << 20, 2 << 20, 1))) == 1
-    assert len(chunks.pieces(requests([10, 10], gap=100_000), Limits(1 << 20, 2 << 20, 1))) == 2
+    assert len(chunks.pieces(requests([10, 10], gap=1000), Limits(1 << 20, 1 << 20, 2 << 20, 1))) == 1
+    assert len(chunks.pieces(requests([10, 10], gap=100_000), Limits(1 << 20, 1 << 20, 2 << 20, 1))) == 2
     a, b = requests([10, 10])
     b = Request(1, FILE, b.start, 2, 20, (10,), None, None, False, "cuda:0")
-    assert [type(p) for p in chunks.pieces([a, b], Limits(1 << 20, 2 << 20, 1))] == [Block, Block]
+    assert [type(p) for p in chunks.pieces([a, b], Limits(1 << 20, 1 << 20, 2 << 20, 1))] == [Block, Block]
 
 
 @pytest.mark.parametrize("budget", [1 << 16, 1 << 20, 1 << 24, 1 << 29, None])
@@ -106,7 +106,20 @@ def test_gaps_and_places_part_reads():
 def test_limits_stay_in_the_budget(budget, workers, total):
     limit = chunks.limits(total, workers, budget)
     assert 3 * limit.workers * limit.block_bytes <= (budget or chunks.DEFAULT_BUDGET_BYTES)
+    assert 3 * limit.workers * limit.upload_bytes <= (budget or chunks.DEFAULT_BUDGET_BYTES)
     assert 1 <= limit.workers <= workers and limit.block_bytes % 16 == 0 and limit.direct_bytes % (2 << 20) == 0
+    assert limit.upload_bytes.bit_count() == 1  # which pinned memory has anyway
+
+
+def test_what_goes_to_a_device_is_cut_into_larger_blocks():
+    limit = chunks.limits(1 << 34, 8, None)
+    (request,) = requests([1 << 24])
+    there = Request(0, FILE, request.start, 2, 2 << 24, (1 << 24,), None, None, False, "cuda:0")
+    assert {piece.nbytes for piece in chunks.pieces([there], limit)} == {limit.upload_bytes} == {8 << 20}
+    from_memory = there._replace(file=None)
+    assert {piece.nbytes for piece in chunks.pieces([from_memory], limit)} == {limit.upload_bytes}
+    cast = there._replace(place="cpu")
+    assert {piece.nbytes for piece in chunks.pieces([cast], limit)} == {limit.block_bytes} == {2 << 20}
 
 
 def test_overlapping():
