@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,20 +93,26 @@ GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 @pytest.fixture
-def group() -> Iterator[tuple[Path, str]]:
-    """A control group of our own and its limit's file, where the system lets us make one."""
-    for folder, limit in zip(GROUPS, ("memory.limit_in_bytes", "memory.max")):
-        made = folder / f"weightlift-test-{os.getpid()}"
-        try:
-            made.mkdir()
-        except OSError:
-            continue
-        if (made / limit).exists():
-            yield made, limit
-            made.rmdir()
-            return
-        made.rmdir()
-    pytest.skip("no control group for memory can be made here")
+def new_group() -> Iterator[Callable[[], tuple[Path, str]]]:
+    """Makes control groups of our own, each with its limit's file, where the system lets us make one."""
+    made: list[Path] = []
+
+    def new() -> tuple[Path, str]:
+        for folder, limit in zip(GROUPS, ("memory.limit_in_bytes", "memory.max")):
+            group = folder / f"weightlift-test-{os.getpid()}-{len(made)}"
+            try:
+                group.mkdir()
+            except OSError:
+                continue
+            if (group / limit).exists():
+                made.append(group)
+                return group, limit
+            group.rmdir()
+        pytest.skip("no control group for memory can be made here")
+
+    yield new
+    for group in made:
+        group.rmdir()
 
 
 _IN_GROUP = """
@@ -134,11 +140,13 @@ _IN_GROUP = """
 
 
 @pytest.mark.parametrize(("how", "needed"), [("copy", 192), ("double", 384)])
-def test_a_real_control_group(path: Path, group: tuple[Path, str], how: str, needed: int) -> None:
+def test_a_real_control_group(
+    path: Path, new_group: Callable[[], tuple[Path, str]], how: str, needed: int
+) -> None:
     def told(extra_bytes: int) -> str:
+        group, limit = new_group()  # what one reads of the file may count as its group's, and can be taken back
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(_IN_GROUP), str(path), str(group[0]), group[1],
-             str(extra_bytes), how],
+            [sys.executable, "-c", textwrap.dedent(_IN_GROUP), str(path), str(group), limit, str(extra_bytes), how],
             capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
@@ -172,11 +180,12 @@ _AFTER_ANOTHER = """
 """
 
 
-def test_what_is_kept_is_in_nobodys_way_in_a_group(path: Path, group: tuple[Path, str]) -> None:
+def test_what_is_kept_is_in_nobodys_way_in_a_group(path: Path, new_group: Callable[[], tuple[Path, str]]) -> None:
+    group, limit = new_group()
     """What one model leaves for the next is taken by whoever needs it: with a limit that both do not fit under."""
     code = textwrap.dedent(_AFTER_ANOTHER)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(group[0]), group[1]],
+        [sys.executable, "-c", code, str(path), str(group), limit],
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
