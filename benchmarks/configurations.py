@@ -28,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 
 import weightlift as wl
 
-LIMIT_BYTES = 300_000_000
 LIMIT_RATIO = 3.0
 
 

@@ -81,44 +81,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CaptureError": "weightlift.errors",
-    "Checkpoint": "weightlift.checkpoint",
-    "CheckpointChanged": "weightlift.errors",
-    "CheckpointCorrupt": "weightlift.errors",
-    "CheckpointError": "weightlift.errors",
-    "CheckpointNotFound": "weightlift.errors",
-    "CurrentLoad": "weightlift.deferred.construct",
-    "Declared": "weightlift.capture",
-    "DeferError": "weightlift.errors",
-    "Deferred": "weightlift.handles",
-    "Input": "weightlift.capture",
-    "LoadCancelled": "weightlift.errors",
-    "LoadPlan": "weightlift.handles",
-    "LoadReport": "weightlift.plan.report",
-    "Output": "weightlift.capture",
-    "PlanError": "weightlift.errors",
-    "Problem": "weightlift.errors",
-    "RanksError": "weightlift.errors",
-    "Records": "weightlift.capture",
-    "ShardFile": "weightlift.checkpoint.entry",
-    "TensorEntry": "weightlift.checkpoint.entry",
-    "TransferError": "weightlift.errors",
-    "WeightliftError": "weightlift.errors",
-    "capture": "weightlift.capture",
-    "current_load": "weightlift.deferred.construct",
-    "defer": "weightlift.api",
-    "empty_cache": "weightlift.transfer.reuse",
-    "from_pretrained": "weightlift.integrations",
-    "from_single_file": "weightlift.integrations",
-    "install": "weightlift.integrations",
-    "load": "weightlift.api",
-    "mapped_files": "weightlift.transfer.mapped",
-    "open_checkpoint": "weightlift.checkpoint",
-    "plan": "weightlift.api",
-    "recorder": "weightlift.capture",
-    "records": "weightlift.capture",
-    "save": "weightlift.checkpoint.save",
-    "uninstall": "weightlift.integrations",
+    name: f"weightlift.{module}"
+    for module, names in {
+        "api": "defer load plan",
+        "capture": "Declared Input Output Records capture recorder records",
+        "checkpoint": "Checkpoint open_checkpoint",
+        "checkpoint.entry": "ShardFile TensorEntry",
+        "checkpoint.save": "save",
+        "deferred.construct": "CurrentLoad current_load",
+        "errors": "CaptureError CheckpointChanged CheckpointCorrupt CheckpointError CheckpointNotFound DeferError"
+        " LoadCancelled PlanError Problem RanksError TransferError WeightliftError",
+        "handles": "Deferred LoadPlan",
+        "integrations": "from_pretrained from_single_file install uninstall",
+        "plan.report": "LoadReport",
+        "transfer.mapped": "mapped_files",
+        "transfer.reuse": "empty_cache",
+    }.items()
+    for name in names.split()
 }
 
 

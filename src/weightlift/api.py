@@ -97,26 +97,12 @@ def plan(
     if placements is not None and mesh_shape is None:
         raise ValueError("placements are those of a mesh on paper: give mesh_shape too")
     options = LoadOptions.create(
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        strict=strict,
-        ignore_mismatched=ignore_mismatched,
-        key_mapping=key_mapping,
-        copy=copy,
-        workers=workers,
-        memory_budget_bytes=memory_budget_bytes,
-        seed=seed,
-        progress=progress,
-        cancel=cancel,
-        defer=defer,
-        trace=trace,
-        verify=verify,
-        parallelize=parallelize,
-        source_rank=source_rank,
-        process_group=process_group,
+        dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
+        key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,
+        progress=progress, cancel=cancel, defer=defer, trace=trace, verify=verify,
+        parallelize=parallelize, source_rank=source_rank, process_group=process_group,
         rank_patience_seconds=rank_patience_seconds,
-    )
+    )  # fmt: skip
     hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
     with opened(ckpt, options, seed=seed, **hub) as opening:
         with timed(opening.trace, "construct", "the module"):

@@ -110,11 +110,7 @@ class LoadPlan:
             raise PlanError(
                 f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
             )
-        with self._once:
-            subject = self._subject
-            if subject is None:
-                raise RuntimeError("this plan was executed already: its module has its values")
-        together = self._together
+        subject, together = self._peek(), self._together
         with contextlib.nullcontext() if together is None else together.loading():
             self._refuse_stale()
             with outside_modes(), timed(self._trace, "check", "devices and tied names"):
@@ -148,12 +144,15 @@ class LoadPlan:
                 self._given = Given.of(self._given.module)
             raise
 
+    def _peek(self) -> Subject:
+        if self._subject is None:
+            raise RuntimeError("this plan was executed already: its module has its values")
+        return self._subject
+
     def _used(self) -> Subject:
         """The module, for this execution alone if it was built for the plan."""
         with self._once:
-            subject = self._subject
-            if subject is None:
-                raise RuntimeError("this plan was executed already: its module has its values")
+            subject = self._peek()
             if not subject.existing:
                 self._subject = None
         if self._take is not None:

@@ -103,26 +103,13 @@ class LoadOptions:
         if verify and (parallelize is not None or source_rank is not None):
             raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
         return cls(
-            dtype=_dtypes(dtype),
-            device=_device("device", device),
-            device_map=_device_map(device_map),
-            strict=strict,
-            ignore_mismatched=ignore_mismatched,
-            key_mapping=key_mapping,
-            copy=copy,
-            workers=default_workers() if workers is None else workers,
-            memory_budget_bytes=memory_budget_bytes,
-            seed=used_seed(seed),
-            progress=progress,
-            cancel=cancel,
-            defer=defer,
-            trace=None if trace is None else writable_target("trace", trace),
-            verify=verify,
-            parallelize=parallelize,
-            source_rank=source_rank,
-            process_group=process_group,
-            rank_patience_seconds=float(rank_patience_seconds),
-        )
+            dtype=_dtypes(dtype), device=_device("device", device), device_map=_device_map(device_map), strict=strict,
+            ignore_mismatched=ignore_mismatched, key_mapping=key_mapping, copy=copy,
+            workers=default_workers() if workers is None else workers, memory_budget_bytes=memory_budget_bytes,
+            seed=used_seed(seed), progress=progress, cancel=cancel, defer=defer,
+            trace=None if trace is None else _writable(trace), verify=verify, parallelize=parallelize,
+            source_rank=source_rank, process_group=process_group, rank_patience_seconds=float(rank_patience_seconds),
+        )  # fmt: skip
 
 
 def require_known(options: Mapping[str, object]) -> None:
@@ -145,18 +132,18 @@ def used_seed(seed: int | None) -> int:
         raise TypeError(f"seed must be a whole number, found {seed!r}") from None
 
 
-def writable_target(option: str, path: str | os.PathLike[str]) -> Path:
-    """A file to be written after hours of work, maybe. Raises OSError now if that could not be done."""
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The file of a trace, to be written after hours of work, maybe. Raises OSError now if that could not be done."""
     target = Path(path)
     if target.is_dir():
-        raise IsADirectoryError(f"{option} must be a file to write, found the folder {target}")
+        raise IsADirectoryError(f"trace must be a file to write, found the folder {target}")
     if target.exists():
         if not os.access(target, os.W_OK):
-            raise PermissionError(f"{option}: the file {target} may not be written to; choose another")
+            raise PermissionError(f"trace: the file {target} may not be written to; choose another")
     elif not target.parent.is_dir():
-        raise FileNotFoundError(f"{option}: there is no folder {target.parent} for {target.name}; make it first")
+        raise FileNotFoundError(f"trace: there is no folder {target.parent} for {target.name}; make it first")
     elif not os.access(target.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option}: nothing may be written to the folder {target.parent}; choose another")
+        raise PermissionError(f"trace: nothing may be written to the folder {target.parent}; choose another")
     return target
 
 

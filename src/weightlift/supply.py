@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from weightlift.plan.records import Decisions, Offer, Unexpected
 from weightlift.strides import row_major
 from weightlift.transfer.subject import Bytes, Subject
 
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
+
 _log = logging.getLogger("weightlift")
 _INSTEAD = (
     ", though the class overrides it: what it changes belongs in _load_from_state_dict or a state-dict hook, which are"
@@ -50,37 +53,25 @@ class Supplied:
     source: Bytes
 
 
-class Extras(Mapping[str, Any]):
-    """Values of extra state by name, each made when it is asked for."""
+class _Made(Mapping[str, _Value], Generic[_Item, _Value]):
+    """What a function makes of each value of a mapping, whenever it is asked for."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
-        self._makers = makers
+    def __init__(self, items: Mapping[str, _Item], make: Callable[[_Item], _Value]) -> None:
+        self._items = items
+        self._make = make
 
-    def __getitem__(self, name: str) -> Any:
-        return self._makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-
-class _Shapes(Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
-    """Shape and dtype of offers by name, for state-dict hooks, which few modules have."""
-
-    def __init__(self, offers: Mapping[str, Offer]) -> None:
-        self._offers = offers
-
-    def __getitem__(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        entry = self._offers[name].entry
-        return entry.shape, entry.dtype
+    def __getitem__(self, name: str) -> _Value:
+        return self._make(self._items[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._offers)
+        return iter(self._items)
 
     def __len__(self) -> int:
-        return len(self._offers)
+        return len(self._items)
+
+
+def _called(maker: Callable[[], Any]) -> Any:
+    return maker()
 
 
 def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Supplied:
@@ -144,9 +135,9 @@ class _Matching:
             metadata = metadata_of(metadata, ((key, names[key]) for key in checkpoint if key in names))
         offers = self._offers
         self._state = State(
-            tensors=_Shapes(offers),
+            tensors=_Made(offers, lambda offer: (offer.entry.shape, offer.entry.dtype)),
             read=lambda name: checkpoint.read(offers[name].key),
-            extras=Extras({name: self._other(key) for name, key in self._others.items()}),
+            extras=_Made({name: self._other(key) for name, key in self._others.items()}, _called),
             metadata=metadata,
         )
         self.inventory: Inventory = subject.inventory
@@ -198,7 +189,7 @@ class _Matching:
                 makers[name] = self._tensor(self._offers[name].key)
             elif name in self._others:
                 makers[name] = self._other(self._others[name])
-        self.extras = Extras(makers)
+        self.extras = _Made(makers, _called)
         return Supply(
             source=self._checkpoint.source,
             offers=self._offers,
@@ -228,11 +219,11 @@ class _Matching:
     def _after_hooks(self, done: Rewritten) -> Supply:
         self.inventory, self.changes = done.inventory, done.changes
         final = {name: self._offer(name, offered) for name, offered in done.names.items()}
-        for name, (value, owner) in done.values.items():
+        for name, value in done.values.items():
             key = f"{name} (computed by a state-dict hook)"
             self.early[key] = value
-            final[name] = Offer(name, name, entry_of(key, value), computed_by=owner or "the module")
-        self.extras = Extras({name: self._extra(value) for name, value in done.extras.items()})
+            final[name] = Offer(name, name, entry_of(key, value))
+        self.extras = _Made({name: self._extra(value) for name, value in done.extras.items()}, _called)
         known = {item.fqn for item in self._spec.tensors if item.persistent} | set(self._spec.extra_state)
         problems = [Problem(f"a state-dict hook of the module reports: {text}") for text in done.errors]
         problems += [self._no_tensor(name, self._others.get(name, name)) for name in done.not_tensors]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -134,15 +134,15 @@ def _find(model: nn.Module, keys: tuple[str, ...]) -> Found:
     giving = {site.fqn for site in declared.sites if any(key.endswith(site.key) for key in keys)}
     ways = {fqn[:end] for fqn in giving for end, letter in enumerate(fqn) if letter == "."}
     used = {scope.fqn for scope in declared.scopes} | {site.fqn for site in declared.sites}
-    visited = [item.module for item in everything if item.fqn in ways or not _beneath(item.fqn, giving)]
+    visited = [item.module for item in everything if item.fqn in ways or enclosing(item.fqn, giving) not in giving]
     return found([item for item in everything if item.fqn in used], visited, declared)
 
 
-def _beneath(fqn: str, names: set[str]) -> bool:
-    """Whether a module is one of those that are named, or within one."""
+def enclosing(fqn: str, names: Container[str]) -> str:
+    """The nearest of ``names`` that a module has or is within; "" where there is none."""
     while fqn and fqn not in names:
         fqn = fqn.rpartition(".")[0]
-    return fqn in names
+    return fqn
 
 
 def _scope_for(model: nn.Module, declared: Declaration, name: str) -> tuple[str, str]:

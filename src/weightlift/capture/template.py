@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, TakeWhole, Tapping
-from weightlift.capture.declared import Wanted, resolve
+from weightlift.capture.declared import Wanted, enclosing, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
 from weightlift.capture.regions import inside_compiled, inside_scripts, names_of
 from weightlift.capture.select import Selected, Watch, path_to, select
@@ -108,7 +108,7 @@ class Template:
         scopes = {gather.scope.fqn: gather for gather, _ in gathers}
         begun: set[str] = set()
         for site in wanted.sites:
-            around = _scope_of(site.fqn, scopes)
+            around = enclosing(site.fqn, scopes)
             action = GiveDeclared(site, site.initial and around not in begun)
             self._leaves(wanted.modules[site.fqn], action)
             scopes[around].own[id(wanted.modules[site.fqn])] = action
@@ -155,23 +155,16 @@ class Template:
         return Session(self, held, children)
 
 
-def _scope_of(fqn: str, scopes: Mapping[str, object]) -> str:
-    """The nearest of ``scopes`` around a module."""
-    while fqn and fqn not in scopes:
-        fqn = fqn.rpartition(".")[0]
-    return fqn
-
-
 def givers_of(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
     """For each declared tap the modules that belong to it: names and ids."""
     if wanted is None:
         return {}
-    scopes = {scope.fqn: None for scope, _ in wanted.scopes}
+    scopes = {scope.fqn for scope, _ in wanted.scopes}
     return {
         number: tuple(
             (site.fqn, id(wanted.modules[site.fqn]))
             for site in wanted.sites
-            if site.key == key and _scope_of(site.fqn, scopes) == scope.fqn
+            if site.key == key and enclosing(site.fqn, scopes) == scope.fqn
         )
         for scope, pairs in wanted.scopes
         for key, number in pairs

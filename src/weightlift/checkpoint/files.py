@@ -8,16 +8,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 from weightlift.checkpoint.entry import Format, ShardFile
 from weightlift.checkpoint.sniff import HEAD_BYTES, Sniffed, sniff
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
-
-_EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
 @contextmanager
@@ -99,7 +96,7 @@ def short_read(path: Path, start: int, end: int, got: int, key: str | None = Non
     return CheckpointError("cannot read the checkpoint", [problem])
 
 
-def shard_file(path: Path, kind: Format, status: os.stat_result, metadata: Mapping[str, str] = _EMPTY) -> ShardFile:
+def shard_file(path: Path, kind: Format, status: os.stat_result) -> ShardFile:
     """The record of a file with the identity in ``status``."""
     return ShardFile(
         path=path,
@@ -108,7 +105,6 @@ def shard_file(path: Path, kind: Format, status: os.stat_result, metadata: Mappi
         mtime_ns=status.st_mtime_ns,
         inode=status.st_ino,
         device=status.st_dev,
-        metadata=metadata,
     )
 
 

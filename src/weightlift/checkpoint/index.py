@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,7 @@ def _weight_map(path: Path) -> tuple[dict[str, str], list[Problem]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            seen: set[str] = set()
-            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return made
 
     raw = _bytes(path)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightlift.checkpoint.elsewhere import first_of, hint_for
 from weightlift.checkpoint.files import os_errors
+from weightlift.checkpoint.sniff import NO_GGUF
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
 _LOOKED_FOR = (
@@ -25,6 +25,29 @@ _NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|sampler|dl_state|trainer_state)(?![a-z]).*"
 )
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.[A-Za-z]+)")
+# Whose folder it is where it holds nothing to be read, and what to do.
+_WHOSE = tuple(
+    (re.compile(pattern), hint)
+    for pattern, hint in (
+        (
+            r"model_index\.json",
+            "a pipeline of Diffusers: wl.from_pretrained(DiffusionPipeline, …) loads it; or pass a sub-folder",
+        ),
+        (
+            r".*\.distcp",
+            "torch.distributed.checkpoint wrote it: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes a file of it",
+        ),
+        (r"zero_to_fp32\.py", "DeepSpeed wrote it in parts: the zero_to_fp32.py in it puts the weights together"),
+        (r".*\.gguf", NO_GGUF),
+        (
+            r".*\.(h5|keras|msgpack|onnx|ckpt\.index)",
+            "weights of another framework are not readable here; convert them to safetensors",
+        ),
+        (r".*\.ckpt", "pass the path of the file itself"),
+    )
+)
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +70,7 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
         visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where
     )
     if choice is None:
-        found = first_of(visible)
+        found = _first_of(visible)
         if not visible:
             found = "no file" if folders else "an empty folder"
         problem = Problem(
@@ -55,7 +78,7 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
             file=where,
             expected=f"one of {_LOOKED_FOR}",
             found=found,
-            hint=hint_for(visible, [folder for folder in folders if not folder.startswith(".")]),
+            hint=_hint_for(visible, [folder for folder in folders if not folder.startswith(".")]),
         )
         raise CheckpointNotFound("no checkpoint", [problem])
     return choice
@@ -121,3 +144,18 @@ def choose_in(folder: Path) -> Choice:
         for entry in entries:
             (folders if entry.is_dir() else names).append(entry.name)
     return choose(names, folder, folders)
+
+
+def _hint_for(names: Sequence[str], folders: Sequence[str]) -> str | None:
+    """What to do next, of a folder with these files and sub-folders; None if nothing is recognised."""
+    for pattern, hint in _WHOSE:
+        if any(pattern.fullmatch(name) for name in names):
+            return hint
+    if folders:
+        return f"sub-folders are not looked at: pass the one you mean of {_first_of(sorted(folders))}"
+    return None
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first few names, as messages show them."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

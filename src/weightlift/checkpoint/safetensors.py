@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -121,9 +122,8 @@ class _Duplicates:
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            seen: set[str] = set()
-            twice = [name for name, _ in pairs if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-            self.found.append((made, list(dict.fromkeys(twice))))
+            counts = Counter(name for name, _ in pairs)
+            self.found.append((made, [name for name, count in counts.items() if count > 1]))
         return made
 
 

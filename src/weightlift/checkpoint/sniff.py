@@ -31,14 +31,8 @@ _MAGIC: tuple[tuple[bytes, Sniffed], ...] = (
     (b"(\xb5/\xfd", Sniffed("zstd", "a zstandard archive", "unpack it first")),
     (b"BZh", Sniffed("bzip2", "a bzip2 archive", "unpack it first")),
     (b"\xfd7zXZ", Sniffed("xz", "an xz archive", "unpack it first")),
-    (
-        b"GGUF",
-        Sniffed("gguf", "a GGUF file", NO_GGUF),
-    ),
-    (
-        b"\x93NUMPY",
-        Sniffed("numpy", "a NumPy array", FROM_NUMPY),
-    ),
+    (b"GGUF", Sniffed("gguf", "a GGUF file", NO_GGUF)),
+    (b"\x93NUMPY", Sniffed("numpy", "a NumPy array", FROM_NUMPY)),
     (b"\x89HDF", Sniffed("hdf5", "an HDF5 file", "Keras weights are not readable here; convert them to safetensors")),
 )
 

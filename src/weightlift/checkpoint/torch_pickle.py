@@ -206,20 +206,9 @@ def _handlers() -> dict[str, Callable[[PickleReader, Any], None]]:
     for name in ("BINGET", "LONG_BINGET"):
         made[name] = reader._get
     for name in (
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "LONG4",
-        "BINFLOAT",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    ):
+        "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+        "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    ):  # fmt: skip
         made[name] = reader._push
     return made
 

@@ -22,6 +22,7 @@ from weightlift.checkpoint.torch_globals import (
 )
 from weightlift.checkpoint.torch_pickle import PickleReader
 from weightlift.errors import CheckpointError, Problem
+from weightlift.strides import interval, is_row_major
 
 SUMMARY = "not a valid torch checkpoint"
 _MAX_DEPTH = 100
@@ -107,7 +108,7 @@ class StateDict:
             return None
         itemsize = ref.dtype.itemsize
         start = begin + ref.storage.first * ref.storage.dtype.itemsize + ref.offset * itemsize
-        stop = start + _span(ref.shape, ref.stride) * itemsize
+        stop = start + interval(ref.shape, ref.stride, 0)[1] * itemsize
         if stop == start:
             start = stop = min(start, end)  # no byte belongs to a tensor without elements
         if stop > end:
@@ -124,7 +125,7 @@ class StateDict:
             expected = "fewer than 2**63 bytes"
             self._problem(key, "torch cannot hold this shape", expected=expected, found=f"shape {list(ref.shape)}")
             return None
-        stride = None if _contiguous(ref.shape, ref.stride) else ref.stride
+        stride = None if 0 in ref.shape or is_row_major(ref.shape, ref.stride) else ref.stride
         return TensorEntry(key, ref.shape, ref.dtype, self.path, start, stop, stride)
 
     def _extra(self, key: str, value: Any, seen: dict[int, Any], depth: int) -> object:
@@ -227,22 +228,3 @@ def versions(attributes: Mapping[str, Any]) -> Mapping[str, Mapping[str, object]
     if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
         return None
     return MappingProxyType({str(name): MappingProxyType(dict(item)) for name, item in value.items()})
-
-
-def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements of the storage from the first to the last of the tensor."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
-def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    if 0 in shape:
-        return True
-    step = 1
-    for size, actual in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1:
-            if actual != step:
-                return False
-            step *= size
-    return True

@@ -32,7 +32,7 @@ def read_torch_zip(path: Path, within: str | None = None) -> ShardContents:
     with opened(path) as (stream, status):
         with damage_told(path, status.st_size, SUMMARY):
             archive = _Archive(path, stream, status.st_size)
-        order = archive.small("byteorder")
+        order = archive.read("byteorder") if "byteorder" in archive.records else None
         if order not in (None, b"little"):
             archive.fail(
                 "the tensors have the wrong byte order",
@@ -110,10 +110,6 @@ class _Archive(StoredZip):
             problems.append(self.damaged(version, "it is not a version that torch writes"))
         if problems:
             raise CheckpointError(SUMMARY, problems)
-
-    def small(self, name: str) -> bytes | None:
-        """The first bytes of a record; None when there is no such record."""
-        return self.read(name)[:64] if name in self.records else None
 
     def place(self, storage: StorageRef) -> tuple[int, int] | Problem:
         """The byte range of a storage: its record, which has to be of the size that the pickle tells."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from weightlift.visible import visible
 
 if TYPE_CHECKING:
     from weightlift import Checkpoint, TensorEntry
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,14 +129,14 @@ def _sums(entries: list[TensorEntry]) -> dict[str, Any]:
 
 def _folded(found: Checkpoint, *, fold: bool) -> list[tuple[str, list[TensorEntry]]]:
     """Entries by name, in natural order; those that differ only in the numbers of their key as one."""
-    from weightlift.plan.report import folded
+    from weightlift.plan.report import folded, unnumbered
 
     ordered = sorted(found.values(), key=lambda entry: _natural(entry.key))
     if not fold:
         return [(entry.key, [entry]) for entry in ordered]
     groups: dict[tuple[object, ...], list[TensorEntry]] = {}
     for entry in ordered:
-        groups.setdefault((_NUMBER.sub("*", entry.key), entry.shape, entry.dtype), []).append(entry)
+        groups.setdefault((unnumbered(entry.key), entry.shape, entry.dtype), []).append(entry)
     return [(folded(entry.key for entry in group)[0][0], group) for group in groups.values()]
 
 

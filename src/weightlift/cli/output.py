@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from weightlift.visible import visible
 
@@ -14,27 +14,26 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 200
 
 
-def console(stream: IO[str] | None = None) -> Console:
-    """A console on standard output (or ``stream``). Into a pipe or a file lines are not cut to 80 columns."""
+def console() -> Console:
+    """A console on standard output. Into a pipe or a file lines are not cut to 80 columns."""
     from rich.console import Console
 
     class Quiet(Console):
         def on_broken_pipe(self) -> None:  # rich would end the process itself
             raise BrokenPipeError
 
-    made = Quiet(file=stream or sys.stdout, highlight=False, markup=False, emoji=False)
+    made = Quiet(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = _PIPE_WIDTH
     return made
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str) -> Table:
     """A plain table: no lines, a bold head. A column whose name begins with ``>`` is aligned to the right."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title and Text(title), title_justify="left")
-    made.title_style = "bold"
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
         made.add_column(

@@ -196,11 +196,7 @@ def _randn(size: Any, **kwargs: Any) -> Birth:
     return Birth(tuple(size), _factory_dtype(kwargs), fill=aten.normal_.default, fill_args=(0.0, 1.0), random=True)
 
 
-def _randint(high: Any, size: Any, **kwargs: Any) -> Birth:
-    return _randint_low(0, high, size, **kwargs)
-
-
-def _randint_low(low: Any, high: Any, size: Any, **kwargs: Any) -> Birth:
+def _randint(low: Any, high: Any, size: Any, **kwargs: Any) -> Birth:
     dtype = kwargs.get("dtype") or torch.int64
     return Birth(tuple(size), dtype, fill=getattr(aten.random_, "from"), fill_args=(low, high), random=True)
 
@@ -211,10 +207,6 @@ def _new_empty(like: torch.Tensor, size: Any, **kwargs: Any) -> Birth:
 
 def _new_empty_strided(like: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Birth:
     return Birth(tuple(size), kwargs.get("dtype") or like.dtype, stride=tuple(stride))
-
-
-def _new_ones(like: torch.Tensor, size: Any, **kwargs: Any) -> Birth:
-    return Birth(tuple(size), kwargs.get("dtype") or like.dtype, fill=aten.fill_.Scalar, fill_args=(1,))
 
 
 def _new_full(like: torch.Tensor, size: Any, value: Any, **kwargs: Any) -> Birth:
@@ -235,11 +227,7 @@ def _like(fill: Any = None, args: tuple[Any, ...] = (), random: bool = False) ->
     return birth
 
 
-def _randint_like(like: torch.Tensor, high: Any, **kwargs: Any) -> Birth:
-    return _like(getattr(aten.random_, "from"), (0, high), random=True)(like, **kwargs)
-
-
-def _randint_like_low(like: torch.Tensor, low: Any, high: Any, **kwargs: Any) -> Birth:
+def _randint_like(like: torch.Tensor, low: Any, high: Any, **kwargs: Any) -> Birth:
     return _like(getattr(aten.random_, "from"), (low, high), random=True)(like, **kwargs)
 
 
@@ -251,12 +239,12 @@ BIRTHS: dict[Any, Callable[..., Birth]] = {
     aten.full.default: _full,
     aten.rand.default: _rand,
     aten.randn.default: _randn,
-    aten.randint.default: _randint,
-    aten.randint.low: _randint_low,
+    aten.randint.default: lambda high, size, **kwargs: _randint(0, high, size, **kwargs),
+    aten.randint.low: _randint,
     aten.new_empty.default: _new_empty,
     aten.new_empty_strided.default: _new_empty_strided,
     aten.new_zeros.default: _new_empty,
-    aten.new_ones.default: _new_ones,
+    aten.new_ones.default: lambda like, size, **kwargs: _new_full(like, size, 1, **kwargs),
     aten.new_full.default: _new_full,
     aten.empty_like.default: _like(),
     aten.zeros_like.default: _like(),
@@ -264,8 +252,8 @@ BIRTHS: dict[Any, Callable[..., Birth]] = {
     aten.full_like.default: _like(aten.fill_.Scalar),
     aten.rand_like.default: _like(aten.uniform_.default, (0.0, 1.0), random=True),
     aten.randn_like.default: _like(aten.normal_.default, (0.0, 1.0), random=True),
-    aten.randint_like.default: _randint_like,
-    aten.randint_like.low_dtype: _randint_like_low,
+    aten.randint_like.default: lambda like, high, **kwargs: _randint_like(like, 0, high, **kwargs),
+    aten.randint_like.low_dtype: _randint_like,
 }
 
 KINDS: dict[Any, Call] = {}

@@ -206,7 +206,7 @@ class Doubles:
         cells = function.__closure__ or ()
         # A function may be in its own closure: it stands for itself until all that it holds is known.
         self._made[id(function)] = function, function
-        held = [_contents(cell) for cell in cells]
+        held = [content_of(cell) for cell in cells]
         mapped = [self._map_held(item) for item in held]
         defaults = function.__defaults__ and tuple(self._map_held(item) for item in function.__defaults__)
         given = function.__kwdefaults__ or {}
@@ -308,10 +308,11 @@ class Doubles:
             held.clear()
 
 
-def _contents(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure holds; None where nothing has been assigned yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # nothing assigned yet
+    except ValueError:
         return None
 
 

@@ -1,8 +1,7 @@
-"""The torch modes that see a constructor's calls and put them off.
+"""The torch mode that sees a constructor's calls and puts them off.
 
-`Recorder` is a ``TorchDispatchMode``: it gets every ATen call of its own thread. `FunctionRecorder` is a
-``TorchFunctionMode``: it gets the calls that read a tensor's memory without going through ATen (``.numpy()``,
-``.tolist()``, ``torch.tensor``), and makes their values real first. Neither patches anything; both end with the scope.
+`Recorder` is a ``TorchDispatchMode``: it gets every ATen call of its own thread. What bypasses ATen is seen by
+`weightlift.deferred.functions`. Neither patches anything; both end with the scope.
 """
 
 from __future__ import annotations

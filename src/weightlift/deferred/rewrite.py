@@ -82,7 +82,7 @@ class _Rehearsal:
         self._functions = FunctionRecorder(self._recorder)  # for the module's code alone: ours does without
         self._stand_ins = StandIns(self._recorder, state.read, self._settle_own)
         self._doubles = Doubles(self._stand_ins, self._note_extra_state)
-        self._loads: dict[str, Offered | tuple[torch.Tensor, str]] = {}
+        self._loads: dict[str, Offered | torch.Tensor] = {}
         self._origins: dict[str, str | None] = {}  # unexpected name → offered name
         self._visited: tuple[nn.Module, str] | None = None
         self._result = Rewritten(inventory)
@@ -274,18 +274,17 @@ class _Rehearsal:
         self._loads[fqn] = self._settled(tensor, prefix)
         self._filled.note(fqn, tensor, offered=isinstance(self._loads[fqn], Offered))
 
-    def _settled(self, value: torch.Tensor, prefix: str) -> Offered | tuple[torch.Tensor, str]:
+    def _settled(self, value: torch.Tensor, prefix: str) -> Offered | torch.Tensor:
         """An offered value under whatever name, or one that was computed, as it is at this moment."""
         origin = self._stand_ins.origin(value)
         if isinstance(origin, Offered):
             return origin
-        return self._stand_ins.value(value, f"state-dict hook of {prefix[:-1] or 'the module'}"), prefix[:-1]
+        return self._stand_ins.value(value, f"state-dict hook of {prefix[:-1] or 'the module'}")
 
     def _plain(self, value: Any) -> Any:
         """Extra state as the module gets it: an `Offered` in the place of a value that nobody looked at."""
         if isinstance(value, torch.Tensor):
-            settled = self._settled(value, "")
-            return settled if isinstance(settled, Offered) else settled[0]
+            return self._settled(value, "")
         if type(value) in (dict, OrderedDict):
             return type(value)((name, self._plain(item)) for name, item in value.items())
         if type(value) in (list, tuple):

@@ -29,16 +29,16 @@ class Rewritten:
     """What the module's code did.
 
     ``inventory``: the module's slots as they will be. ``names``: fqn → the offered value that it gets. ``values``: fqn
-    → (value computed by a hook, the module's prefix). ``missing``: what torch would list as missing; ``unexpected``
-    likewise, with the offered name if it is one. ``excused``: names that have nothing and are not missed. ``early``:
-    offered names whose values were looked at. ``errors``: what the code complained of. ``not_tensors``: fqn → what the
-    state has in place of a tensor. ``extras``: extra-state name → its value. ``changes``: to the module itself, beside
-    its tensors' values.
+    → one that a hook computed. ``refits``: fqn → the form of a tensor that was made anew. ``missing``: what torch would
+    list as missing; ``unexpected`` likewise, with the offered name if it is one. ``excused``: names that have nothing
+    and are not missed. ``early``: offered names whose values were looked at. ``errors``: what the code complained of.
+    ``not_tensors``: fqn → what the state has in place of a tensor. ``extras``: extra-state name → its value.
+    ``changes``: to the module itself, beside its tensors' values.
     """
 
     inventory: Inventory
     names: dict[str, Offered] = field(default_factory=dict)
-    values: dict[str, tuple[torch.Tensor, str]] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
     refits: dict[str, Refit] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[tuple[str, str | None]] = field(default_factory=list)

@@ -55,7 +55,7 @@ def apply_sharded(
 ) -> nn.Module:
     """Carry a plan out on this rank. Raises as `weightlift.transfer.apply.apply`, and RanksError."""
     with outside_modes():
-        _label_samples(subject)
+        label_samples(subject.records())  # by the names of the whole module, as a single process does
         placed = [_placed(home, homes, options) for home in homes.homes]
         whole = [home for home in placed if home.layout is None]
         sharded = [home for home in placed if home.layout is not None]
@@ -140,14 +140,6 @@ def _placed(home: Home, homes: Homes, options: LoadOptions) -> Home:
 def _records(whole: list[Home], subject: Subject) -> set[Record]:
     found = (subject.record_of(home.slot.tensor) for home in whole if not is_lazy(home.slot.tensor))
     return {record for record in found if record is not None}
-
-
-def _label_samples(subject: Subject) -> None:
-    """Seed every initialiser by the names of the whole module, as a single process does."""
-    if subject.recorder is not None:
-        tensors = [slot.tensor for slot in subject.inventory.slots if not is_lazy(slot.tensor)]
-        records = [record for tensor in tensors if (record := subject.record_of(tensor)) is not None]
-        label_samples(list(dict.fromkeys(records)))
 
 
 def refuse_conflicts(decisions: Decisions, source: Bytes, options: LoadOptions, ranks: Ranks | None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.distributed.digest import named
 from weightlift.distributed.shapes import is_dtensor
 from weightlift.errors import Problem
 from weightlift.plan.records import Action, Row
@@ -38,8 +39,7 @@ def differences(notes: Sequence[str], ranks: Sequence[int]) -> list[Problem]:
     for fqn, value in first.items():
         differing = [rank for rank, note in zip(ranks[1:], others, strict=True) if note.get(fqn) != value]
         if differing:
-            shown = ", ".join(map(str, differing[:8])) + (f" and {len(differing) - 8} more" * (len(differing) > 8))
-            text = f"missing in the checkpoint, and its constructor gave it other values on rank {shown}"
+            text = f"missing in the checkpoint, and its constructor gave it other values on {named(differing)}"
             hint = "leave out defer=False, or seed torch alike on every rank"
             problems.append(Problem(f"{text} than on rank {ranks[0]}", fqn=fqn, hint=hint))
     return problems

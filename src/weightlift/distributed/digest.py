@@ -116,7 +116,7 @@ def differences(notes: Sequence[str], names: Sequence[int]) -> list[Problem]:
                 groups.setdefault(str(value), []).append(name)
         most = [name for name, value in zip(names, values, strict=True) if value == usual]
         for group in groups.values():
-            text = f"{_ranks(group)} {'has' if len(group) == 1 else 'have'} another {_WORDS[part]} than {_ranks(most)}"
+            text = f"{named(group)} {'has' if len(group) == 1 else 'have'} another {_WORDS[part]} than {named(most)}"
             problems.append(Problem(text, hint=hint))
     return problems
 
@@ -134,8 +134,9 @@ def from_text(text: str) -> list[Problem]:
     return [Problem(**item) for item in json.loads(text)]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+def named(ranks: Sequence[int]) -> str:
+    """Ranks by their numbers, the first few of many."""
+    shown = ", ".join(map(str, ranks[:8])) + f" and {len(ranks) - 8} more" * (len(ranks) > 8)
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 

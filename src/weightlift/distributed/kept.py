@@ -12,16 +12,10 @@ from torch.overrides import TorchFunctionMode
 from weightlift.deferred.inventory import storage_address
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_MAKE_NO_VALUES = frozenset(
-    {
-        torch.empty,
-        torch.empty_like,
-        torch.empty_permuted,
-        torch.empty_strided,
-        torch.Tensor.new_empty,
-        torch.Tensor.new_empty_strided,
-    }
-)
+_MAKE_NO_VALUES = {
+    torch.empty, torch.empty_like, torch.empty_permuted, torch.empty_strided,
+    torch.Tensor.new_empty, torch.Tensor.new_empty_strided,
+}  # fmt: skip
 
 
 class Births(TorchFunctionMode):

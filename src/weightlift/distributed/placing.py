@@ -13,6 +13,9 @@ from weightlift.distributed.layout import Split, splits_of
 Placements = Mapping[str, Sequence[Any]] | Callable[[str, tuple[int, ...]], Sequence[Any]] | None
 MeshShape = Mapping[str, int] | Sequence[int]
 
+Placer = Callable[[str, tuple[int, ...], str, tuple[int, ...]], tuple[Split, ...]]
+"""A function (name, shape, kind, coordinate) → splits of that rank."""
+
 _MOST_RANKS = 1 << 20  # each costs time and memory
 
 # How an axis of this name shards, where placements are not given.
@@ -53,10 +56,8 @@ class Mesh:
         return " × ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
 
 
-def placer(
-    mesh: Mesh, placements: Placements, *, named: bool
-) -> Callable[[str, tuple[int, ...], str, tuple[int, ...]], tuple[Split, ...]]:
-    """A function (name, shape, kind, coordinate) → splits of that rank.
+def placer(mesh: Mesh, placements: Placements, *, named: bool) -> Placer:
+    """What places tensors on a mesh.
 
     ``placements`` maps patterns of names to one torch placement an axis, or is a function of name and shape; what no
     pattern matches is replicated. None goes by the names of the axes (``named``), or shards every dim 0 over all axes.
@@ -80,9 +81,7 @@ def placer(
     return given
 
 
-def _by_names(
-    mesh: Mesh, *, named: bool
-) -> Callable[[str, tuple[int, ...], str, tuple[int, ...]], tuple[Split, ...]]:
+def _by_names(mesh: Mesh, *, named: bool) -> Placer:
     known = (*_BY_ROWS, *_COPIES, *_TENSOR, *_EXPERTS)
     unknown = [name for name in mesh.names if named and name not in known]
     if unknown:

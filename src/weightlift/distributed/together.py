@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from weightlift.distributed.wire import Wire
 
 
+_NONE = "[]"  # no problems, for the way between ranks
+
+
 class Together:
     """The distributed side of one plan: planned once, executed once, by one thread of each rank."""
 
@@ -69,8 +72,8 @@ class Together:
             return self._options
 
         def judge(notes: list[str]) -> str:
-            found = digest.as_text(digest.differences(notes, team.names))
-            return found if found != "[]" else str(json.loads(notes[self._leader])["seed"])
+            found = _differences(notes, team)
+            return found if found != _NONE else str(json.loads(notes[self._leader])["seed"])
 
         chosen = [self._options.source_rank, given is None]
         verdict = team.exchange(json.dumps({"options": str(chosen), "seed": self._options.seed}), judge)
@@ -192,31 +195,31 @@ class Together:
                 yield
 
     def _agree(self, team: Team, decisions: Decisions) -> None:
-        def differences(notes: list[str]) -> str:
-            return digest.as_text(digest.differences(notes, team.names))
-
         def judge(notes: list[str]) -> str:
-            found = differences(notes)
-            if found != "[]":
+            found = _differences(notes, team)
+            if found != _NONE:
                 return found
             return "same" if digest.same_places(notes) else "compare"
 
         verdict = team.exchange(digest.note_of(decisions, self._options), judge)
         if verdict == "compare" and self._options.source_rank is None:
             note = digest.samples_of(decisions, self._tensors)
-            verdict = team.exchange(note, differences)
-            verdict = "same" if verdict == "[]" else verdict
+            verdict = team.exchange(note, lambda notes: _differences(notes, team))
+            verdict = "same" if verdict == _NONE else verdict
         if verdict not in ("same", "compare"):
             raise _differ(verdict)
 
     def _compare_missing(self, team: Team, decisions: Decisions, subject: Subject) -> None:
         """What ordinary constructors gave the missing weights has to be the same on all ranks."""
         own = constructed.note_of_missing(subject.inventory.slots, decisions.rows)
-        found = digest.from_text(
-            team.exchange(own, lambda notes: digest.as_text(constructed.differences(notes, team.names)))
-        )
-        if found:
-            raise RanksError("the ranks do not load the same; nothing was read", found)
+        verdict = team.exchange(own, lambda notes: digest.as_text(constructed.differences(notes, team.names)))
+        if verdict != _NONE:
+            raise _differ(verdict)
+
+
+def _differences(notes: list[str], team: Team) -> str:
+    """Who differs from most in what, for the way between ranks."""
+    return digest.as_text(digest.differences(notes, team.names))
 
 
 def _differ(verdict: str) -> RanksError:

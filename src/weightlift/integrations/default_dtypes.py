@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from weightlift.deferred.doubles import content_of
 from weightlift.integrations.exclusive import NotNative
 
 _KNOWN = {"torch", "transformers", "diffusers", "weightlift", "numpy", "accelerate", "safetensors", "huggingface_hub"}
@@ -57,7 +58,7 @@ class _Reached:
             function = self._todo.pop()
             yield function
             names = _names(function.__code__)
-            cells = [_content(cell) for cell in function.__closure__ or ()]
+            cells = [content_of(cell) for cell in function.__closure__ or ()]
             for value in (*(function.__globals__.get(name) for name in names), *cells):
                 self.add(value)
                 if isinstance(value, ModuleType) and not _is_known(value.__name__):
@@ -98,13 +99,6 @@ class _Reached:
 
 def _is_known(module: str | None) -> bool:
     return module is None or module.partition(".")[0] in _KNOWN
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -61,10 +61,6 @@ class Handle:
         return self._cls(*args, **kwargs)
 
     @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
-
-    @property
     def __module__(self) -> str:  # type: ignore[override]
         return str(self._cls.__module__)
 

@@ -42,14 +42,12 @@ class Part:
 
 class Offer(NamedTuple):
     """What a checkpoint offers under a name of the module: ``key`` as the file has it, ``name`` after key mapping and
-    state-dict hooks. ``computed_by`` names the module whose hook made the value, which was read early then.
-    With ``parts`` the value is made of these, and ``entry`` says its shape and dtype only.
+    state-dict hooks. With ``parts`` the value is made of these, and ``entry`` says its shape and dtype only.
     """
 
     name: str
     key: str
     entry: TensorEntry
-    computed_by: str | None = None
     parts: tuple[Part, ...] = ()
 
     @property

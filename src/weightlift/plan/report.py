@@ -203,18 +203,23 @@ def short_dtype(dtype: object) -> str:
 def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        pattern = _DIGITS.sub("*", row.fqn)
+        pattern = unnumbered(row.fqn)
         source = (row.offer.entry.dtype if row.offer else None, len(row.parts))
         key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to, row.unstrided)
         groups.setdefault(key, []).append(row)
     return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
 
 
+def unnumbered(name: str) -> str:
+    """A name with ``*`` for each number between its dots."""
+    return _DIGITS.sub("*", name)
+
+
 def folded(names: Iterable[str]) -> list[tuple[str, int]]:
     """Names that differ only in numbers written as one, each with how many it stands for."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_DIGITS.sub("*", name), []).append(name)
+        groups.setdefault(unnumbered(name), []).append(name)
     return [(_fold_names(members), len(members)) for members in groups.values()]
 
 

@@ -84,7 +84,6 @@ class _Application:
         options: LoadOptions,
         trace: Trace | None,
     ) -> None:
-        self._decisions = decisions
         self._subject = subject
         self._source = source
         self._options = options

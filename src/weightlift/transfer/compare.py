@@ -18,7 +18,7 @@ from weightlift.lazy_views import shown_as
 from weightlift.transfer import chunks
 from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
 from weightlift.transfer.pool import Pool
-from weightlift.transfer.progress import Progress, Reporter
+from weightlift.transfer.progress import Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 
 _PLAIN = (False, False)
@@ -42,7 +42,6 @@ def same_values(
     tensors: Mapping[str, torch.Tensor],
     workers: int,
     memory_budget_bytes: int | None,
-    progress: Progress = False,
     cancel: threading.Event | None = None,
     source: Source | None = None,
 ) -> list[bool]:
@@ -77,14 +76,12 @@ def same_values(
             differ.add(index)
         return _bytes(unit)
 
-    reporter = Reporter(progress, total_bytes)
+    silent = Reporter(False, total_bytes)
+    pool: Pool[tuple[int, Pair]] = Pool(units, (), compare, workers=limit.workers, reporter=silent, cancel=cancel)
     try:
-        pool: Pool[tuple[int, Pair]] = Pool(units, (), compare, workers=limit.workers, reporter=reporter, cancel=cancel)
         with outside_modes():
             pool.run()
-        reporter.finish()
     finally:
-        reporter.close()
         reader.close()
     return [index not in differ if result is None else result for index, result in enumerate(results)]
 

@@ -12,8 +12,8 @@ class Cores:
     """``with cores:`` while a thread copies or converts: as many at once as there are cores, whatever the loads.
 
     The main thread is always let through. Ctrl-C comes to it, between any two steps of Python code, and a semaphore is
-    Python code: a core that it had or gave back just then was lost, or nobody could take one any more, and every
-    later load waited for good.
+    Python code: a core that it has or gives back just then would be lost, or nobody could take one any more, and every
+    later load would wait for good.
     """
 
     def __init__(self, count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from weightlift.checkpoint.entry import ShardFile, TensorEntry, nbytes_of
 from weightlift.checkpoint.integrity import Digest
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.forked import settle
+from weightlift.options import ProgressOption
 from weightlift.transfer import chunks, headroom
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.apart import apart
@@ -23,7 +23,7 @@ from weightlift.transfer.hashing import Hashing
 from weightlift.transfer.jobs import Job, Task
 from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, memory_of, new_tensor
 from weightlift.transfer.pool import Pool
-from weightlift.transfer.progress import Progress, Reporter
+from weightlift.transfer.progress import Reporter
 from weightlift.transfer.requests import requests_of
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
 from weightlift.transfer.trace import Trace, timed
@@ -40,7 +40,7 @@ def run(
     copy: bool,
     workers: int,
     memory_budget_bytes: int | None,
-    progress: Progress,
+    progress: ProgressOption,
     cancel: threading.Event | None,
     digests: Mapping[Path, Digest] | None = None,
     source: Source | None = None,
@@ -69,15 +69,16 @@ def run(
     source = source or FileSource()
     with outside_modes():
         tensors = apart(jobs, tensors)
-    load = _Run(jobs, files, tensors, reserved_bytes, copy=copy, source=source, backend=backend, trace=trace)
     hashing = Hashing(source, files, digests or {}, cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
     reporter = Reporter(progress, sum([nbytes_of(job.entry) for job in jobs]) + work_bytes)
+    load = _Run(
+        jobs, files, tensors, reserved_bytes, copy=copy, workers=workers, budget=memory_budget_bytes,
+        reporter=reporter, cancel=cancel, source=source, backend=backend, trace=trace,
+    )  # fmt: skip
     try:
         with outside_modes():
-            results = load.execute(
-                tasks, hashing, workers=workers, budget=memory_budget_bytes, reporter=reporter, cancel=cancel
-            )
+            results = load.execute(tasks, hashing)
         reporter.finish()
     except TransferError as error:
         raise TransferError(error.summary, error.problems, load.written()) from error.__cause__
@@ -104,6 +105,10 @@ class _Run:
         reserved_bytes: int,
         *,
         copy: bool,
+        workers: int,
+        budget: int | None,
+        reporter: Reporter,
+        cancel: threading.Event | None,
         source: Source,
         backend: Callable[[torch.device], Backend],
         trace: Trace | None,
@@ -113,6 +118,10 @@ class _Run:
         self._tensors = tensors
         self._reserved_bytes = reserved_bytes
         self._copy = copy
+        self._workers = workers
+        self._budget = budget
+        self._reporter = reporter
+        self._cancel = cancel
         self._source = source
         self._make_backend = backend
         self._trace = trace
@@ -128,26 +137,14 @@ class _Run:
         found = (jobs[i] for i, flag in enumerate(self._touched) if flag)
         return tuple(dict.fromkeys(job.fqn for job in found if job.into is not None and not job.fresh))
 
-    def execute(
-        self,
-        tasks: Sequence[Task],
-        hashing: Hashing,
-        *,
-        workers: int,
-        budget: int | None,
-        reporter: Reporter,
-        cancel: threading.Event | None,
-    ) -> list[torch.Tensor]:
+    def execute(self, tasks: Sequence[Task], hashing: Hashing) -> list[torch.Tensor]:
         """See `run`."""
         self._check_files()
-        if cancel is not None and cancel.is_set():
+        if self._cancel is not None and self._cancel.is_set():
             raise LoadCancelled
-        transfer = functools.partial(
-            self._transfer, workers=workers, budget=budget, reporter=reporter, cancel=cancel
-        )
         if any(job.into is not None and not job.fresh for job in self._jobs):
             # What a user holds is written to once the files are known to be right.
-            transfer([], hashing.tasks)
+            self._transfer([], hashing.tasks)
             hashing.require()
             self._done_bytes += sum(task.nbytes for task in hashing.tasks)
         else:
@@ -157,8 +154,8 @@ class _Run:
         with timed(self._trace, "map", f"{len(mapped)} files", sum(map(self._bytes_of, mapped.values()))):
             self._map(mapped)
         self._share(shared)
-        reporter.update(self._done_bytes)
-        transfer(rest, tasks)
+        self._reporter.update(self._done_bytes)
+        self._transfer(rest, tasks)
         hashing.require()
         self._check_mapped(mapped)
         results = [tensor for tensor in self._results if tensor is not None]
@@ -273,22 +270,13 @@ class _Run:
             self._results[index] = alias(value, value.dtype) if value.is_inference() else value
             self._done_bytes += nbytes_of(entry)
 
-    def _transfer(
-        self,
-        rest: list[int],
-        tasks: Sequence[Task],
-        *,
-        workers: int,
-        budget: int | None,
-        reporter: Reporter,
-        cancel: threading.Event | None,
-    ) -> None:
+    def _transfer(self, rest: list[int], tasks: Sequence[Task]) -> None:
         if not rest and not tasks:
             return
         self._reserve(rest)
         targets = {index: self._target(index) for index in rest}
         total_bytes = sum(nbytes_of(self._jobs[index].entry) for index in rest)
-        limit = chunks.limits(total_bytes, workers, _share_of(budget, len(self._backends)))
+        limit = chunks.limits(total_bytes, self._workers, _share_of(self._budget, len(self._backends)))
         requests = [request for index in rest for request in requests_of(index, self._jobs[index], targets[index])]
         pieces = chunks.pieces(requests, limit)
         if self._trace is not None:
@@ -297,17 +285,17 @@ class _Run:
                 self._trace.choices["upload_bytes"] = limit.upload_bytes
         open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
         executor = Executor(
-            self._jobs, targets, self._touched, open_files, self._backends, limit, stopped=cancel,
+            self._jobs, targets, self._touched, open_files, self._backends, limit, stopped=self._cancel,
             trace=self._trace,
-        )
+        )  # fmt: skip
         queue: list[Work] = sorted(tasks, key=lambda task: -task.nbytes)
         pool: Pool[Work] = Pool(
             pieces,
             queue,
             executor.execute,
-            workers=limit.workers if pieces else workers,
-            reporter=reporter,
-            cancel=cancel,
+            workers=limit.workers if pieces else self._workers,
+            reporter=self._reporter,
+            cancel=self._cancel,
             done_bytes=self._done_bytes,
             trace=self._trace,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -244,13 +244,9 @@ def _read_cached(handle: Handle, view: memoryview, start: int) -> int:
 
 
 def _ended_at(problem: Problem, position: int) -> Problem:
-    return Problem(
-        "the file ends too early; it was cut while being read",
-        problem.key,
-        problem.fqn,
-        problem.file,
-        problem.start,
-        problem.end,
+    return replace(
+        problem,
+        what="the file ends too early; it was cut while being read",
         expected=f"{(problem.end or 0) - (problem.start or 0):,} bytes",
         found=f"the end of the file at byte {position:,}",
         hint="fetch or copy the file again",

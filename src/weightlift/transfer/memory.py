@@ -96,7 +96,7 @@ def _read_in_order(fd: int) -> None:
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous, uninitialised CPU tensor; big ones on huge pages where the system has them (`reuse`)."""
+    """A contiguous, uninitialised CPU tensor; big ones on huge pages where the system has them (`take`)."""
     nbytes = prod(shape) * dtype.itemsize
     if nbytes >= _HUGE_FROM_BYTES:
         memory = take(nbytes)

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from weightlift.options import ProgressOption
+
 _BAR_FROM_BYTES = 256 << 20
 _STEP_SECONDS = 0.05
-
-Progress = bool | Callable[[int, int], None] | None
 
 
 class Reporter:
     """Throttles to steps of 1% or 50 ms; `finish` always reports ``total``. Used from one thread only."""
 
-    def __init__(self, progress: Progress, total_bytes: int) -> None:
+    def __init__(self, progress: ProgressOption, total_bytes: int) -> None:
         self._total = total_bytes
         self._last = -1
         self._next_time = 0.0

@@ -69,11 +69,7 @@ def from_single_file(cls: Any, file: Any, kwargs: dict[str, Any]) -> Any:
         raise TypeError(f"{cls.__name__} has no from_single_file")
     owner = next(item for item in cls.__mro__ if "from_single_file" in item.__dict__)
     if not owner.__module__.startswith("diffusers."):
-
-        def native() -> Any:
-            raise NotNative("a from_single_file of its own", "it is code that nobody here knows")
-
-        return native_or_alone(cls, native, lambda: method(file, **kwargs))
+        return _somebody_elses(cls, "from_single_file", lambda: method(file, **kwargs))
     return load_single_file(cls, file, **kwargs)
 
 
@@ -153,11 +149,14 @@ def _overriding(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if owner.__module__.startswith("diffusers."):
         with LOADING.shared():
             return in_room(method, _handles_in(unwrapped(method)))(cls, name, *args, **kwargs)
+    return _somebody_elses(cls, "from_pretrained", lambda: method(name, *args, **kwargs))
 
+
+def _somebody_elses(cls: Any, method: str, call: Callable[[], Any]) -> Any:
     def native() -> Any:
-        raise NotNative("a from_pretrained of its own", "it is code that nobody here knows")
+        raise NotNative(f"a {method} of its own", "it is code that nobody here knows")
 
-    return native_or_alone(cls, native, lambda: method(name, *args, **kwargs))
+    return native_or_alone(cls, native, call)
 
 
 def _handles_in(function: FunctionType) -> dict[str, Any]:

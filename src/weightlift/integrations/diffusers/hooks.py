@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from weightlift.deferred.inventory import has_extra_state, modules_of
 from weightlift.deferred.walk import has_post_hooks, is_overridden
 from weightlift.integrations.exclusive import NotNative
-from weightlift.integrations.overrides import override_of
+from weightlift.integrations.not_native import override_of
 
 LOADING_STEPS = ("_load_pretrained_model", "_set_default_torch_dtype", "_fix_state_dict_keys_on_load")
 """What ``from_pretrained`` asks of the class that is loaded."""

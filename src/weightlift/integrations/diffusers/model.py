@@ -34,8 +34,8 @@ from weightlift.integrations.diffusers.options import OFFLOAD, Quantisers, refus
 from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
-from weightlift.integrations.foreign import refuse_allowed
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
+from weightlift.integrations.not_native import refuse_allowed
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -138,10 +138,6 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
-
-    @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
 
     def _set_default_torch_dtype(self, dtype: torch.dtype) -> None:
         """What the constructor shall find to be the default dtype: it is told so by the recorder."""
@@ -252,13 +248,9 @@ class Filling:
 
     def run(self, loaded_keys: list[str]) -> tuple[list[str], list[str], list[Any]]:
         """Plan, report as Diffusers does, read. Returns missing, unexpected and mismatched keys."""
-        mismatched = [
-            (name, torch.Size(offer.entry.shape), self._state[name].shape)
-            for name, offer in self._offers.items()
-            if offer.entry.shape != tuple(self._state[name].shape)
-        ]
+        mismatched = self._mismatched()
         if mismatched and not self._wanted.ignore_mismatched:
-            raise self._misfit(mismatched)
+            raise DoesNotFit(self._refusal(), [shapes_differ(*each) for each in mismatched])
         extras = self._offered.checkpoint.extras
         others = [name for name in loaded_keys if name in self._state and name in extras]
         if others:
@@ -273,11 +265,7 @@ class Filling:
     def fill(self, *, whole: bool) -> None:
         """Plan and read, and report nothing. Raises, before anything is read, for shapes that differ and, if the
         parameters are to be ``whole``, for those that nothing provides."""
-        mismatched = [
-            shapes_differ(name, offer.entry.shape, self._state[name].shape, hint=None)
-            for name, offer in self._offers.items()
-            if offer.entry.shape != tuple(self._state[name].shape)
-        ]
+        mismatched = [shapes_differ(*each, hint=None) for each in self._mismatched()]
         provided = {id(self._state[name]) for name in self._offers}
         lacking = [
             Problem("the checkpoint lacks it", fqn=name)
@@ -357,12 +345,16 @@ class Filling:
                 prefix = prefix.rpartition(".")[0]
             if prefix not in places:
                 raise ValueError(f"{name} doesn't have any device set.")
-            place = places[prefix]
-            found[name] = str(torch.device(place))
+            found[name] = str(torch.device(places[prefix]))
         return found
 
-    def _misfit(self, mismatched: list[Any]) -> DoesNotFit:
-        return DoesNotFit(self._refusal(), [shapes_differ(*each) for each in mismatched])
+    def _mismatched(self) -> list[tuple[str, torch.Size, torch.Size]]:
+        """What is offered in another shape than the model has it: name, that shape, the model's."""
+        return [
+            (name, torch.Size(offer.entry.shape), self._state[name].shape)
+            for name, offer in self._offers.items()
+            if offer.entry.shape != tuple(self._state[name].shape)
+        ]
 
     def _refusal(self) -> str:
         return f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from weightlift.integrations.device_maps import refuse_meta
 from weightlift.integrations.exclusive import NotNative
+from weightlift.integrations.not_native import refuse_meta
 
 QUANTISER = "its quantiser replaces modules and makes tensors of its own"
 OFFLOAD = "the weights stay in files, behind accelerate's hooks"

@@ -1,8 +1,8 @@
 """From the keys of a checkpoint to the names of a Transformers model, by the version's own conversion mapping.
 
 Keys are named by Transformers' own function. What a converter makes (fused experts, split projections, permutations)
-is traced (`views`): its operations run on tensors without values, and what comes out are parts, which the
-engine puts in place. An operation that computes runs on the values instead, which are read early for it.
+is traced (`weightlift.integrations.views`): its operations run on tensors without values, and what comes out are parts,
+which the engine puts in place. An operation that computes runs on the values instead, which are read early for it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.integrations.exclusive import NotNative
-from weightlift.integrations.overrides import override_of
+from weightlift.integrations.not_native import override_of
 
 LOADING_HOOKS = (
     "get_init_context",

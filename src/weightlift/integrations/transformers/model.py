@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files
-from weightlift.integrations.foreign import refuse_allowed, refuse_foreign
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
+from weightlift.integrations.not_native import refuse_allowed, refuse_foreign
 from weightlift.integrations.transformers.conversion import Conversion, convert
 from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_parts
 from weightlift.integrations.transformers.init import build, initialise, tie
@@ -83,10 +83,6 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
-
-    @property
-    def __name__(self) -> str:
-        return str(self._cls.__name__)
 
     def get_init_context(self, dtype: torch.dtype, is_quantized: bool, *_: Any) -> list[Any]:
         """What the constructor, and a quantiser after it, run under: nothing that patches."""
@@ -235,9 +231,11 @@ class Filling:
         """Transformers fails on a value that is no tensor, for a name that takes one."""
         others = [(name, key) for name, key in done.extras.items() if name in self._state]
         if others:
-            where = f"{self._config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}"
-            problems = [no_tensor(name, key, self._checkpoint.extras[key]) for name, key in others]
-            raise PlanError(f"{where}; nothing was changed", problems)
+            raise self._misfit(no_tensor(name, key, self._checkpoint.extras[key]) for name, key in others)
+
+    def _misfit(self, problems: Iterable[Problem]) -> PlanError:
+        name = self._config.pretrained_model_name_or_path
+        return PlanError(f"{name} does not fit {type(self._model).__name__}; nothing was changed", problems)
 
     def _extras(self, keys: Mapping[str, str]) -> dict[str, Any]:
         """The values of extra state by name. A tensor becomes what Transformers makes of it: of the dtype of the
@@ -297,9 +295,7 @@ class Filling:
             logger=modeling_utils.logger,
         )
         if info.mismatched_keys and not config.ignore_mismatched_sizes:
-            where = f"{config.pretrained_model_name_or_path} does not fit {type(self._model).__name__}"
-            problems = [shapes_differ(*each) for each in sorted(info.mismatched_keys)]
-            raise PlanError(f"{where}; nothing was changed", problems)
+            raise self._misfit(shapes_differ(*each) for each in sorted(info.mismatched_keys))
 
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)

@@ -9,8 +9,8 @@ from transformers import monkey_patching
 from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from weightlift.integrations.device_maps import refuse_meta, require_names
 from weightlift.integrations.exclusive import NotNative
+from weightlift.integrations.not_native import refuse_meta, require_names
 
 _PARALLEL = "its tensors are distributed while they load"
 _KERNELS = "kernels of others replace classes of the process"
