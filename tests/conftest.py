@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +48,29 @@ def no_collector() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def at_once() -> Callable[[Callable[[int], Any], int], list[Any]]:
+    """``at_once(work, 8)``: ``work(number)`` in eight threads at a time. What each gave; raises what one raised."""
+
+    def run(work: Callable[[int], Any], count: int) -> list[Any]:
+        found: list[Future[Any]] = [Future() for _ in range(count)]
+
+        def one(number: int) -> None:
+            try:
+                found[number].set_result(work(number))
+            except BaseException as error:
+                found[number].set_exception(error)
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [item.result() for item in found]
+
+    return run
 
 
 @pytest.fixture

@@ -57,10 +57,6 @@ def speech() -> dict[str, Any]:
     return {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": torch.randint(3, 99, (2, 5))}
 
 
-def image_text() -> dict[str, Any]:
-    return {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": torch.randint(3, 99, (2, 7))}
-
-
 def llava_inputs() -> dict[str, Any]:
     ids = torch.randint(3, 90, (2, 24))
     ids[:, 2:18] = 98

@@ -287,24 +287,11 @@ def test_renaming_fails_half_way(tmp_path: Path) -> None:
     assert same(wl.load(Net, tmp_path), first)
 
 
-def test_saves_at_the_same_time(tmp_path: Path) -> None:
+def test_saves_at_the_same_time(tmp_path: Path, at_once: Any) -> None:
     """Eight threads save into one folder: in the end it holds the checkpoint of one of them."""
     models = [Net() for _ in range(8)]
     limits = [5_000_000_000 if number % 2 else 1500 for number in range(8)]
-    errors: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            wl.save(models[number], tmp_path, max_shard_bytes=limits[number])
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    at_once(lambda number: wl.save(models[number], tmp_path, max_shard_bytes=limits[number]), 8)
     last = wl.load(Net, tmp_path)
     assert sum(same(last, model) for model in models) == 1
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -279,22 +278,18 @@ def test_constructors_of_transformers_within_are_kept_from_patching(
     assert seen == []
 
 
-def test_eight_threads_and_a_bystander(vae: Path) -> None:
+def test_eight_threads_and_a_bystander(vae: Path, at_once: Any) -> None:
     expected = AutoencoderKL.from_pretrained(vae, dtype=torch.bfloat16)
     register, failed = torch.nn.Module.register_parameter, []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for _ in range(3):
             ours = wl.from_pretrained(AutoencoderKL, vae, dtype=torch.bfloat16)
             failed.extend(differences(ours, expected))
             if torch.nn.Module.register_parameter is not register or torch.nn.Linear(2, 2).weight.is_meta:
                 failed.append("patched")
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 8)
     assert failed == []
 
 

@@ -18,7 +18,6 @@ import weightlift as wl
 from weightlift.deferred.tape import Node
 from weightlift.integrations.transformers.model import ORIGINAL
 
-EMBEDDING = "model.embed_tokens.weight"
 CONFIG = Gemma2Config(
     vocab_size=256_000, hidden_size=2304, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,

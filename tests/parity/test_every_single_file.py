@@ -6,8 +6,6 @@ By default a selection runs; ``-m full`` runs every class, and those with sizes 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,13 @@ from tests.parity.diffusers_compare import differences
 import weightlift as wl
 from weightlift.integrations.diffusers.single_file import ORIGINAL
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 # Joined and swapped halves, dual attention, renames, convolutions for matrices, removed keys, keys of no use.
 SELECTED = (
     "AutoencoderDC", "AutoencoderKL", "ControlNetModel", "FluxTransformer2DModel", "Krea2Transformer2DModel",
     "MiniMaxH3Transformer3DModel", "SD3Transformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    import logging
-
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
 
 
 def both(cls: Any, given: Any, **options: Any) -> tuple[Any, Any]:

@@ -211,7 +211,7 @@ def test_current_load_of_other_threads():
     assert found["own"].seed == 4
 
 
-def test_current_load_of_many_threads():
+def test_current_load_of_many_threads(at_once):
     barrier, wrong = threading.Barrier(4), []
 
     class Slow(nn.Linear):
@@ -227,11 +227,7 @@ def test_current_load_of_many_threads():
         if wl.current_load() is not None:
             wrong.append(-number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     assert wrong == []
 
 
@@ -275,21 +271,16 @@ def test_planned_in_one_thread_executed_in_another():
     assert torch.equal(made[0].lin.bias, wl.load(Watching, {}, strict=False, seed=3).lin.bias)
 
 
-def test_only_one_of_many_threads_gets_the_module():
-    deferred, outcomes = wl.defer(Watching), []
+def test_only_one_of_many_threads_gets_the_module(at_once):
+    deferred = wl.defer(Watching)
 
-    def work():
+    def work(_):
         try:
-            outcomes.append(deferred.materialize())
+            return deferred.materialize()
         except RuntimeError:
-            outcomes.append(None)
+            return None
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(outcome is not None for outcome in outcomes) == 1 and len(outcomes) == 8
+    assert sum(outcome is not None for outcome in at_once(work, 8)) == 1
 
 
 def test_under_a_device_context_of_the_caller():

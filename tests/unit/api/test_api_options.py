@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import logging
-import threading
 
 import pytest
 import torch
@@ -523,20 +522,14 @@ def test_missing_values_depend_on_seed_and_name_alone():
     assert torch.equal(other["d.weight"][1], torch.zeros(3))
 
 
-def test_missing_values_are_the_same_in_any_thread_and_draw_nothing():
+def test_missing_values_are_the_same_in_any_thread_and_draw_nothing(at_once):
     reference = all_bits(wl.load(Sampled, {}, strict=False, seed=5))
     state = torch.get_rng_state()
-    results = {}
 
     def work(number):
-        results[number] = all_bits(wl.load(Sampled, {}, strict=False, seed=5, workers=1 + number))
+        return all_bits(wl.load(Sampled, {}, strict=False, seed=5, workers=1 + number)) == reference
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [results[number] == reference for number in range(4)] == [True] * 4
+    assert at_once(work, 4) == [True] * 4
     wl.defer(Sampled).materialize()
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -17,7 +17,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import weightlift as wl
 from weightlift import dtypes
-from weightlift.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import CheckpointChanged, CheckpointError, CheckpointNotFound
 
 

@@ -5,7 +5,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -100,18 +99,10 @@ def test_more_than_any_system_has_is_a_lack_of_memory(elements):
         wl.defer(lambda: nn.ParameterList([torch.empty(elements)]))
 
 
-def test_threads_get_disjoint_memory():
-    reservations, made = Reservations(), []
-
-    def work():
-        made.extend(reservations.reserve(100) for _ in range(300))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({(id(block), offset) for _, block, offset in made}) == 1200
+def test_threads_get_disjoint_memory(at_once):
+    reservations = Reservations()
+    made = at_once(lambda _: [reservations.reserve(100) for _ in range(300)], 4)
+    assert len({(id(block), offset) for mine in made for _, block, offset in mine}) == 1200
 
 
 _SEALED = """

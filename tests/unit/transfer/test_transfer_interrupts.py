@@ -111,11 +111,11 @@ def test_no_core_is_lost():
     assert taken == [1, 1]
 
 
-def test_no_more_threads_hold_cores_than_there_are():
+def test_no_more_threads_hold_cores_than_there_are(at_once):
     cores, most, now = Cores(2), 0, 0
     lock = threading.Lock()
 
-    def take() -> None:
+    def take(_: int) -> None:
         nonlocal most, now
         for _ in range(20):
             with cores:
@@ -128,11 +128,7 @@ def test_no_more_threads_hold_cores_than_there_are():
                 with cores.given_back():
                     pass
 
-    threads = [threading.Thread(target=take) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(take, 6)
     assert most == 2
 
 

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -110,7 +109,7 @@ def test_never_more_is_kept_than_lived_at_once(steps: list[tuple[str, int, int]]
         assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(places))
 
 
-def test_threads_never_get_the_same_memory():
+def test_threads_never_get_the_same_memory(at_once):
     kept = Kept()
     wrong: list[Any] = []
 
@@ -138,11 +137,7 @@ def test_threads_never_get_the_same_memory():
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work, 8)
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
