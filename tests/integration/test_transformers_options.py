@@ -100,6 +100,12 @@ def test_a_device_map_whose_keys_are_no_names(llama: Path) -> None:
         wl.from_pretrained(AutoModelForCausalLM, llama, device_map={0: "cpu"})
 
 
+def test_warnings_name_who_calls(bert: Path) -> None:
+    with pytest.warns(FutureWarning, match="tp_plan") as found:
+        wl.from_pretrained(BertModel, bert, tp_plan="auto")  # left to Transformers
+    assert {item.filename for item in found} == {__file__}
+
+
 def test_an_auto_class_picks_the_class(llama: Path, bert: Path) -> None:
     with native_only():
         assert type(wl.from_pretrained(AutoModelForCausalLM, llama)) is LlamaForCausalLM

@@ -9,9 +9,16 @@ thread sees any of it.
 from __future__ import annotations
 
 import builtins
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
+
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
+_shown: dict[str, dict[Any, Any]] = {}  # which warnings a module has given, for rooms of modules that gave none
 
 
 def in_room(function: Any, names: Mapping[str, Any], imports: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -19,6 +26,9 @@ def in_room(function: Any, names: Mapping[str, Any], imports: Mapping[str, Any] 
     globals; ``imports`` are found by ``from … import`` statements within it, whatever the module."""
     inner = unwrapped(function)
     room = {**inner.__globals__, **names}
+    room.setdefault("__warningregistry__", _shown.setdefault(inner.__module__, {}))
+    if room.get("warnings") is warnings:
+        room["warnings"] = _WARNINGS
     if imports:
         room["__builtins__"] = {**vars(builtins), "__import__": _importer(imports)}
     made = FunctionType(inner.__code__, room, inner.__name__, inner.__defaults__, inner.__closure__)
@@ -77,3 +87,16 @@ class Delegate:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+
+def _warn(message: Any, category: Any = None, stacklevel: int = 1, *args: Any, **kwargs: Any) -> None:
+    """``warnings.warn`` which finds the caller that is meant: none of this library's functions is one."""
+    level, frame = 2, sys._getframe(1)
+    while stacklevel > 1 and frame.f_back is not None:
+        frame = frame.f_back
+        level += 1
+        stacklevel -= not frame.f_code.co_filename.startswith(_OURS)
+    warnings.warn(message, category, level, *args, **kwargs)
+
+
+_WARNINGS = Delegate(warnings, warn=_warn)

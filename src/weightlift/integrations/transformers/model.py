@@ -36,6 +36,7 @@ from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
 from weightlift.integrations.not_native import refuse_allowed, refuse_foreign
+from weightlift.integrations.room import in_room
 from weightlift.integrations.transformers.conversion import Conversion, convert
 from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_parts
 from weightlift.integrations.transformers.init import build, initialise, tie
@@ -62,9 +63,9 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     def native() -> Any:
         refuse(name, kwargs)
         refuse_hooks(cls)
-        return ORIGINAL.__func__(StandIn(cls), name, *args, **kwargs)
+        return in_room(ORIGINAL, {})(StandIn(cls), name, *args, **kwargs)
 
-    return native_or_alone(cls, native, lambda: ORIGINAL.__func__(cls, name, *args, **kwargs))
+    return native_or_alone(cls, native, lambda: in_room(ORIGINAL, {})(cls, name, *args, **kwargs))
 
 
 class Damaged(CheckpointError, SafetensorError):
