@@ -204,3 +204,55 @@ def test_elements_of_a_mapping_that_goes_over_rows() -> None:
         net(value)
     assert torch.equal(got["key"][0], value * 2) and torch.equal(got["place"][0], value * 2)
     assert torch.equal(got["whole"][0]["a"], value)
+
+
+class Fixed(collections.abc.Mapping[str, Any]):
+    """A mapping that nobody can make from another one."""
+
+    def __init__(self, *, first: Any) -> None:
+        self.first = first
+
+    def __getitem__(self, key: str) -> Any:
+        if key != "first":
+            raise KeyError(key)
+        return self.first
+
+    def __iter__(self) -> Any:
+        return iter(["first"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Closed(dict[str, Any]):
+    """A dictionary to which nothing can be written."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("it is closed")
+
+
+@pytest.mark.parametrize("make", [lambda value: Fixed(first=value), lambda value: Closed(first=value)])
+def test_mapping_of_which_no_other_can_be_made_is_recorded_as_it_is_and_named(make: Calls) -> None:
+    net = Gives(lambda value: [make(value)])
+    with pytest.raises(wl.CaptureError, match=r"Fixed|Closed"), wl.capture(net, tap=wl.Output("", detach=True)) as got:
+        (out,) = net(torch.ones(2, 3))
+    assert out is got["tap"][0][0]  # the forward went on
+    net = Gives(lambda value: [value, make("no tensor")])
+    with wl.capture(net, tap=wl.Output("", dtype=torch.float64)) as got:
+        net(torch.ones(2, 3))
+    assert got["tap"][0][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", [capturing, recording])
+def test_a_dtype_is_for_what_module_to_would_cast(call: Calls, nothing_compiled: None) -> None:
+    def make(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": value, "mask": value > 0, "ids": value.argmax(1), "waves": value.to(torch.complex64)}
+
+    _, got = call(
+        Gives(make), wl.Output("", dtype=torch.bfloat16, index=lambda out: [*out.values()][:3]), torch.ones(2, 3)
+    )
+    assert [item.dtype for item in got] == [torch.bfloat16, torch.bool, torch.int64]
+    _, got = call(Gives(make), wl.Output("", dtype=torch.complex128), torch.ones(2, 3))
+    assert [item.dtype for item in got.values()] == [torch.complex128, torch.bool, torch.int64, torch.complex128]
+    _, got = call(Gives(make), wl.Output("", index="mask", dtype=torch.int32), torch.ones(2, 3))
+    assert got.dtype == torch.int32

@@ -76,7 +76,8 @@ class Output(Options):
         calls: which calls of each module, counted over the capture, as a list is indexed (``[0, -1]``). None: all.
         tokens: a position, slice or list of positions of dimension 1.
         at: any indexing expression, ``at=(slice(None), -1)``. What a slice leaves out is not kept in memory.
-        detach, device, dtype: as the methods of tensors; they are applied to every tensor within the value.
+        detach, device: as the methods of tensors; they are applied to every tensor within the value.
+        dtype: as of ``module.to``: integers and masks keep theirs, unless this is one for them.
         clone: True copies; None copies only what is a part of something larger; False never.
         stop: leave the forward once everything that the capture wants has been seen. The ``with`` block ends there.
         replace: ``fn(value) -> value``, edits in flight; with ``tokens`` or ``at`` it is given, and replaces, that

@@ -254,7 +254,7 @@ def finish(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> Any:
     if isinstance(value, list):
         return _list_of(value, [finish(item, recipe, within) for item in value])
     if isinstance(value, Mapping):
-        if not _goes_over_keys(value):
+        if not _can_be_made_anew(value):
             return value
         return _mapping_with(value, {key: finish(item, recipe, within) for key, item in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -273,20 +273,24 @@ def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
         return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
     if _holds_itself(value, within):
         return f"{type(value).__name__} within itself"
-    if isinstance(value, Mapping) and not _goes_over_keys(value):
-        return type(value).__name__
+    if isinstance(value, Mapping) and not _can_be_made_anew(value):
+        parts: list[tuple[Any, Any]] = []
+        _parts_of(value, parts, {})
+        return type(value).__name__ if any(isinstance(item, torch.Tensor) for item, _ in parts) else None
     return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
 
 
-def _goes_over_keys(value: Mapping[Any, Any]) -> bool:
-    """Whether a mapping is one as Python has them. tensordict's are registered as mappings and go over their rows: what
-    is right for such a one with other tensors in it, only its class knows."""
-    if isinstance(value, dict) or is_dynamo_compiling():
+def _can_be_made_anew(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is one as Python has them, of which one with other values can be made. tensordict's are
+    registered as mappings and go over their rows: what is right for such a one, only its class knows."""
+    if type(value) is dict or is_dynamo_compiling():
         return True
     try:
         found, keys = list(value), list(value.keys())
-        return len(found) == len(keys) and all(
-            one is other or (type(one) is type(other) and one == other) for one, other in zip(found, keys)
+        return (
+            len(found) == len(keys)
+            and all(one is other or (type(one) is type(other) and one == other) for one, other in zip(found, keys))
+            and type(_mapping_with(value, dict(value))) is type(value)
         )
     except Exception:  # whatever its class raises, the forward is the user's
         return False
@@ -294,6 +298,16 @@ def _goes_over_keys(value: Mapping[Any, Any]) -> bool:
 
 def _holds_itself(value: Any, within: tuple[Any, ...]) -> bool:
     return not is_dynamo_compiling() and any(value is outer for outer in within)
+
+
+def _for(tensor: torch.Tensor, target: dict[str, Any]) -> dict[str, Any]:
+    """What ``module.to`` would do to a tensor: masks and indices are moved, and not cast to a dtype of numbers."""
+    if tensor.is_floating_point() or tensor.is_complex() or "dtype" not in target:
+        return target
+    wanted: torch.dtype = target["dtype"]
+    if not (wanted.is_floating_point or wanted.is_complex):
+        return target
+    return {name: value for name, value in target.items() if name != "dtype"}
 
 
 def _finish(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -304,7 +318,7 @@ def _finish(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         tensor = tensor[recipe.part]
     if recipe.target is not None:
         before = tensor
-        tensor = tensor.to(**recipe.target)
+        tensor = tensor.to(**_for(tensor, recipe.target))
         moved = tensor is not before
     # A part that stays a view would keep the memory of the whole.
     if recipe.clone or (recipe.clone is None and recipe.part is not None and not moved):
