@@ -225,6 +225,22 @@ def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_header_that_no_reader_takes(tmp_path: Path) -> None:
+    wl.save({"weight": torch.ones(1)}, tmp_path)
+    with pytest.raises(wl.CheckpointError, match="header would be too long") as caught:
+        wl.save({"weight": torch.zeros(1)}, tmp_path, metadata={"text": "x" * 100_000_000})
+    assert "less metadata" in str(caught.value)
+    assert safetensors.torch.load_file(tmp_path / "model.safetensors")["weight"].item() == 1
+    wl.save({"weight": torch.zeros(1)}, tmp_path, metadata={"text": "x" * 99_999_000})
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert len(file.metadata()["text"]) == 99_999_000
+
+
+def test_packed_values_without_a_dimension(tmp_path: Path) -> None:
+    with pytest.raises(wl.CheckpointError, match="weight: holds two values"):
+        wl.save({"weight": torch.empty((), dtype=torch.float4_e2m1fn_x2)}, tmp_path)
+
+
 def test_a_checkpoint_that_would_be_read_instead(tmp_path: Path) -> None:
     wl.save(Net(), tmp_path, name="diffusion_pytorch_model")
     with pytest.raises(wl.CheckpointError, match="read instead"):

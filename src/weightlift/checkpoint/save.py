@@ -26,7 +26,8 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manifest
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
-from weightlift.checkpoint.write import permit, write_safetensors
+from weightlift.checkpoint.safetensors import MAX_HEADER_BYTES
+from weightlift.checkpoint.write import Layout, laid_out, permit, write_safetensors
 from weightlift.errors import CheckpointError, Problem, TransferError
 from weightlift.lazy_views import shown
 
@@ -82,10 +83,11 @@ def save(
         tensors, ties = _untied(_savable(state))
         texts = {**ties, "format": "pt", **given}
         split, index = _split(tensors, name, limit)
+        layouts = _layouts(split, tensors, texts)
         _make(where)
         try:
             with _alone_in(where):
-                _Saving(where, name, [*split], index).run(split, tensors, texts, manifest=manifest)
+                _Saving(where, name, [*split], index).run(layouts, tensors, manifest=manifest)
         except OSError as error:
             if isinstance(error, CheckpointError):  # some are both
                 raise
@@ -170,6 +172,10 @@ def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             problems.append(Problem(f"is a {type(tensor).__name__}, not a plain tensor", key=key, hint=hint))
         elif dtypes.safetensors_name(tensor.dtype) is None:
             problems.append(Problem(f"has the dtype {tensor.dtype}, unknown to the format", key=key, hint="cast it"))
+        elif not tensor.dim() and dtypes.safetensors_name(tensor.dtype) == "F4":
+            problems.append(
+                Problem("holds two values and has no dimension, for which the format has no shape", key=key)
+            )
         elif key == "__metadata__":
             problems.append(Problem("has the name that the format keeps for itself", key=key))
         elif not _is_text(key):
@@ -217,6 +223,27 @@ def _split(
         return files, None
     content = {"metadata": done.metadata, "weight_map": done.tensor_to_filename}
     return files, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _layouts(
+    split: Mapping[str, list[str]], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, Layout]:
+    """File name → how it is to be. Raises `CheckpointError` for headers that no reader of the format takes."""
+    layouts = {file: laid_out({key: tensors[key] for key in keys}, metadata) for file, keys in split.items()}
+    problems = [
+        Problem(
+            "the header would be too long",
+            file=file,
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            found=f"{layout.header_bytes} bytes for {len(layout.spans)} tensors and the metadata",
+            hint="give less metadata, or a smaller max_shard_bytes, so that a file holds fewer tensors",
+        )
+        for file, layout in layouts.items()
+        if layout.header_bytes > MAX_HEADER_BYTES
+    ]
+    if problems:
+        raise CheckpointError(_SUMMARY, problems)
+    return layouts
 
 
 @contextlib.contextmanager
@@ -268,21 +295,13 @@ class _Saving:
             )
             raise CheckpointError("not saved", [problem])
 
-    def run(
-        self,
-        split: Mapping[str, list[str]],
-        tensors: Mapping[str, torch.Tensor],
-        metadata: Mapping[str, str],
-        *,
-        manifest: bool,
-    ) -> None:
+    def run(self, layouts: Mapping[str, Layout], tensors: Mapping[str, torch.Tensor], *, manifest: bool) -> None:
         """Write, then rename. On an error the folder is as it was."""
         sums = self._sums()
         mode = self._mode()
         try:
-            for file, keys in split.items():
-                part = {key: tensors[key] for key in keys}
-                digest = write_safetensors(self._hidden(file), part, metadata, hashed=manifest, mode=mode)
+            for file, layout in layouts.items():
+                digest = write_safetensors(self._hidden(file), tensors, layout, hashed=manifest, mode=mode)
                 if digest is not None:
                     sums[file] = digest
             if self._index is not None:

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,17 +24,28 @@ _LENGTH_BYTES = 8  # before the header
 _CALL_BYTES = 64 << 20
 
 
+class Layout(NamedTuple):
+    """The beginning of a file, its header's length included, and each tensor's bytes behind that, in their order."""
+
+    header: bytes
+    spans: dict[str, tuple[int, int]]
+
+    @property
+    def header_bytes(self) -> int:
+        """As the format counts them."""
+        return len(self.header) - _LENGTH_BYTES
+
+
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, hashed: bool, mode: int | None
+    path: Path, tensors: Mapping[str, torch.Tensor], layout: Layout, *, hashed: bool, mode: int | None
 ) -> str | None:
     """Write a new file, flushed to the disk, with the permissions ``mode`` (None: the umask's); its sha256 when
-    ``hashed``.
+    ``hashed``. ``layout``: that of its tensors, by `laid_out`.
 
     The file must not exist. Tensors are plain, strided and of dtypes that the format has. Tensors of another device
     pass through the CPU one at a time. Raises `TransferError` with key and byte range, the cause chained.
     """
-    names = sorted(tensors, key=lambda name: _place(name, tensors[name]))
-    header, spans = _header(names, tensors, metadata)
+    header, spans = layout
     state = hashlib.sha256(usedforsecurity=False) if hashed else None
     key, start, end = None, 0, len(header)
     try:
@@ -41,8 +53,8 @@ def write_safetensors(
         try:
             permit(fd, mode)
             _write(fd, memoryview(header), state)
-            for key in names:
-                start, end = (len(header) + at for at in spans[key])
+            for key, span in spans.items():
+                start, end = (len(header) + at for at in span)
                 host = tensors[key].detach().resolve_conj().resolve_neg().to("cpu").contiguous()
                 _write(fd, _bytes(host), state)
             os.fsync(fd)
@@ -67,9 +79,9 @@ def permit(fd: int, mode: int | None) -> None:
             os.fchmod(fd, mode)
 
 
-def _header(
-    names: list[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def laid_out(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Layout:
+    """How a file of these tensors is to be."""
+    names = sorted(tensors, key=lambda name: _place(name, tensors[name]))
     described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     spans: dict[str, tuple[int, int]] = {}
     position = 0
@@ -85,7 +97,7 @@ def _header(
         described[name] = {"dtype": kind, "shape": shape, "data_offsets": list(spans[name])}
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGN_BYTES)
-    return struct.pack("<Q", len(text)) + text, spans
+    return Layout(struct.pack("<Q", len(text)) + text, spans)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
