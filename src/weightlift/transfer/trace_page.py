@@ -22,12 +22,18 @@ _CEILING_BYTES = 32 << 20
 
 
 def write(trace: Trace, path: str | os.PathLike[str], *, title: str) -> None:
-    """Write a page (``.html``) or Chrome trace events (any other suffix). Raises OSError."""
+    """Write a page (``.html``) or Chrome trace events (any other suffix). Raises OSError, and leaves no part then."""
     target = Path(path)
     as_page = target.suffix.lower() in (".html", ".htm")
     text = page(trace, title=title) if as_page else json.dumps(trace.chrome_events())
-    # The name of a folder may hold bytes that are no text.
-    target.write_text(text, encoding="utf-8", errors="backslashreplace")
+    was_there = target.exists()  # maybe as a pipe, and with permissions of its own: then it is written to
+    try:
+        # The name of a folder may hold bytes that are no text.
+        target.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except BaseException:
+        if not was_there:
+            target.unlink(missing_ok=True)
+        raise
 
 
 def page(trace: Trace, *, title: str) -> str:

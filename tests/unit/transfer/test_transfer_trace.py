@@ -136,6 +136,18 @@ def test_a_trace_that_fails_in_the_end_costs_no_module(folder: Path, caplog: pyt
     assert record.name == "weightlift" and "No space left" in record.getMessage() and "trace" in record.getMessage()
 
 
+def test_a_trace_that_fails_half_way_leaves_no_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:100])
+        raise OSError("No space left on device")
+
+    (folder / "old.html").touch()
+    monkeypatch.setattr(Path, "write_text", full)
+    for name in ("new.html", "old.html"):
+        wl.load(Net, folder / "model.safetensors", trace=folder / name)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "old.html"]
+
+
 @FULL
 def test_a_trace_that_fails_hides_no_error(folder: Path) -> None:
     plan = wl.plan(Net, folder, copy=True, trace="/dev/full")
