@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from transformers import AutoModel, BertConfig, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import PreTrainedConfig as Configuration
 
 import weightlift as wl
+from weightlift.integrations.transformers.dtypes import Dtypes
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -220,3 +223,15 @@ def test_the_process_default_stays_what_it_is(default_dtypes: set[torch.dtype], 
     for _ in range(3):
         wl.from_pretrained(Looks, tmp_path, dtype=torch.bfloat16)
     assert default_dtypes == {torch.float32}
+
+
+def test_classes_of_configurations_do_not_pile_up() -> None:
+    found = []
+    for _ in range(300):
+        made = type("MadeConfig", (PreTrainedConfig,), {"model_type": "weightlift-made"})
+        found.append(weakref.ref(made))
+        with Dtypes(made(), torch.float32):
+            pass
+    del made
+    gc.collect()
+    assert sum(item() is not None for item in found) <= 256

@@ -219,9 +219,10 @@ class _Watched:
         _CLASS.__set__(self, value)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _kind(base: type) -> type:
-    """The class for watched configurations of a class: one for all loads, since only the collector removes classes."""
+    """The class for watched configurations of a class: one for all loads, since only the collector removes classes.
+    Not for ever: a repository's code brings a class of its own each time that it is imported."""
     meta: Any = type(type(base).__name__, (_Kind, type(base)), {})
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind: type = meta(base.__name__, (_Watched, base), {**names, "weightlift_base": base})
