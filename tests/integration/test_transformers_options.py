@@ -3,6 +3,7 @@ as Transformers tells it."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_the_meta_device_is_left_to_transformers(llama: Path, places: Any) -> No
 def test_a_device_map_whose_keys_are_no_names(llama: Path) -> None:
     with pytest.raises(TypeError, match=r"device_map: expected names of modules as keys, found 0 \(a int\); map names"):
         wl.from_pretrained(AutoModelForCausalLM, llama, device_map={0: "cpu"})
+
+
+@pytest.mark.parametrize("asked", [{"patch_embeddings": True}, {}])
+def test_fusions_that_the_configuration_asks_for(llama: Path, asked: dict[str, bool]) -> None:
+    config = LlamaConfig.from_pretrained(llama)
+    config.fusion_config = asked
+    with pytest.raises(FellBack, match="fusion_config") if asked else contextlib.nullcontext(), native_only():
+        wl.from_pretrained(LlamaForCausalLM, llama, config=config)
 
 
 def test_warnings_name_who_calls(bert: Path) -> None:

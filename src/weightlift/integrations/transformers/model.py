@@ -41,7 +41,7 @@ from weightlift.integrations.transformers.conversion import Conversion, convert
 from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_parts
 from weightlift.integrations.transformers.init import build, initialise, tie
 from weightlift.integrations.transformers.offload import Offload
-from weightlift.integrations.transformers.options import refuse
+from weightlift.integrations.transformers.options import refuse, refuse_fusion
 from weightlift.integrations.transformers.quantised import ShapesOnly, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply, match
@@ -63,7 +63,8 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
     def native() -> Any:
         refuse(name, kwargs)
         refuse_hooks(cls)
-        return in_room(ORIGINAL, {})(StandIn(cls), name, *args, **kwargs)
+        imports = {"register_fusion_patches": refuse_fusion}
+        return in_room(ORIGINAL, {}, imports)(StandIn(cls), name, *args, **kwargs)
 
     return native_or_alone(cls, native, lambda: in_room(ORIGINAL, {})(cls, name, *args, **kwargs))
 

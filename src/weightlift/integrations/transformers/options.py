@@ -47,3 +47,9 @@ def refuse(name: Any, kwargs: Mapping[str, Any]) -> None:
         raise NotNative("DeepSpeed ZeRO-3", _PARALLEL)
     if monkey_patching.get_patch_mapping():
         raise NotNative("registered class replacements", "Transformers swaps these classes while it builds")
+
+
+def refuse_fusion(cls: Any, config: Any, fusion_config: Any = None) -> None:
+    """In place of Transformers' ``register_fusion_patches``: a configuration may ask for it, too."""
+    if fusion_config:
+        raise NotNative("fusion_config", REASONS["fusion_config"])
