@@ -12,6 +12,7 @@ from tests.parity import tiny
 from tests.parity.compare import FellBack, differences, native_only
 from torch import nn
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -23,9 +24,12 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_layers import MtpModel
+from transformers.models.auto import auto_factory
 from transformers.models.timm_backbone import modeling_timm_backbone
 
 import weightlift as wl
+from weightlift.integrations.exclusive import LOADING
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -198,3 +202,25 @@ def test_an_override_of_transformers_that_builds_by_itself(monkeypatch: pytest.M
     monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(lambda *_, **__: made))
     with pytest.raises(FellBack, match=r"super\(\)\._from_config"), native_only():
         assert wl.from_pretrained(modeling_timm_backbone.TimmBackbone, "resnet18") is made
+
+
+def test_a_backbone_of_timm_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def builds(cls: Any, name: str, **kwargs: Any) -> nn.Module:
+        return nn.Linear(2, 2) if LOADING.writing else nn.Linear(3, 3)
+
+    class Hub:
+        def repo_exists(self, name: str) -> bool:
+            return False
+
+    monkeypatch.setattr(auto_factory, "hf_api", Hub)
+    monkeypatch.setattr(AutoBackbone, "_load_timm_backbone_from_pretrained", classmethod(builds))
+    assert wl.from_pretrained(AutoBackbone, "resnet18", use_timm_backbone=True).in_features == 2
+
+
+def test_layers_for_further_tokens_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(model: Any) -> None:
+        raise EOFError("alone" if LOADING.writing else "beside others")
+
+    monkeypatch.setattr(MtpModel, "get_mtp_weights_regex", staticmethod(alone))
+    with pytest.raises(EOFError, match="alone"):
+        wl.from_pretrained(MtpModel, BertModel(BertConfig(**SMALL)))

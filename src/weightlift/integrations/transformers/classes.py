@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import auto_factory
 from transformers.models.auto.auto_factory import (
     _BaseAutoModelClass,
     _get_model_class,
@@ -23,7 +24,7 @@ from transformers.models.auto.auto_factory import (
 )
 
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
-from weightlift.integrations.room import Delegate, Handle, in_room
+from weightlift.integrations.room import Delegate, Handle, in_room, unwrapped
 from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
@@ -71,6 +72,8 @@ class _From:
         method = None if self.owner is None else self.owner.__dict__["from_pretrained"]
         if not _of_transformers(method):
             raise NotNative("a from_pretrained of its own", "it is code that nobody here knows")
+        if "get_init_context" in unwrapped(method).__code__.co_names:
+            raise NotNative("a from_pretrained that sets up how the model is built", "it patches the process meanwhile")
         names = {**_LEADING_HERE, "super": lambda *_: _From(self._cls, self.owner)}
         return in_room(method, names)(self._cls, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -107,10 +110,23 @@ def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _hub() -> Any:
+    """What `AutoBackbone` asks whether there is a repository; it takes other names for timm's."""
+    hub: Any = auto_factory.hf_api()
+
+    def repo_exists(*args: Any, **kwargs: Any) -> bool:
+        if not hub.repo_exists(*args, **kwargs):
+            raise NotNative("a backbone of timm's", "Transformers builds and loads it in a way of its own")
+        return True
+
+    return Delegate(hub, repo_exists=repo_exists)
+
+
 _LEADING_HERE: Mapping[str, Any] = {
     "AutoConfig": Delegate(AutoConfig, from_pretrained=_one_at_a_time(AutoConfig.from_pretrained)),
     "_get_model_class": lambda config, mapping: _handle(_get_model_class(config, mapping)),
     "add_generation_mixin_to_remote_model": _with_mixin,
     "get_class_from_dynamic_module": _one_at_a_time(get_class_from_dynamic_module),
+    "hf_api": _hub,
 }
 """Names that the Auto classes' ``from_pretrained`` finds among its globals, and what they mean for a load."""
