@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.capture.nets import Net, same, states, x
+from tests.capture.nets import Mixed, Net, same, states, x
 from torch import nn
 
 import weightlift as wl
@@ -73,3 +73,41 @@ def test_gradients_flow_through_a_value_that_is_left(call: Calls) -> None:
     net.zero_grad()
     net(value).sum().backward()
     assert all(torch.allclose(one, two.grad, atol=1e-6) for one, two in zip(grads, net.parameters()))
+
+
+@HOW
+@pytest.mark.parametrize("make", [wl.Output, wl.Input])
+@pytest.mark.parametrize("calls", [[0], [1], (0, 2), [7]])
+def test_only_the_calls_that_are_chosen_are_edited(call: Calls, make: Any, calls: Any) -> None:
+    """As a hook that counts: the steps of a loop that features are put into, and no other."""
+    net, value = Mixed(), x()
+    tap = make("often", calls=calls, replace=lambda tensor: tensor * 2, expect="maybe")
+    with torch.no_grad():
+        out, got = call(net, value, {"edited": tap})
+        expected = net.data(value).value + net.table(value)["value"]
+        edited = []
+        for number in range(3):
+            given = expected * 2 if make is wl.Input and number in calls else expected
+            expected = net.often(given)
+            expected = expected * 2 if make is wl.Output and number in calls else expected
+            edited += [given if make is wl.Input else expected] if number in calls else []
+    assert same([out], [expected]) and same(got["edited"], edited)
+
+
+def test_calls_that_are_edited_are_counted_over_the_capture() -> None:
+    net, value = Net(), x()
+    with wl.capture(net, late=wl.Output("head", calls=[1], replace=torch.zeros_like)) as got, torch.no_grad():
+        first, second, third = net(value), net(value), net(value)
+    assert same([first], [third]) and not second.any() and same(got["late"], [second])
+
+
+def test_calls_that_nobody_counts_are_not_edited() -> None:
+    net = Net()
+    for layer in net.layers:
+        layer.compile(backend="eager")
+    tap = wl.Output("layers.*.out", calls=[0], replace=torch.zeros_like)
+    with pytest.raises(wl.CaptureError, match=r"layers\.0\.out: replace with calls.*compiled by itself"):
+        wl.recorder(net, edited=tap)
+    value = x()
+    edited = wl.recorder(net, edited=wl.Output("layers.2", calls=[0], replace=torch.zeros_like))
+    assert same([edited(value)[0]], [net.head(torch.zeros_like(value))])

@@ -156,6 +156,7 @@ def test_conflicting_names() -> None:
         (lambda: wl.Output("a", expect="often"), "'every', 'some' or 'maybe'"),
         (lambda: wl.Output("a", calls=[]), "sequence of whole numbers"),
         (lambda: wl.Output("a", calls=[-1], stop=True), "stop with a negative call"),
+        (lambda: wl.Output("a", calls=[0, -1], replace=abs), "replace with a negative call"),
         (lambda: wl.Output("a", index=lambda o: o, replace=torch.neg), "callable index"),
     ],
 )

@@ -68,6 +68,8 @@ class Choice:
         options["replace"] = changed if more % 6 == 5 and not callable(options["index"]) else None
         if options["replace"] is not None and options["index"] not in ((0, "x") if self.before else (1, -1, "b")):
             options.pop("tokens", None), options.pop("at", None)  # of a container there is no part to edit
+        if any(call < 0 for call in options["calls"] or ()):
+            options["replace"] = None
         options["stop"] = more % 11 == 4 and not any(call < 0 for call in options["calls"] or ())
         return options
 
@@ -268,7 +270,7 @@ class ByHand:
             return None
         value = index((args, kwargs)) if callable(index) else args[place] if isinstance(place, int) else kwargs[place]
         edited = None
-        if options["replace"] is not None:
+        if self.wants_edit(name, fqn):
             self.edits()
             value = self.edit(options, value)
             if isinstance(place, int):
@@ -286,12 +288,18 @@ class ByHand:
             self.note(name, fqn, lack=lack)
             return None
         edited = None
-        if options["replace"] is not None:
+        if self.wants_edit(name, fqn):
             self.edits()
             value = self.edit(options, value)
             edited = with_element(output, options["index"], value)
         self.note(name, fqn, value)
         return edited
+
+    def wants_edit(self, name: str, fqn: str) -> bool:
+        """Only the calls that are chosen, if any are."""
+        calls = self.options[name]["calls"]
+        chosen = calls is None or len(self.fired.get((name, fqn), ())) in calls
+        return chosen and self.options[name]["replace"] is not None
 
     def edits(self) -> None:
         if self.grad and region.get() == "idle":
@@ -379,7 +387,6 @@ class ByHand:
                 for noted in self.noted
                 if noted.tap != name
                 or any(noted.call == (call if call >= 0 else call + counts[noted.fqn]) for call in options["calls"])
-                or (noted.lack is not None and options["replace"] is not None)
             ]
 
     def look_for_more(self) -> None:

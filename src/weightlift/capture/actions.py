@@ -19,7 +19,7 @@ from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, beyond, edit, finish, pick, put, recipe_of, untouched, version_of
+from weightlift.capture.values import Lack, beyond, edit, edits, finish, pick, put, recipe_of, untouched, version_of
 
 
 class Action:
@@ -129,7 +129,7 @@ class TakeOutput(Action):
                 if not recomputing:
                     self.lack(session, value)
                 return output
-            if tap.recipe.replace is not None:
+            if edits(tap.recipe, len(session.fired[self.site])):
                 session.notice_checkpoint(self.fqn, edits=True)
                 value = edit(value, tap.recipe)
                 output = put(output, tap.recipe.index, value)
@@ -220,7 +220,7 @@ class TakeInput(TakeOutput):
             return None
         edited = None
         value = take_argument(place, args, kwargs)
-        if tap.recipe.replace is not None:
+        if edits(tap.recipe, len(session.fired[self.site])):
             session.notice_checkpoint(self.fqn, edits=True)
             value = edit(value, tap.recipe)
             edited = put_argument(place, args, kwargs, value)

@@ -19,6 +19,7 @@ from weightlift.capture.gathering import gather_site
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
 from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin
+from weightlift.errors import CaptureError, Problem
 
 
 class Regions:
@@ -95,6 +96,11 @@ class Regions:
             # Takes count downwards: numbers from zero are those of the taps that a sub-model gathers for.
             own = [replace(take, number=-1 - len(takes) - n, fqn="") for n, take in enumerate(sites.takes)]
             takes += sites.takes
+            early = [take for take in sites.takes if take.recipe.calls is not None]
+            if early:
+                what = "replace with calls, inside a layer that was compiled by itself, where nobody counts its calls"
+                hint = "edit what the layer itself takes or returns, or compile the recorder instead of the layers"
+                raise CaptureError("this can't be edited", [Problem(what, fqn=take.fqn, hint=hint) for take in early])
             places = [site if named else replace(site, fqn=str(len(held))) for site in sites.declared or ()]
             held.update(((place.fqn, site.key), site) for place, site in zip(places, sites.declared or ()))
             relative[key] = Sites(own, sites.gather, places, held=True)

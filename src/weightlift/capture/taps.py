@@ -73,7 +73,8 @@ class Output(Options):
             a class, a module, a predicate ``(fqn, module) -> bool``, or a list of these.
         index: an element of the output: a position, a key or attribute, or a callable. None takes it whole. An element
             that is None is an error, where ``expect`` does not say that a module may leave it out.
-        calls: which calls of each module, counted over the capture, as a list is indexed (``[0, -1]``). None: all.
+        calls: which calls of each module are kept, and edited, counted over the capture, as a list is indexed
+            (``[0, -1]``). None: all.
         tokens: a position, slice or list of positions of dimension 1.
         at: any indexing expression, ``at=(slice(None), -1)``. What a slice leaves out is not kept in memory.
         detach, device: as the methods of tensors; they are applied to every tensor within the value.
@@ -108,10 +109,10 @@ class Output(Options):
         if _is_number(index):
             object.__setattr__(self, "index", operator.index(index))
         problems = _not_numbers("calls", self.calls)
-        if self.stop and self.calls is not None and any(call < 0 for call in self.calls):
-            problems.append(
-                Problem("stop with a negative call", hint="which call is the last is only known after the forward")
-            )
+        if not problems and any(call < 0 for call in self.calls or ()):
+            hint = "which call is the last is only known after the forward"
+            for name, given in (("stop", self.stop), ("replace", self.replace is not None)):
+                problems += [Problem(f"{name} with a negative call", hint=hint)] if given else []
         if self.replace is not None and callable(self.index):
             problems.append(Problem("replace with a callable index", hint="use a position, a key or no index"))
         if problems:

@@ -21,7 +21,7 @@ from weightlift.capture.declared import Site
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
 from weightlift.capture.select import original, scripted
-from weightlift.capture.values import Lack, Recipe, edit, finish, pick, put
+from weightlift.capture.values import Lack, Recipe, edit, edits, finish, pick, put
 
 
 class Left(BaseException):
@@ -157,7 +157,7 @@ def before_hook(takes: list[Take], gather: Gather | None, cell: Any, names: tupl
             value = place = argument_place(names, tap.recipe.index, args, kwargs)
             if not isinstance(place, Lack):
                 value = take_argument(place, args, kwargs)
-                if tap.recipe.replace is not None:
+                if edits(tap.recipe, call_of(tap, cell)):
                     value = edit(value, tap.recipe)
                     args, kwargs = put_argument(place, args, kwargs, value)
                 value = finish(value, tap.recipe)
@@ -175,7 +175,7 @@ def after_hook(
         for tap in takes:
             value = pick(output, tap.recipe.index)
             if not isinstance(value, Lack):
-                if tap.recipe.replace is not None:
+                if edits(tap.recipe, call_of(tap, cell)):
                     value = edit(value, tap.recipe)
                     output = put(output, tap.recipe.index, value)
                 value = finish(value, tap.recipe)
@@ -198,6 +198,13 @@ def after_hook(
         return output
 
     return hook
+
+
+def call_of(take: Take, cell: Any) -> int:
+    """Which call of the module this is, where that matters."""
+    if take.recipe.calls is None:
+        return 0
+    return len([fqn for number, fqn, _ in cell.entries if number == take.number and fqn == take.fqn])
 
 
 def arrived(cell: Any) -> None:

@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     index: Any
     part: Any
     replace: Callable[[Any], Any] | None
+    calls: tuple[int, ...] | None  # those that ``replace`` edits; None: all
     detach: bool
     clone: bool | None
     target: dict[str, Any] | None
@@ -44,6 +45,7 @@ def recipe_of(tap: Options) -> Recipe:
         chosen.index if chosen else None,
         tap.part,
         chosen.replace if chosen else None,
+        tuple(chosen.calls) if chosen and chosen.replace is not None and chosen.calls is not None else None,
         tap.detach,
         tap.clone,
         target or None,
@@ -230,6 +232,11 @@ def edit(value: Any, recipe: Recipe) -> Any:
     changed = value.clone()
     changed[recipe.part] = new
     return changed
+
+
+def edits(recipe: Recipe, call: int) -> bool:
+    """Whether ``replace`` is for this call of the module."""
+    return recipe.replace is not None and (recipe.calls is None or call in recipe.calls)
 
 
 def untouched(recipe: Recipe) -> bool:
