@@ -465,6 +465,21 @@ def test_records_of_chosen_calls_in_compiled_code() -> None:
         assert len(ends) == 2 and close([out], ends[1:])
 
 
+@pytest.mark.parametrize("options", [{"tokens": -1}, {"detach": True}, {"clone": True, "dtype": torch.float64}])
+def test_records_with_options_in_compiled_code(options: dict[str, Any]) -> None:
+    """They are looked through where the code is compiled, which must break no graph."""
+
+    class Chosen(Mixed):
+        @wl.records(data=wl.Output("data", **options), often=wl.Output("often", **options))
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (super().forward(x),)
+
+    net, value = Chosen(), x()
+    taken = net(value, output_data=True, output_often=True)
+    fast = torch.compile(net, backend="eager", fullgraph=True)(value, output_data=True, output_often=True)
+    assert close([fast[0], fast[1][0].value, *fast[2]], [taken[0], taken[1][0].value, *taken[2]])
+
+
 def test_records_and_what_a_forward_returns() -> None:
     def net_giving(make: Callable[[torch.Tensor], Any]) -> nn.Module:
         class Giving(Net):

@@ -96,8 +96,7 @@ def _calls(session: Session, number: int, name: str, tap: Output, fired: dict[st
         if any(0 <= call < len(calls) and (fqn, call) not in kept for call in wanted[fqn]):
             problems.append(let_go(name, fqn))
     session.entries[:] = _wanted(session.entries, number, wanted)
-    if tap.replace is None:  # else every call is edited
-        session.lacks[:] = _wanted(session.lacks, number, wanted)
+    session.lacks[:] = _wanted(session.lacks, number, wanted)
     return problems
 
 
@@ -283,8 +282,10 @@ def settle_recorded(
                 problems.append(Problem(f"{tap.key!r} was not recorded", hint=hint))
             continue
         if not untouched(recipe_of(tap)):
-            kinds = {entry.fqn: kind for entry in entries if entry.tap == number and (kind := beyond(entry.value))}
-            problems += [out_of_reach(name, fqn, kind) for fqn, kind in kinds.items()]
+            # No `:=` here: dynamo can't trace a name that is given a value within a comprehension.
+            kinds = [(entry.fqn, beyond(entry.value)) for entry in entries if entry.tap == number]
+            found = {fqn: kind for fqn, kind in kinds if kind is not None}
+            problems += [out_of_reach(name, fqn, kind) for fqn, kind in found.items()]
         silent = [fqn for fqn in fqns if (number, fqn) not in counts]
         if silent and not stopped and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
             hint = "it did not run, or not under its own name: layers in plain lists, on worker threads or copied"
@@ -296,6 +297,6 @@ def settle_recorded(
                 if missing and (number, fqn) in counts and tap.expect != "maybe":
                     problems.append(no_such_calls(name, fqn, missing, counts[number, fqn]))
             entries = _wanted(entries, number, wanted)
-            lacks = lacks if tap.replace is not None else _wanted(lacks, number, wanted)
+            lacks = _wanted(lacks, number, wanted)
         problems += _lacking(number, name, tap, lacks, entries)
     return entries, problems
