@@ -256,3 +256,18 @@ def test_a_dtype_is_for_what_module_to_would_cast(call: Calls, nothing_compiled:
     assert [item.dtype for item in got.values()] == [torch.complex128, torch.bool, torch.int64, torch.complex128]
     _, got = call(Gives(make), wl.Output("", index="mask", dtype=torch.int32), torch.ones(2, 3))
     assert got.dtype == torch.int32
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"device": "meta"}, {"detach": True, "clone": True}])
+def test_a_packed_sequence_stays_one(options: Any) -> None:
+    """How many steps there are of each is no data: torch's own ``to`` leaves it whole numbers, on the CPU."""
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, 3), torch.randn(4, 3)], enforce_sorted=False)
+    net = nn.Sequential(nn.LSTM(3, 5))
+    with wl.capture(net, steps=wl.Output("0", index=0, **options), given=wl.Input("0", **options)) as got:
+        output, _ = net(packed)
+    target = {key: value for key, value in options.items() if key in ("dtype", "device")}
+    for found, plain in ((got["steps"][0], output), (got["given"][0], packed)):
+        for one, other in zip(found, plain.to(**target)):
+            assert (one.dtype, one.device) == (other.dtype, other.device)
+            assert one.is_meta or torch.equal(one, other)
+    assert not (options.get("detach") and got["steps"][0].data.requires_grad)

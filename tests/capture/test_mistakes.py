@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -89,3 +90,19 @@ def test_numbers_of_other_kinds_are_positions() -> None:
         net(x())
     shapes = {name: tuple(got[name][0].shape) for name in ("tokens", "several", "tensor", "range")}
     assert shapes == {"tokens": (2, 8), "several": (2, 2, 8), "tensor": (2, 2, 8), "range": (2, 2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("tap", "error", "text"),
+    [
+        (wl.Output("layers.1", tokens=9), IndexError, "index 9 is out of bounds"),
+        (wl.Output("layers.*.attention", tokens=-1, replace=torch.neg), TypeError, r"index=…; found tuple of 2 el"),
+        (wl.Input("layers.0", replace=lambda value: value @ value), RuntimeError, "mat|size|shape"),
+    ],
+)
+def test_an_option_that_fails_says_whose_it_is(tap: Any, error: type[Exception], text: str) -> None:
+    net = Net()
+    with pytest.raises(error, match=text) as caught, wl.capture(net, mine=tap):
+        net(x())
+    if sys.version_info >= (3, 11):
+        assert "the capture's tap 'mine', at module 'layers." in caught.value.__notes__[0]

@@ -66,7 +66,7 @@ def test_a_skipped_layer_can_be_allowed() -> None:
 def test_a_module_that_is_never_called_needs_another_hint() -> None:
     """``nn.MultiheadAttention`` takes the weights of ``out_proj`` and does not call it: 'some' would not help."""
     net = nn.MultiheadAttention(8, 2)
-    text = "reads its weights without calling it, give expect='maybe'"
+    text = "reads its weights or calls another method of it than forward, give expect='maybe'"
     with pytest.raises(wl.CaptureError, match=text), wl.capture(net, hidden="out_proj"):
         net(x(), x(), x())
     with wl.capture(net, hidden=wl.Output("out_proj", expect="maybe")) as got:
@@ -276,11 +276,13 @@ def test_a_module_that_came_while_the_capture_was_open(select: object) -> None:
 class Held:
     """No container that a tap's options could follow."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: object) -> None:
         self.tensor = tensor
 
 
-@pytest.mark.parametrize("make", [Held, lambda tensor: (tensor, [Held(tensor)]), lambda tensor: {tensor}])
+@pytest.mark.parametrize(
+    "make", [Held, lambda value: (value, [Held(value)]), lambda value: {value}, lambda value: Held([Held(value)])]
+)
 @pytest.mark.parametrize("options", [{"detach": True}, {"clone": True}, {"dtype": torch.float16}, {"tokens": -1}])
 def test_options_that_do_not_reach_into_an_object(make: Callable[..., object], options: dict[str, Any]) -> None:
     class Gives(nn.Module):

@@ -130,8 +130,7 @@ class TakeOutput(Action):
                     self.lack(session, value)
                 return output
             if edits(tap.recipe, len(session.fired[self.site])):
-                session.notice_checkpoint(self.fqn, edits=True)
-                value = edit(value, tap.recipe)
+                value = self._edited(session, value)
                 output = put(output, tap.recipe.index, value)
         if not recomputing:
             self.record(session, value)
@@ -170,8 +169,25 @@ class TakeOutput(Action):
             problem = out_of_reach(self.tap.name, self.fqn, kind)
             if problem not in session.problems:
                 session.problems.append(problem)
-        with unseen():
-            return finish(value, self.tap.recipe)
+        try:
+            with unseen():
+                return finish(value, self.tap.recipe)
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def _edited(self, session: Session, value: Any) -> Any:
+        session.notice_checkpoint(self.fqn, edits=True)
+        try:
+            return edit(value, self.tap.recipe)
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        """Whoever sees it far from the capture learns which tap it was."""
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"within the capture's tap {self.tap.name!r}, at module {self.fqn!r}")
 
     def _let_go(self, session: Session, entry: Entry) -> None:
         """Of the calls that are counted from the end, only as many are kept as may still be wanted."""
@@ -221,8 +237,7 @@ class TakeInput(TakeOutput):
         edited = None
         value = take_argument(place, args, kwargs)
         if edits(tap.recipe, len(session.fired[self.site])):
-            session.notice_checkpoint(self.fqn, edits=True)
-            value = edit(value, tap.recipe)
+            value = self._edited(session, value)
             edited = put_argument(place, args, kwargs, value)
         if not recomputing:
             self.record(session, value)

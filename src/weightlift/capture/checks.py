@@ -176,7 +176,7 @@ def _why(session: Session, root: nn.Module, item: Selected, *, allowing: str = "
         )
     if not session.forwards and not any(session.fired):
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
-    skipped = "if it is skipped on purpose, or its parent reads its weights without calling it"
+    skipped = "if it is skipped on purpose, or its parent reads its weights or calls another method of it than forward"
     return f"{skipped}, give expect={allowing!r}; if it was compiled: {_COMPILED}"
 
 
@@ -214,7 +214,8 @@ def _declared(session: Session, root: nn.Module, number: int, tap: Declared, tem
     calls = session.fired[template.sites[number, fqn]]
     name = fqn or "the model"
     if not calls and not session.stopped:
-        hint = f"no forward of {name} ran eagerly in the context that opened the capture; {_COMPILED}"
+        what = "was not called in the context that opened the capture, or as model.forward(…), where no hook runs"
+        hint = f"{name} {what}; {_COMPILED}"
         return [Problem(f"{tap.key!r} was not recorded", fqn=fqn, hint=hint)]
     if tap.layers is None and not any(entry.tap == number for entry in session.entries):
         hint = f"{name} ran and gave none"

@@ -203,8 +203,8 @@ def out_of_reach(name: str, fqn: str, kind: str) -> Problem:
     """What is to be done with each tensor of a value cannot be done within an object."""
     what = f"tap {name!r}: its options change nothing within a {kind}, which holds tensors"
     hint = (
-        "take an element, index=…, or what a callable makes of the whole (index=lambda output: output.clone()), or"
-        " leave the options out: they follow tuples, lists, mappings and dataclasses"
+        "take an element, index=…, or what a callable makes of the whole (index=lambda output: output.clone(), or"
+        " copy.deepcopy(output)), or leave the options out: they follow tuples, lists, mappings and dataclasses"
     )
     return Problem(what, fqn=fqn, hint=hint)
 

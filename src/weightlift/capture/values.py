@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 from weightlift.capture.checkpointing import unseen
 from weightlift.capture.taps import Options, Output
+
+_DEEP = 5  # as far as it is looked for tensors within an object
 
 
 class Absent(LookupError):
@@ -223,6 +227,8 @@ def edit(value: Any, recipe: Recipe) -> Any:
     None leaves what it was given, which it may have written to, as torch has it for hooks.
     """
     assert recipe.replace is not None
+    if recipe.part is not None and not hasattr(value, "clone"):
+        raise TypeError(f"tokens and at edit a part of a tensor: choose one with index=…; found {_kind(value)}")
     given = value if recipe.part is None else value[recipe.part]
     new = recipe.replace(given)
     if new is None:
@@ -256,6 +262,9 @@ def finish(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> Any:
     if untouched(recipe) or _holds_itself(value, within):
         return value
     within = (*within, value)
+    if isinstance(value, PackedSequence):  # what it holds beside the data says where its steps are
+        moved = value.to(**recipe.target) if recipe.target else value
+        return moved._replace(data=_finish(moved.data, recipe._replace(target=None)))
     if isinstance(value, tuple):
         return _tuple_of(value, [finish(item, recipe, within) for item in value])
     if isinstance(value, list):
@@ -276,15 +285,24 @@ def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
         return None
     items = _items_of(value)
     if items is None:
-        held = value if isinstance(value, Set | deque) else getattr(value, "__dict__", {}).values()
-        return type(value).__name__ if any(isinstance(item, torch.Tensor) for item in held) else None
+        return type(value).__name__ if _holds_tensors(value, _DEEP) else None
     if _holds_itself(value, within):
         return f"{type(value).__name__} within itself"
     if isinstance(value, Mapping) and not _can_be_made_anew(value):
-        parts: list[tuple[Any, Any]] = []
-        _parts_of(value, parts, {})
-        return type(value).__name__ if any(isinstance(item, torch.Tensor) for item, _ in parts) else None
+        return type(value).__name__ if _holds_tensors(value, _DEEP) else None
     return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
+
+
+def _holds_tensors(value: Any, deep: int) -> bool:
+    """Also within what it holds, as a cache does, which has a list of layers; but a module's are no values."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if deep == 0 or value is None or isinstance(value, str | int | float | type | nn.Module):
+        return False
+    held = _items_of(value)
+    if held is None:
+        held = [*value] if isinstance(value, Set | deque) else [*getattr(value, "__dict__", {}).values()]
+    return any(_holds_tensors(item, deep - 1) for item in held)
 
 
 def _can_be_made_anew(value: Mapping[Any, Any]) -> bool:
