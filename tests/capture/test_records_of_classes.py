@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -141,3 +142,14 @@ def test_a_decorated_forward_may_be_decorated_again() -> None:
     with wl.capture(net, "first", "second") as got:
         net(x())
     assert got.named("first").keys() | got.named("second").keys() == {"one", "two"}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_flags_are_arguments_of_the_forward(strict: bool) -> None:
+    """Whoever looks at its signature finds them, as ``torch.export`` does before it binds what it was given."""
+    parameters = inspect.signature(Recorded().forward).parameters
+    assert list(parameters) == ["x", "output_hidden_states", "output_weights"]
+    net, value = Recorded(), x()
+    program = torch.export.export(net, (value,), {"output_hidden_states": True}, strict=strict)
+    out = program.module()(value, output_hidden_states=True)
+    assert same(out["hidden_states"], states(net, value))

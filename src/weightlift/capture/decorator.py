@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -57,10 +58,21 @@ def records(**taps: Any) -> Callable[[Function], Function]:
                 output = forward(self, *args, **kwargs)
             return attach(output, chosen, tuple([got[name] for name in chosen]))
 
+        wrapper.__signature__ = _with_flags(forward, known)  # type: ignore[attr-defined]
         setattr(wrapper, OWN_TAPS, {**getattr(forward, OWN_TAPS, {}), **known})
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def _with_flags(forward: Callable[..., Any], names: Iterable[str]) -> inspect.Signature:
+    """What whoever asks for the arguments of a forward, as ``torch.export`` does, has to be told."""
+    signature = inspect.signature(forward)
+    given = [*signature.parameters.values()]
+    rest = [given.pop()] if given and given[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    flags = ["output_" + name for name in names if "output_" + name not in signature.parameters]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False) for name in flags]
+    return signature.replace(parameters=[*given, *added, *rest])
 
 
 class _Place:
