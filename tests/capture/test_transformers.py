@@ -10,6 +10,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,35 @@ def test_names_layers_and_options() -> None:
     assert list(got.named("ends")) == ["model.layers.0:input", "model.layers.3"]
     with pytest.raises(wl.CaptureError, match="did you mean 'hidden_states'"), wl.capture(model, "hiden_states"):
         pass
+
+
+class Around(nn.Module):
+    """A wrapper, as ``DistributedDataParallel`` and ``PeftModel`` are."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(models)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return [model(*args, **kwargs) for model in self.inner][-1]
+
+
+@torch.no_grad()
+def test_what_a_model_within_a_wrapper_declares() -> None:
+    model, inputs = Around(llama(lm=True)), ids()
+    with wl.capture(model, "hidden_states", last=wl.Declared("attentions", layers=[-1])) as got:
+        out = model(inputs, output_hidden_states=True, output_attentions=True)
+    assert same(got["hidden_states"], out.hidden_states) and same(got["last"], out.attentions[-1:])
+    record = wl.recorder(model, "hidden_states")
+    for call in (record, torch.compile(record, backend="eager")):
+        assert same(call(inputs, use_cache=False)[1]["hidden_states"], out.hidden_states)
+    two = Around(llama(), llama(lm=True))
+    text = r"several sub-models.*'inner\.0\.hidden_states', 'inner\.1\.model\.hidden_states'"
+    with pytest.raises(wl.CaptureError, match=text), wl.capture(two, "hidden_states"):
+        pass
+    with wl.capture(two, "inner.1.model.hidden_states") as got:
+        out = two(inputs, output_hidden_states=True)
+    assert same(got["inner.1.model.hidden_states"], out.hidden_states)
 
 
 @torch.no_grad()

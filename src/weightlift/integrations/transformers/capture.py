@@ -12,41 +12,46 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from weightlift.capture.declared import Declaration, Scope, Site
-from weightlift.capture.select import original, walk
+from weightlift.capture.select import Selected, original, walk
 
 _MODULE = "transformers.utils.output_capturing"
 
 
 def declaration(model: nn.Module) -> Declaration | None:
-    """The scopes and sites of a Transformers model; None for any other module."""
-    whole = original(model)
-    if not isinstance(whole, PreTrainedModel):
-        return None
+    """The scopes and sites of a Transformers model, also of one within a wrapper, as PEFT's and DDP's; else None."""
     scopes: list[Scope] = []
     sites: list[Site] = []
     names: dict[int, str] = {}
     owners: dict[str, list[tuple[str, OutputRecorder]]] = {}
+    outermost: list[Selected] = []
     for item in walk(model):
         module = original(item.module)
         names[id(module)] = item.fqn
+        around = _nearest(item.fqn, owners)
         if isinstance(module, PreTrainedModel):
+            outermost += [Selected(item.fqn, module)] if around is None else []
+            around = item.fqn
             owners[item.fqn] = _tasks(module)
             tie = _ties_last(module)
             if tie is not None:
                 keys = tuple(dict.fromkeys(key for key, _ in owners[item.fqn]))
                 scopes.append(Scope(item.fqn, keys, ("vision_hidden_states", "last_hidden_state") if tie else ()))
         # The nearest model around a module declares what is recorded of it.
-        for key, spec in owners[_nearest(item.fqn, owners)]:
+        for key, spec in () if around is None else owners[around]:
             if _matches(module, item.fqn, spec):
                 initial = key == "hidden_states" and getattr(spec, "capture_initial_hidden_state", True)
                 sites.append(Site(item.fqn, key, spec.index, bool(initial)))
-    return Declaration(tuple(scopes), tuple(sites), _aliases(whole, scopes, names))
+    if not outermost:
+        return None
+    alone = outermost[0] if len(outermost) == 1 else None
+    return Declaration(tuple(scopes), tuple(sites), {} if alone is None else _aliases(alone, scopes, names))
 
 
-def _nearest(fqn: str, owners: dict[str, Any]) -> str:
-    while fqn not in owners:
+def _nearest(fqn: str, owners: dict[str, Any]) -> str | None:
+    """The name of the model that a module lies in, or is."""
+    while fqn and fqn not in owners:
         fqn = fqn.rpartition(".")[0]
-    return fqn
+    return fqn if fqn in owners else None
 
 
 def _tasks(model: PreTrainedModel) -> list[tuple[str, OutputRecorder]]:
@@ -87,9 +92,10 @@ def _ties_last(model: PreTrainedModel) -> bool | None:
     return None
 
 
-def _aliases(model: PreTrainedModel, scopes: list[Scope], names: dict[int, str]) -> dict[str, str]:
+def _aliases(whole: Selected, scopes: list[Scope], names: dict[int, str]) -> dict[str, str]:
+    model: Any = whole.module
     known = {scope.fqn for scope in scopes}
-    aliases = {"": ""} if "" in known else {}
+    aliases = {"": whole.fqn} if whole.fqn in known else {}
     for alias, look in (("decoder", "get_decoder"), ("encoder", "get_encoder")):
         try:
             found = names.get(id(original(getattr(model, look)())))
@@ -97,7 +103,7 @@ def _aliases(model: PreTrainedModel, scopes: list[Scope], names: dict[int, str])
             continue
         if found in known:
             aliases[alias] = found
-    if "" in known:
+    if aliases.get("") == whole.fqn:
         return aliases
     if getattr(model.config, "is_encoder_decoder", False):
         return {**aliases, **({"": aliases["decoder"]} if "decoder" in aliases else {})}
