@@ -74,6 +74,14 @@ def test_a_module_that_is_never_called_needs_another_hint() -> None:
     assert got["hidden"] == ()
 
 
+def test_a_list_of_modules_is_never_called() -> None:
+    net = Net()
+    text = r"a ModuleList is never called itself: 'layers\.\*' means what it holds"
+    for select in ("layers", ["layers", "layers.*"]):
+        with pytest.raises(wl.CaptureError, match=text), wl.capture(net, hidden=select):
+            net(x())
+
+
 def test_sub_models_called_directly_count() -> None:
     net = Net()
     with wl.capture(net, hidden="layers.*") as got:

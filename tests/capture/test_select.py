@@ -59,6 +59,7 @@ def test_a_star_is_one_part_of_a_name_only() -> None:
         (nn.Conv2d, "no module is a Conv2d"),
         (nn.Linear(1, 1), "no part of the model"),
         (lambda fqn, module: False, "chose no module"),
+        ("blocks.3.hook_resid_post", r"there are 'layers', 'head', 'layers\.\*', 'layers\.\*\.attention', 'layers"),
     ],
 )
 def test_nothing_found_names_what_comes_near(selector: object, hint: str) -> None:

@@ -7,6 +7,7 @@ import contextvars
 import copy
 import gc
 import pickle
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -96,6 +97,10 @@ def test_names_layers_and_options() -> None:
     assert list(got.named("ends")) == ["model.layers.0:input", "model.layers.3"]
     with pytest.raises(wl.CaptureError, match="did you mean 'hidden_states'"), wl.capture(model, "hiden_states"):
         pass
+    for name in ("model.layers.*", "lm_head"):
+        text = f'a name of yours: hidden="{re.escape(name)}"'
+        with pytest.raises(wl.CaptureError, match=text), wl.capture(model, name):
+            pass
 
 
 class Around(nn.Module):

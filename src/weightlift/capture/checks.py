@@ -174,6 +174,9 @@ def _why(session: Session, root: nn.Module, item: Selected, *, allowing: str = "
             "it ran in another thread or context: run the worker in contextvars.copy_context(), "
             "or give expect='maybe' if other requests share the model"
         )
+    if type(original(item.module)).forward is nn.Module.forward:
+        kind = type(original(item.module)).__name__
+        return f"a {kind} is never called itself: {item.fqn + '.*'!r} means what it holds"
     if not session.forwards and not any(session.fired):
         return "no forward of the model ran eagerly in the context that opened the capture; " + _COMPILED
     skipped = "if it is skipped on purpose, or its parent reads its weights or calls another method of it than forward"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import nn
 
-from weightlift.capture.select import Found, Watch, found, nearest, remembered, walk
+from weightlift.capture.select import Found, Watch, at, found, nearest, remembered, walk
 from weightlift.capture.taps import Declared
 from weightlift.errors import CaptureError, Problem
 
@@ -152,7 +152,7 @@ def _scope_for(model: nn.Module, declared: Declaration, name: str) -> tuple[str,
     if fqn:
         if fqn in by_name and key in by_name[fqn].keys:
             return fqn, key
-        raise CaptureError("", [_unknown(declared, name)])
+        raise CaptureError("", [_unknown(model, declared, name)])
     for prefix, alias in declared.aliases.items():
         if prefix and name.startswith(prefix + "_") and name[len(prefix) + 1 :] in by_name[alias].keys:
             return alias, name[len(prefix) + 1 :]
@@ -163,12 +163,14 @@ def _scope_for(model: nn.Module, declared: Declaration, name: str) -> tuple[str,
     if len(having) == 1:
         return having[0], name
     if not having:
-        raise CaptureError("", [_unknown(declared, name)])
+        raise CaptureError("", [_unknown(model, declared, name)])
     hint = f"say which: {', '.join(repr(f'{fqn}.{name}' if fqn else name) for fqn in having)}"
     raise CaptureError("", [Problem(f"several sub-models of {type(model).__name__} record {name!r}", hint=hint)])
 
 
-def _unknown(declared: Declaration, name: str) -> Problem:
+def _unknown(model: nn.Module, declared: Declaration, name: str) -> Problem:
+    if "*" in name or at(model, name) is not None:
+        return Problem(f"{name!r} is not declared", hint=f'modules are given by a name of yours: hidden="{name}"')
     names = sorted({f"{scope.fqn}.{key}" if scope.fqn else key for scope in declared.scopes for key in scope.keys})
     names += sorted({key for scope in declared.scopes for key in scope.keys})
     near = nearest(name, names)

@@ -318,13 +318,21 @@ def _nothing(root: nn.Module, what: str, names: Sequence[str] = (), wanted: str 
     near = nearest(wanted, names)
     if near:
         hint = f"did you mean {', '.join(map(repr, near))}?"
+    elif names:
+        known = dict.fromkeys(_folded(name) for name in names[:_COMPARED] if name)
+        shown = sorted(known, key=lambda name: name.count("."))
+        hint = f"there are {', '.join(map(repr, shown[:8]))}{', …' * (len(shown) > 8)}; {hint}"
     return CaptureError(f"nothing to capture in {type(root).__name__}", [Problem(what, hint=hint)])
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 def nearest(wanted: str, names: Sequence[str]) -> list[str]:
     """Up to three names that may have been meant, digits standing for ``*``."""
     folded: dict[str, str] = {}
     for name in names[:_COMPARED]:
-        folded.setdefault(re.sub(r"\d+", "*", name), name)
-    matches = difflib.get_close_matches(re.sub(r"\d+", "*", wanted), list(folded), n=3, cutoff=0.5)
+        folded.setdefault(_folded(name), name)
+    matches = difflib.get_close_matches(_folded(wanted), list(folded), n=3, cutoff=0.5)
     return [match if "*" in wanted else folded[match] for match in matches]
