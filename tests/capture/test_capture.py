@@ -458,6 +458,26 @@ def test_a_generator_may_end_elsewhere() -> None:
     assert hooks_on(net) == 0
 
 
+def test_the_steps_of_a_generator_in_contexts_of_their_own() -> None:
+    """As a web server's thread pool runs them, which gives each step a copy of the context."""
+    net = Net()
+
+    def steps():
+        with wl.capture(net, hidden="layers.*") as got:
+            for _ in range(3):
+                net(x())
+                yield got
+
+    generator = steps()
+    with pytest.raises(wl.CaptureError, match="left in another context than it was entered in"):
+        while contextvars.copy_context().run(next, generator, None) is not None:
+            pass
+    assert hooks_on(net) == 0
+    generator, context = steps(), contextvars.copy_context()
+    got = context.run(next, generator)
+    assert len(context.run(list, generator)) == 2 and len(got["hidden"]) == 9
+
+
 def test_a_capture_that_is_dropped_while_open_leaves_nothing() -> None:
     net, value = Net(), x()
     dropped = wl.capture(net, hidden="layers.*")

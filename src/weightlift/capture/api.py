@@ -9,7 +9,7 @@ from torch import nn
 
 from weightlift.capture import hooks
 from weightlift.capture.checks import settle
-from weightlift.capture.result import Records
+from weightlift.capture.result import Records, left_elsewhere
 from weightlift.capture.select import keep_for, kept_for, own_taps
 from weightlift.capture.session import Session, Stopped, open_sessions, running, without
 from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
@@ -59,6 +59,8 @@ class Capture:
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
+        if session not in sessions and session.elsewhere:
+            session.problems.append(left_elsewhere())
         own = error is not None and _stops(error, session)
         if own:
             forward = running.get()

@@ -174,6 +174,13 @@ def let_go(name: str, fqn: str) -> Problem:
     return Problem(what, fqn=fqn, hint="leave calls out, and choose from got.calls(…)")
 
 
+def left_elsewhere() -> Problem:
+    """A thread pool that runs a generator gives each of its steps a context of its own, which ends with the step."""
+    what = "the block was left in another context than it was entered in, and modules also ran where nothing captures"
+    hint = "if that was meant, leave the block before a yield, or run every step in one context: context.run(next, …)"
+    return Problem(what, hint=hint)
+
+
 def no_such_layers(key: str, fqn: str, missing: Sequence[int], count: int) -> Problem:
     return Problem(
         f"{key!r} has no such layers",
