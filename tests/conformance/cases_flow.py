@@ -76,6 +76,18 @@ def optimised_with_backward_and_gradients_left() -> nn.Module:
     return Bag(lin=lin)
 
 
+@case(kind="exact")
+def optimised_with_a_fused_kernel() -> nn.Module:
+    """One call that writes to several lists of tensors."""
+    lin = nn.Linear(64, 64)
+    nn.init.constant_(lin.weight, 0.01)
+    nn.init.zeros_(lin.bias)
+    optimizer = torch.optim.AdamW(lin.parameters(), lr=0.1, fused=True)
+    lin(torch.ones(3, 64)).sum().backward()
+    optimizer.step()
+    return lin
+
+
 @case(correlated=True)
 def data_dependent_initialisation_by_a_forward() -> nn.Module:
     """LSUV: scale each layer by the statistics of its own output."""

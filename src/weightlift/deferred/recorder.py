@@ -265,9 +265,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._append(fill, (TensorRef(record, tensor),), {}, (record,), (), None, False)
 
     def _write(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
-        targets = [kwargs[name] if isinstance(name, str) else args[name] for name in call.written]
-        if len(targets) == 1 and type(targets[0]) is list:
-            targets = targets[0]  # _foreach_*, split_copy.out
+        named = (kwargs[name] if isinstance(name, str) else args[name] for name in call.written)
+        # A list of them in _foreach_* and split_copy.out, several lists in fused optimisers.
+        targets = [target for item in named for target in (item if type(item) is list else (item,))]
         records = [self.record_of(target) for target in targets]
         if any(record is None or record.pinned for record in records) or self._samples_now(call, kwargs):
             return self._now(func, call, args, kwargs)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.errors import Problem, TransferError
+from weightlift.plan.records import Row
 from weightlift.unstrided import unstrided
 
 
 def wraps_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
     return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def fill(place: torch.Tensor, value: torch.Tensor, row: Row, written: Iterable[str]) -> None:
+    """Copy a value to where it can't be read part by part; where elements share memory it is torch's order.
+
+    Raises TransferError, with the names that were ``written``, for what the tensor's class refuses.
+    """
+    try:
+        place.copy_(value)
+    except Exception as error:
+        problem = Problem(
+            f"copying into a {type(place).__qualname__} failed: {type(error).__name__}: {error}",
+            fqn=row.fqn,
+            key=None if row.offer is None else row.offer.key,
+            hint="load before the module's tensors are replaced by those of this class (quantised, for one)",
+        )
+        raise TransferError("loading failed", [problem], written) from error
 
 
 def replaced(slot: Slot, value: torch.Tensor) -> torch.Tensor:

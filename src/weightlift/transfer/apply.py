@@ -24,6 +24,7 @@ from weightlift.deferred.inventory import (
     users_of,
 )
 from weightlift.deferred.replay import label_samples, replays
+from weightlift.deferred.schema import is_plain
 from weightlift.deferred.tape import Record, needed
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -31,7 +32,7 @@ from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.strides import has_overlap
 from weightlift.transfer import headroom
-from weightlift.transfer.adopt import adopt, replaced, wraps_others
+from weightlift.transfer.adopt import adopt, fill, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
@@ -139,7 +140,8 @@ class _Application:
                 member.slot.tensor.detach().copy_(value)
             place = None if order.in_place else self._place(member)
             if place is not None:
-                place.copy_(value)  # it can't be filled part by part; where elements share memory it is torch's order
+                written = (member.row.fqn for member, order in zip(loaded, orders) if order.in_place)
+                fill(place, value, member.row, written)
             self._assign(member, None if order.in_place or place is not None else value)
         for member in rest:
             self._own(member)
@@ -196,8 +198,8 @@ class _Application:
         into = self._place(member)
         if into is not None and ((entry is None and not into.is_contiguous()) or _overlaps_itself(into)):
             into = None  # its bytes are not together, or several elements write to one
-        elif into is not None and (into.is_conj() or into.is_neg()):
-            into = None  # its bytes are not the value's
+        elif into is not None and not _holds_its_bytes(into):
+            into = None
         in_place = into is not None
         fresh = not in_place or self._home(member) is not None
         if entry is not None:
@@ -254,7 +256,7 @@ class _Application:
         if record is not None:
             record.memory()
         entry, old = one_entry(row), slot.tensor.detach()
-        if entry is None or old.is_conj() or old.is_neg():
+        if entry is None or not _holds_its_bytes(old):
             return False
         jobs.append(Job(row.fqn, entry, old.dtype, old.device, old))
         return True
@@ -367,6 +369,12 @@ def _tied(members: Iterable[Member]) -> dict[int, list[Member]]:
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() and has_overlap(tensor.shape, tensor.stride())
+
+
+def _holds_its_bytes(tensor: torch.Tensor) -> bool:
+    """Whether what lies in a tensor's memory are its values: not for torch's lazy views, and not for classes with a
+    dispatch of their own, which may be made of other tensors and have no memory at all."""
+    return not (tensor.is_conj() or tensor.is_neg()) and is_plain(type(tensor))
 
 
 def _audit(subject: Subject) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -162,15 +163,43 @@ def two_tensors(holds):
     return Holds
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""], ids=["pickle", "safetensors", "mapping"])
 @pytest.mark.parametrize("existing", [False, True], ids=["callable", "existing"])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 @pytest.mark.parametrize("holds", ["buffer", "persistent", "parameter"])
-def test_a_tensor_made_of_others_has_them_loaded_and_cast(holds, dtype, existing):
+def test_a_tensor_made_of_others_has_them_loaded_and_cast(holds, dtype, existing, suffix, tmp_path):
     build = two_tensors(holds)
     offered = holds != "buffer"
-    loaded = wl.load(build() if existing else build, {"both": torch.full((4,), 3.0)} if offered else {}, dtype=dtype)
+    checkpoint = {"both": torch.full((4,), 3.0)} if offered else {}
+    if suffix and offered:
+        checkpoint, values = tmp_path / f"model{suffix}", checkpoint
+        (torch.save if suffix == ".pt" else save_file)(values, checkpoint)
+    loaded = wl.load(build() if existing else build, checkpoint, dtype=dtype)
     wanted = torch.float64 if dtype else torch.float32
     assert [part.dtype for part in (loaded.both, loaded.both.a, loaded.both.b)] == [wanted] * 3
     assert [part[0].item() for part in (loaded.both.a, loaded.both.b)] == ([3.0, 3.0] if offered else [1.0, 2.0])
     assert loaded.again is loaded.both and type(loaded.both) is TwoTensor
     assert holds != "parameter" or (loaded.both.mark == "mine" and not loaded.both.requires_grad)
+
+
+class Sealed(TwoTensor):
+    """As quantised ones, nothing plain can be copied into it, and no view be taken of it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten.as_strided.default):
+            raise NotImplementedError("not for a Sealed")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["callable", "existing"])
+def test_a_tensor_that_refuses_to_be_copied_into_is_named(existing, tmp_path):
+    def build():
+        module = nn.Linear(2, 2)
+        module.weight = nn.Parameter(Sealed(torch.ones(2, 2), torch.ones(2, 2)))
+        return module
+
+    save_file({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(wl.TransferError, match="weight: copying into a Sealed failed: NotImplementedError") as caught:
+        wl.load(build() if existing else build, tmp_path)
+    assert caught.value.written == (("bias",) if existing else ())
