@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -9,12 +11,14 @@ from torch import nn
 
 from weightlift.capture import hooks
 from weightlift.capture.checks import settle
-from weightlift.capture.result import Records, left_elsewhere
+from weightlift.capture.result import Records, strayed
 from weightlift.capture.select import keep_for, kept_for, own_taps
 from weightlift.capture.session import Session, Stopped, open_sessions, running, without
 from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, lasting
 from weightlift.errors import CaptureError, Problem
+
+_STEPWISE = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 class Capture:
@@ -40,6 +44,9 @@ class Capture:
             if self._key is not None:
                 keep_for(self._model, self._key, self._template)
         self._session = session
+        frame = sys._getframe(1)
+        if frame.f_code.co_flags & _STEPWISE:
+            session.entered = id(frame), frame.f_code
         forward = running.get()
         while forward is not None:  # a capture within a forward of another: from now on both have to be asked
             forward.ask_all()
@@ -59,8 +66,8 @@ class Capture:
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
-        if session not in sessions and session.elsewhere:
-            session.problems.append(left_elsewhere())
+        if session.strayed:
+            session.problems.append(strayed())
         own = error is not None and _stops(error, session)
         if own:
             forward = running.get()

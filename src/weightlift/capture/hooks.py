@@ -7,8 +7,10 @@ can read at once, and a new number each time would be a new guard to compiled co
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict, deque
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -24,6 +26,7 @@ _NOTHING = object()
 # The template of each open capture. The captures hold the modules whose ids these know, so an id is its owner's.
 # Replaced as a whole, under the lock: whoever looks at it needs none.
 _open: tuple[Work, ...] = ()
+_stepwise: tuple[Session, ...] = ()  # captures that generators hold open
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
 _lock = threading.Lock()
 _abandoned: deque[Session] = deque()
@@ -37,6 +40,8 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if not sessions:
         if not _is_hooked(module):
             _drop_copied(module)
+        elif _stepwise:
+            _stray(module)
         return None
     given = kwargs
     changed = False
@@ -131,12 +136,14 @@ def after_failure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
 
 def install(session: Session) -> None:
     """Puts the hooks in place. Safe while other threads run these modules."""
-    global _open
+    global _open, _stepwise
     template, held = session.template, session.held
     with _lock:
         if _abandoned:
             _remove_abandoned()
         _open = (*_open, template)
+        if session.entered is not None:
+            _stepwise = (*_stepwise, session)
         for place in template.hooked_with_kwargs:
             held[place]._forward_pre_hooks_with_kwargs[HOOK_ID] = True
             held[place]._forward_hooks_with_kwargs[HOOK_ID] = True
@@ -174,8 +181,10 @@ def remove(session: Session) -> None:
 
 
 def _remove(session: Session) -> None:
-    global _open
+    global _open, _stepwise
     template, held = session.template, session.held
+    if session.entered is not None:
+        _stepwise = tuple(other for other in _stepwise if other is not session)
     if template not in _open:  # it was interrupted before it got so far
         return
     place = _open.index(template)
@@ -223,6 +232,21 @@ def _remove_abandoned() -> None:
         session = _abandoned.popleft()
         _remove(session)
         session.forget()
+
+
+def _stray(module: nn.Module) -> None:
+    """Notes captures that a generator holds open which runs this forward of their model, in a context without them.
+
+    A thread pool gives each step of a generator a copy of the pool's own context.
+    """
+    waiting = {session.entered for session in _stepwise if id(module) in session.template.models}
+    frame: FrameType | None = sys._getframe(2) if waiting else None
+    while frame is not None:
+        entered = id(frame), frame.f_code
+        if entered in waiting:
+            for session in _stepwise:
+                session.strayed |= session.entered == entered
+        frame = frame.f_back
 
 
 def _is_hooked(module: nn.Module) -> bool:

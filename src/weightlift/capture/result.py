@@ -174,10 +174,12 @@ def let_go(name: str, fqn: str) -> Problem:
     return Problem(what, fqn=fqn, hint="leave calls out, and choose from got.calls(…)")
 
 
-def left_elsewhere() -> Problem:
-    """A thread pool that runs a generator gives each of its steps a context of its own, which ends with the step."""
-    what = "the block was left in another context than it was entered in, and modules also ran where nothing captures"
-    hint = "if that was meant, leave the block before a yield, or run every step in one context: context.run(next, …)"
+def strayed() -> Problem:
+    what = "the model ran within the block in a context that does not know of the capture, which recorded nothing of it"
+    hint = (
+        "a thread pool gives each step of a generator a context of its own: leave the block before a yield, or run"
+        " every step in one context, context.run(next, …)"
+    )
     return Problem(what, hint=hint)
 
 

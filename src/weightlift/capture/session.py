@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -173,9 +173,9 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "around", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entries",
-        "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers", "problems",
-        "raw", "recomputed", "stopped", "template", "wanted",
+        "after", "around", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entered",
+        "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers",
+        "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -218,6 +218,9 @@ class Session:
         self.lacks: list[Entry] = []  # calls that did not give what a tap takes: the value is a `Lack`
         self.stopped = False
         self.grad = is_grad_enabled()
+        # Which generator entered the block, if one did (its frame, not held), and whether a forward of its went unseen.
+        self.entered: tuple[int, CodeType] | None = None
+        self.strayed = False
 
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
