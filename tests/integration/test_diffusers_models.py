@@ -351,6 +351,11 @@ class Named(ModelMixin, ConfigMixin):
         self.linear = torch.nn.Linear(2, 2)
 
 
+def test_warnings_name_the_method_of_diffusers(vae: Path) -> None:
+    with pytest.warns(UserWarning, match="`proxies` argument is ignored in `from_pretrained`"):
+        wl.from_pretrained(AutoencoderKL, vae, proxies={"https": "http://localhost"})
+
+
 def test_configurations_that_are_called_as_arguments_are_here(tmp_path: Path) -> None:
     Named().save_pretrained(tmp_path)
     (ours, _), (theirs, _) = both(Named, tmp_path, name="b", loader=2)

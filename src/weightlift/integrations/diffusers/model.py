@@ -20,7 +20,6 @@ import torch
 from diffusers.models import modeling_utils
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
@@ -31,7 +30,7 @@ from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Pr
 from weightlift.integrations.constructors import built
 from weightlift.integrations.diffusers.hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers.options import OFFLOAD, Quantisers, refuse
-from weightlift.integrations.diffusers.originals import original
+from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files, made_contiguous
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
@@ -64,7 +63,7 @@ class Lacking(PlanError, NotImplementedError):
     """A `PlanError` that is also the NotImplementedError with which Diffusers fails on what stays on ``meta``."""
 
 
-@validate_hf_hub_args
+@validated(ORIGINAL)
 def load_pretrained(cls: Any, /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
     """Load a model of a `ModelMixin` class: natively, or where that is not sound, by Diffusers' own code alone in the
     process."""

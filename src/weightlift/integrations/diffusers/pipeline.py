@@ -20,10 +20,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.integrations.diffusers.options import refuse
-from weightlift.integrations.diffusers.originals import original
+from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.transfer.progress import bar
@@ -38,7 +37,7 @@ Loader = Callable[[Any], Callable[..., Any] | None]
 _WEIGHTS = (".safetensors", ".bin")
 
 
-@validate_hf_hub_args
+@validated(ORIGINAL)
 def load_pipeline(loader: Loader, cls: Any, /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     name = pretrained_model_name_or_path

@@ -15,7 +15,6 @@ from typing import Any
 
 from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
-from huggingface_hub.utils._validators import validate_hf_hub_args
 from torch.utils._pytree import tree_map
 
 from weightlift.deferred.construct import CurrentLoad
@@ -25,7 +24,7 @@ from weightlift.errors import CheckpointError
 from weightlift.integrations.diffusers.hooks import refuse_state_hooks
 from weightlift.integrations.diffusers.model import Filling, Offered, StandIn, Wanted, opened
 from weightlift.integrations.diffusers.options import Quantisers, refuse
-from weightlift.integrations.diffusers.originals import original
+from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.lazy import Lazy, lazy_state_dict, offered, source_of
 from weightlift.integrations.room import in_room
@@ -34,7 +33,7 @@ ORIGINAL: Any = original(FromOriginalModelMixin, "from_single_file")
 """Diffusers' own ``from_single_file`` of models, whether or not `weightlift.install` has replaced it."""
 
 
-@validate_hf_hub_args
+@validated(ORIGINAL)
 def load_model(cls: Any, /, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
     """``cls.from_single_file(…)`` of a model class: natively, or where that is not sound, by Diffusers' own code alone
     in the process. A state dict that is given stays as it is."""

@@ -17,13 +17,12 @@ import torch
 from diffusers.loaders import single_file, single_file_utils
 from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
-from huggingface_hub.utils._validators import validate_hf_hub_args
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.diffusers.model import Wanted
 from weightlift.integrations.diffusers.options import refuse
-from weightlift.integrations.diffusers.originals import original
+from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.diffusers.pipeline import Loader, Loading
 from weightlift.integrations.diffusers.single_file import fill, lazy_checkpoint, load_natively
 from weightlift.integrations.exclusive import native_or_alone
@@ -37,7 +36,7 @@ _VAE = ("first_stage_model.", "vae.", "audio_vae.")
 _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
-@validate_hf_hub_args
+@validated(ORIGINAL)
 def load_pipeline(loader: Loader, cls: Any, /, pretrained_model_link_or_path: Any, **kwargs: Any) -> Any:
     """Load a pipeline: natively, or where that is not sound, by Diffusers' own code alone in the process."""
     file = pretrained_model_link_or_path
