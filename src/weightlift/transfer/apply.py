@@ -35,7 +35,7 @@ from weightlift.transfer import headroom
 from weightlift.transfer.adopt import adopt, fill, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
-from weightlift.transfer.homes import Home, Member, fits, homes, new_memory
+from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order, new_memory
 from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
 from weightlift.transfer.settle import settle_small
 from weightlift.transfer.subject import Bytes, Subject
@@ -203,6 +203,7 @@ class _Application:
         in_place = into is not None
         fresh = not in_place or self._home(member) is not None
         if entry is not None:
+            into = in_its_order(row, member.slot.tensor) if into is None else into
             jobs.append(Job(row.fqn, entry, row.dtype, device, into, fresh))
             return _NEW if into is None else _Order(1, into, in_place)
         fault = fault_of(row.parts, row.shape)

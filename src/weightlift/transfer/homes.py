@@ -18,6 +18,7 @@ from weightlift.lazy_views import shown, shown_as
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
+from weightlift.transfer.adopt import wraps_others
 from weightlift.transfer.memory import new_tensor
 
 
@@ -66,6 +67,17 @@ def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     except (RuntimeError, MemoryError) as error:
         problem = Problem(f"no memory for a tensor of shape {list(shape)}: {error}")
         raise TransferError("loading failed", [problem]) from error
+
+
+def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
+    """New memory for a value that is cast or moved, in the order of the tensor that it is for, as ``tensor.to`` keeps
+    it; None where that is row-major, or where the value belongs somewhere else."""
+    if not row.in_place or row.untied or fits(row, tensor) or is_lazy(tensor) or tensor.is_contiguous():
+        return None
+    if row.shape != tuple(tensor.shape) or tensor.is_conj() or tensor.is_neg() or wraps_others(tensor):
+        return None
+    stride = torch.empty_like(tensor, device="meta").stride()
+    return new_memory((tensor.numel(),), row.dtype, torch.device(row.device)).as_strided(row.shape, stride)
 
 
 def homes(members: Iterable[Member]) -> dict[int, Home]:

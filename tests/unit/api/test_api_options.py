@@ -139,6 +139,33 @@ def test_a_cast_rounds_once(tmp_path, how):
     assert torch.equal(got.weight, value.bfloat16())
 
 
+class Lying(nn.Module):
+    """Parameters and buffers in other orders than row-major."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        self.turned = nn.Parameter(torch.randn(4, 6).t() * 2.0)
+        self.register_buffer("table", torch.randn(2, 5, 3).permute(2, 0, 1).clone())
+        self.every = nn.Parameter(torch.randn(8, 6)[::2].t())
+
+
+@pytest.mark.parametrize("source", ["file", "mapping", "strided"])
+@pytest.mark.parametrize("how", ["deferred", "built", "existing"])
+def test_a_cast_keeps_the_order_in_memory(tmp_path, how, source):
+    wanted = Lying()
+    state = {name: tensor.clone() for name, tensor in wanted.state_dict().items()}
+    if source != "strided":
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+    if source == "file":
+        save_file(state, tmp_path / "a.safetensors")
+    ckpt = tmp_path / "a.safetensors" if source == "file" else state
+    options = {"defer": False} if how == "built" else {}
+    got = wl.load(Lying() if how == "existing" else Lying, ckpt, dtype=torch.bfloat16, **options).state_dict()
+    for name, tensor in wanted.to(torch.bfloat16).state_dict().items():
+        assert got[name].stride() == tensor.stride() and torch.equal(got[name], tensor), name
+
+
 def test_complex_and_integer_tensors_keep_their_dtype(tmp_path):
     class Mixed(nn.Module):
         def __init__(self):
