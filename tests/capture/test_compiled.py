@@ -200,6 +200,21 @@ def test_a_recorder_sees_what_is_added_where_nothing_was_wanted_before(plain: bo
         assert len(got["seen"]) == 2 and torch.equal(got["seen"][1], out)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_a_compiled_recorder_wants_and_is_gone_is_said_as_uncompiled(fullgraph: bool) -> None:
+    net = Branches(plain=False)
+    record = wl.recorder(net, seen=net.first.wanted, named="second.other")
+    fast = torch.compile(record, backend="eager", fullgraph=fullgraph)
+    fast(x())
+    net.first.wanted, net.second = nn.Sigmoid(), nn.Sequential()
+    said = []
+    for run in (record, fast, fast):
+        with pytest.raises(wl.CaptureError) as told:
+            run(x())
+        said.append((str(told.value), told.value.problems))
+    assert len(said[0][1]) == 2 and said == said[:1] * 3
+
+
 class Catches(nn.Module):
     """Goes on with something else when its first layer fails."""
 
@@ -224,6 +239,35 @@ def test_a_model_that_catches_every_exception_does_not_catch_the_stop(how: str) 
     out, got = (torch.compile(record, backend="eager", fullgraph=True) if how == "whole" else record)(torch.ones(2))
     assert out is None and same(got["seen"], [torch.ones(2)])
     assert torch.equal(net(torch.ones(2)), torch.ones(2))
+
+
+class Twice(nn.Module):
+    """Calls its first layer twice, and the second not always."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.ReLU(), nn.Sigmoid(), nn.Tanh()
+        self.skips = skips
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = self.first(self.first(value))
+        return self.third(value if self.skips else self.second(value))
+
+
+@pytest.mark.parametrize("how", ["plain", "whole", "by layers"])
+def test_the_stop_waits_for_every_module_however_often_another_is_called(how: str) -> None:
+    for skips in (False, True):
+        net = Twice(skips)
+        if how == "by layers":
+            net.first.compile(backend="eager")
+        record = wl.recorder(net, first=wl.Output("first", stop=True), second="second")
+        fast = torch.compile(record, backend="eager", fullgraph=True) if how == "whole" else record
+        if not skips:
+            out, got = fast(x())
+            assert out is None and len(got["first"]) == 2 and len(got["second"]) == 1
+            continue
+        with pytest.raises(wl.CaptureError, match="second"):
+            fast(x())[1]["second"]
 
 
 def test_stop_edits_inputs_and_calls_in_compiled_code() -> None:

@@ -182,10 +182,13 @@ opened: list[ByHand] = []
 class ByHand:
     """What `weightlift.capture` should record and complain of."""
 
-    def __init__(self, model: nn.Module, choices: dict[str, Choice]) -> None:
+    def __init__(
+        self, model: nn.Module, choices: dict[str, Choice], selectors: dict[str, Any] | None = None
+    ) -> None:
         self.model = model
         self.choices = choices
-        self.selectors = {name: choice.select(model) for name, choice in choices.items()}
+        # Given where they were chosen before the model changed: what a number chooses may be another module by now.
+        self.selectors = selectors or {name: choice.select(model) for name, choice in choices.items()}
         self.chosen = {name: selected(model, selector) for name, selector in self.selectors.items()}
         self.children = {module: len(module._modules) for module in model.modules()}
         self.kinds = {module: type(module) for module in model.modules()}

@@ -261,7 +261,7 @@ def _detached(session: Session) -> list[Problem]:
 
 
 def settle_recorded(
-    raw: Sequence[Recorded], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]], *, stopped: bool
+    raw: Sequence[Recorded], expected: Sequence[tuple[int, str, Tap, tuple[str, ...]]]
 ) -> tuple[list[Entry], list[Problem]]:
     """The same for one call of a recorder: ``raw`` is in call order, ``expected`` names each tap's modules."""
     counts: dict[tuple[int, str], int] = {}
@@ -291,7 +291,7 @@ def settle_recorded(
             found = {fqn: kind for fqn, kind in kinds if kind is not None}
             problems += [out_of_reach(name, fqn, kind) for fqn, kind in found.items()]
         silent = [fqn for fqn in fqns if (number, fqn) not in counts]
-        if silent and not stopped and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
+        if silent and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
             hint = "it did not run, or not under its own name: layers in plain lists, on worker threads or copied"
             problems += [Problem(f"tap {name!r} did not fire", fqn=fqn, hint=hint) for fqn in silent]
         if tap.calls is not None:

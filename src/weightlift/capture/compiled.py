@@ -121,7 +121,7 @@ class Regions:
                 else:
                     take = takes[-1 - number]
                     cell.entries.append((take.number, take.fqn, value))
-                    arrived(cell)
+                    arrived(cell, take)
             for fqn, key, first, value in given:
                 running, lists = cell.scopes[-1] if cell.scopes else (None, {})
                 if running is not None and key in running.keys:
@@ -138,7 +138,7 @@ def _runner(cell: Any) -> Callable[..., Any]:
         cell.entries = entries
         cell.held = held
         cell.scopes = []
-        cell.left = -1
+        cell.left = None
         output = layer(*args, **kwargs)
         cell.entries = []
         cell.held = []

@@ -13,7 +13,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
-from weightlift.capture.recorder import State, run
+from weightlift.capture.recorder import State, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
 from weightlift.errors import CaptureError
@@ -87,7 +87,7 @@ def _preparer(known: dict[str, Tap]) -> Callable[[nn.Module, tuple[str, ...]], b
 
     def prepare(module: nn.Module, chosen: tuple[str, ...]) -> bool:
         """Runs while a call is being traced: its state exists and fits the module from then on."""
-        with lock:
+        with lock, refusals():
             place = module.__dict__.setdefault(_PLACE, _Place())
             state = getattr(place, "_".join(chosen), None)
             if state is None:

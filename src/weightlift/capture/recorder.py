@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +26,27 @@ from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_
 from weightlift.capture.template import awaited, resolve_taps
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
 from weightlift.capture.values import recipe_of
-from weightlift.errors import Problem
+from weightlift.errors import CaptureError, Problem
+
+
+class Refused(CaptureError, AssertionError):
+    """A `CaptureError` of a call that is being traced: torch lets assertions through, and wraps most other errors."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What is refused while a call is being traced reaches the caller."""
+    try:
+        yield
+    except CaptureError as error:
+        raise Refused(error.summary, error.problems) from None
 
 
 @dataclass(frozen=True, eq=False)
 class Built:
     """What a recorder works with until the model's structure changes; replaced as a whole."""
 
-    left: int  # with ``stop``: recorded values until the forward is left; else -1
+    left: dict[tuple[int, str], int] | None  # with ``stop``: calls of each module until the forward is left
     expected: tuple[tuple[int, str, Tap, tuple[str, ...]], ...]
     eval_twin: Twin
     train_twin: Twin
@@ -64,7 +78,7 @@ class Built:
 
     def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]:
         """Entries of what a call through a twin recorded, and what is wrong with them."""
-        return settle_recorded(raw, self.expected, stopped=self.left >= 0)
+        return settle_recorded(raw, self.expected)
 
 
 class State:
@@ -115,7 +129,7 @@ class State:
         eval_twin = build_twin(self.model, sites, self.cell, False)
         flags = tuple([module.training for module in eval_twin.originals])
         return Built(
-            -1 if counts is None else sum(counts.values()),
+            counts,
             tuple((n, name, tap, tuple(item.fqn for item in chosen.get(n, ()))) for n, (name, tap) in enumerate(taps)),
             eval_twin,
             build_twin(self.model, sites, self.cell, True),
@@ -180,7 +194,8 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare() -> bool:
         """Runs while a call is being traced, not when the compiled code runs: what was built fits from then on."""
-        return state.prepare()
+        with refusals():
+            return state.prepare()
 
     def record(*args: Any, **kwargs: Any) -> tuple[Any, Records]:
         if not is_dynamo_compiling():
@@ -207,7 +222,7 @@ def run(
     entries: list[Any] = []
     cell.entries = entries
     cell.scopes = []
-    cell.left = built.left
+    cell.left = None if built.left is None else dict(built.left)
     output = None
     try:
         output = twin.root(*args, **kwargs) if forward is None else forward(twin.root, *args, **kwargs)

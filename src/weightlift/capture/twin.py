@@ -162,7 +162,7 @@ def before_hook(takes: list[Take], gather: Gather | None, cell: Any, names: tupl
                     args, kwargs = put_argument(place, args, kwargs, value)
                 value = finish(value, tap.recipe)
             cell.entries.append((tap.number, tap.fqn, value))
-            arrived(cell)
+            arrived(cell, tap)
         return args, kwargs
 
     return hook
@@ -180,7 +180,7 @@ def after_hook(
                     output = put(output, tap.recipe.index, value)
                 value = finish(value, tap.recipe)
             cell.entries.append((tap.number, tap.fqn, value))
-            arrived(cell)
+            arrived(cell, tap)
         for site in declared:
             if cell.scopes:
                 running, lists = cell.scopes[-1]
@@ -207,8 +207,14 @@ def call_of(take: Take, cell: Any) -> int:
     return len([fqn for number, fqn, _ in cell.entries if number == take.number and fqn == take.fqn])
 
 
-def arrived(cell: Any) -> None:
-    """Counts a value, and leaves the forward when it was the last that anybody waits for."""
-    cell.left -= 1
-    if cell.left == 0:
+def arrived(cell: Any, tap: Take) -> None:
+    """Counts a call, and leaves the forward when it was the last that anybody waits for."""
+    if cell.left is None:
+        return
+    left = cell.left.get((tap.number, tap.fqn), 0) - 1
+    if left > 0:
+        cell.left[tap.number, tap.fqn] = left
+    elif left == 0:
+        del cell.left[tap.number, tap.fqn]
+    if not cell.left:
         raise Left
