@@ -78,6 +78,7 @@ def outcome_of(load: Callable[[], Any], library: str, folder: Path) -> Outcome:
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", ResourceWarning)  # a file that is left open says so whenever it goes
             outcome.model, outcome.info = load()
     except Exception as error:
         outcome.error = error
