@@ -111,6 +111,28 @@ def tensors_that_are_not_strided_stay_as_they_were_made():
     assert not plan.problems and "sparse" in str(plan) and "nested" in str(plan)
 
 
+class OddParameter(Odd):
+    """With a parameter that is no strided tensor, which no checkpoint has."""
+
+    def __init__(self):
+        super().__init__()
+        self.links = nn.Parameter(torch.eye(5).to_sparse())
+
+
+def parameters_that_are_not_strided_are_nobodys_to_send():
+    def first_layer(model):
+        fully_shard(model.layers[0], mesh=mesh(2))
+
+    path = _saved("odd_parameter.pt", checkpoint_of(OddParameter, "links"))
+    for options in ({}, {"dtype": torch.float64}, {"parallelize": first_layer, "defer": False}):
+        model = wl.load(OddParameter, path if RANK == 0 else "/nowhere", source_rank=0, strict=False, **options)
+        assert torch.equal(model.links.to_dense(), torch.eye(5, dtype=model.links.dtype)), options
+        assert model.odd() == Odd().odd(), options
+    with_it = wl.plan(OddParameter, path, strict=False, mesh_shape={"fsdp": 2}).ranks
+    without = wl.plan(Odd, path, mesh_shape={"fsdp": 2}).ranks
+    assert with_it.result_bytes == without.result_bytes > 0
+
+
 def tensor_parallel_llama():
     build = _llama()
     path = _saved("llama.pt", checkpoint_of(build, "lm_head", "model.layers.1.self_attn.o_proj"))
@@ -605,6 +627,7 @@ SCENARIOS = {
         fsdp2_of_a_tied_model,
         the_plan_names_what_the_load_will_do,
         tensors_that_are_not_strided_stay_as_they_were_made,
+        parameters_that_are_not_strided_are_nobodys_to_send,
         tensor_parallel_llama,
         ties_that_tensor_parallelism_gives_up_are_tied_again,
         fsdp2_llama,
