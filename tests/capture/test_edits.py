@@ -111,3 +111,15 @@ def test_calls_that_nobody_counts_are_not_edited() -> None:
     value = x()
     edited = wl.recorder(net, edited=wl.Output("layers.2", calls=[0], replace=torch.zeros_like))
     assert same([edited(value)[0]], [net.head(torch.zeros_like(value))])
+
+
+@pytest.mark.parametrize("kind", [wl.Output, wl.Input])
+def test_a_recomputation_is_no_call_that_could_be_edited(kind: Any) -> None:
+    """It came after the first call and was taken for the second, which is edited: with other gradients."""
+    net, value = Net(), x().requires_grad_()
+    (expected,) = torch.autograd.grad(net(value).sum(), value)
+    with wl.capture(net, second=kind("layers.1", calls=[1], replace=torch.neg)) as got:
+        out = torch.utils.checkpoint.checkpoint(net, value, use_reentrant=False)
+        (given,) = torch.autograd.grad(out.sum(), value)
+        net(value)
+    assert same([given], [expected]) and len(got["second"]) == 1

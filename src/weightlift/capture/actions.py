@@ -21,6 +21,8 @@ from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Lack, beyond, edit, edits, finish, pick, put, recipe_of, untouched, version_of
 
+_NO_CALL = -1  # what is computed again counts as none
+
 
 class Action:
     """What happens at a module: before it runs, after it ran, or both. Shared by all captures that want the same.
@@ -129,7 +131,7 @@ class TakeOutput(Action):
                 if not recomputing:
                     self.lack(session, value)
                 return output
-            if edits(tap.recipe, len(session.fired[self.site])):
+            if edits(tap.recipe, _NO_CALL if recomputing else len(session.fired[self.site])):
                 value = self._edited(session, value)
                 output = put(output, tap.recipe.index, value)
         if not recomputing:
@@ -236,7 +238,7 @@ class TakeInput(TakeOutput):
             return None
         edited = None
         value = take_argument(place, args, kwargs)
-        if edits(tap.recipe, len(session.fired[self.site])):
+        if edits(tap.recipe, _NO_CALL if recomputing else len(session.fired[self.site])):
             value = self._edited(session, value)
             edited = put_argument(place, args, kwargs, value)
         if not recomputing:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.deferred.inventory import Slot, is_lazy
+from weightlift.deferred.schema import is_plain
 from weightlift.errors import Problem, TransferError
 from weightlift.plan.records import Row
 from weightlift.unstrided import unstrided
@@ -17,6 +18,12 @@ from weightlift.unstrided import unstrided
 def wraps_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class whose values lie in other tensors, which ``.data =`` does not reach."""
     return type(tensor) not in (nn.Parameter, torch.Tensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def holds_its_bytes(tensor: torch.Tensor) -> bool:
+    """Whether what lies in a tensor's memory are its values: not for torch's lazy views, and not for classes with a
+    dispatch of their own, which may be made of other tensors and have no memory at all."""
+    return not (tensor.is_conj() or tensor.is_neg()) and is_plain(type(tensor))
 
 
 def fill(place: torch.Tensor, value: torch.Tensor, row: Row, written: Iterable[str]) -> None:

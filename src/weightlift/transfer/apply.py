@@ -24,7 +24,6 @@ from weightlift.deferred.inventory import (
     users_of,
 )
 from weightlift.deferred.replay import label_samples, replays
-from weightlift.deferred.schema import is_plain
 from weightlift.deferred.tape import Record, needed
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
@@ -32,7 +31,7 @@ from weightlift.plan.parts import fault_of
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.strides import has_overlap
 from weightlift.transfer import headroom
-from weightlift.transfer.adopt import adopt, fill, replaced, wraps_others
+from weightlift.transfer.adopt import adopt, fill, holds_its_bytes, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
 from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order, new_memory
@@ -196,10 +195,10 @@ class _Application:
         entry = one_entry(row)
         device = self._devices[row.device]
         into = self._place(member)
-        if into is not None and ((entry is None and not into.is_contiguous()) or _overlaps_itself(into)):
-            into = None  # its bytes are not together, or several elements write to one
-        elif into is not None and not _holds_its_bytes(into):
+        if into is not None and (_overlaps_itself(into) or not holds_its_bytes(into)):
             into = None
+        elif into is not None and entry is None and not into.is_contiguous():
+            into = None  # the parts go by places in a row
         in_place = into is not None
         fresh = not in_place or self._home(member) is not None
         if entry is not None:
@@ -257,7 +256,7 @@ class _Application:
         if record is not None:
             record.memory()
         entry, old = one_entry(row), slot.tensor.detach()
-        if entry is None or not _holds_its_bytes(old):
+        if entry is None or not holds_its_bytes(old):
             return False
         jobs.append(Job(row.fqn, entry, old.dtype, old.device, old))
         return True
@@ -370,12 +369,6 @@ def _tied(members: Iterable[Member]) -> dict[int, list[Member]]:
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() and has_overlap(tensor.shape, tensor.stride())
-
-
-def _holds_its_bytes(tensor: torch.Tensor) -> bool:
-    """Whether what lies in a tensor's memory are its values: not for torch's lazy views, and not for classes with a
-    dispatch of their own, which may be made of other tensors and have no memory at all."""
-    return not (tensor.is_conj() or tensor.is_neg()) and is_plain(type(tensor))
 
 
 def _audit(subject: Subject) -> None:

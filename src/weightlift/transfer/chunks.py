@@ -124,6 +124,10 @@ class Limits:
     direct_bytes: int
     workers: int
 
+    def staged_bytes(self, place: str) -> int:
+        """The most that a block for this place holds."""
+        return self.block_bytes if place == "cpu" else self.upload_bytes
+
 
 def limits(total_bytes: int, workers: int, memory_budget_bytes: int | None) -> Limits:
     """Sizes for a run that moves ``total_bytes`` of which at most the budget is in flight beside the destinations.
@@ -197,14 +201,13 @@ def pieces(requests: Sequence[Request], limit: Limits) -> list[Piece]:
     files: dict[tuple[Path, str], list[Request]] = {}
     for request in requests:
         if request.file is None:
-            nbytes = limit.block_bytes if request.place == "cpu" else limit.upload_bytes
-            result += (Block(None, 0, 0, (cut,)) for cut, _, _ in _cuts(request, nbytes))
+            cuts = _cuts(request, limit.staged_bytes(request.place))
+            result += (Block(None, 0, 0, (cut,)) for cut, _, _ in cuts)
         else:
             files.setdefault((request.file, request.place), []).append(request)
     for (file, place), group in files.items():
         group.sort(key=lambda request: request.start)
-        block_bytes = limit.block_bytes if place == "cpu" else limit.upload_bytes
-        result += _file_pieces(file, group, block_bytes, limit.direct_bytes)
+        result += _file_pieces(file, group, limit.staged_bytes(place), limit.direct_bytes)
     return result
 
 

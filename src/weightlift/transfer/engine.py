@@ -54,8 +54,7 @@ def run(
     from the calling thread. Files with ``digests`` are hashed too: while they are read, or before that where ``into``
     of a job would be written. ``reserved_bytes`` of what the jobs fill are new CPU memory that nobody has written to
     yet: there has to be room for them, too. ``source`` and ``backend`` are the boundaries that tests replace. Values
-    never depend on ``workers``; with 1 all work is done in the calling thread. Threads end before this returns or
-    raises.
+    never depend on ``workers``; with 1 the calling thread does all the work. No thread outlives the call.
 
     Raises:
         CheckpointChanged: a file is not the one that was planned with; nothing was written.

@@ -18,7 +18,7 @@ from weightlift.lazy_views import shown, shown_as
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
-from weightlift.transfer.adopt import wraps_others
+from weightlift.transfer.adopt import holds_its_bytes
 from weightlift.transfer.memory import new_tensor
 
 
@@ -74,7 +74,7 @@ def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
     it; None where that is row-major, or where the value belongs somewhere else."""
     if not row.in_place or row.untied or fits(row, tensor) or is_lazy(tensor) or tensor.is_contiguous():
         return None
-    if row.shape != tuple(tensor.shape) or tensor.is_conj() or tensor.is_neg() or wraps_others(tensor):
+    if row.shape != tuple(tensor.shape) or not holds_its_bytes(tensor):
         return None
     stride = torch.empty_like(tensor, device="meta").stride()
     return new_memory((tensor.numel(),), row.dtype, torch.device(row.device)).as_strided(row.shape, stride)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transfer_helpers import FaultySource, load, same
 
 from weightlift.checkpoint.memory import entry_of
 from weightlift.errors import TransferError
+from weightlift.transfer.accelerator import TorchBackend
 from weightlift.transfer.jobs import Job
 
 DEVICE = torch.device("cuda:0")
@@ -156,3 +158,54 @@ def test_staging_that_the_device_is_done_with_is_used_before_more_is_pinned(save
     jobs = [Job(k, e, e.dtype, DEVICE) for k, e in saved.entries.items()]
     load(jobs, files=[saved.shard], backend=backend, workers=1, memory_budget_bytes=6 * (256 << 10))
     assert made[0].waits == 0 and made[0].pinned_bytes == 256 << 10 < len(made[0].queue) * (64 << 10)
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """The sizes of all that is allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.sizes += [list(args[0])] * (func is torch.ops.aten.empty.memory_format)
+        return func(*args, **(kwargs or {}))
+
+
+class Library:
+    """What a device's module of torch tells, as `torch.cuda` does."""
+
+    waited: ClassVar[list] = []
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            Library.waited.append(other)
+
+    @staticmethod
+    def current_stream(device):
+        return "the caller's"
+
+    @staticmethod
+    def memory_reserved(device):
+        return 1000
+
+    @staticmethod
+    def memory_allocated(device):
+        return 400
+
+
+def test_the_devices_memory_is_asked_for_once_and_the_callers_stream_waited_for_late(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Library)
+    backend = TorchBackend(torch.device("cpu"))
+    with Counting() as allocated:
+        backend.reserve(600)  # as much as the allocator keeps
+        assert allocated.sizes == []
+        backend.reserve(1800)
+        assert allocated.sizes == [[1200]]
+        backend.reserve(1 << 62)  # whether there is as much shows when it is used
+    assert Library.waited == []
+    backend.begin()
+    assert Library.waited == ["the caller's"]
