@@ -108,7 +108,6 @@ def test_the_seed_of_defer_holds_for_load():
 def test_planning_does_not_use_it_up():
     deferred = wl.defer(Watching)
     assert "lin.weight" in str(deferred.plan(STATE))
-    # BUG: a plan that fits takes the module, executed or not.
     assert torch.equal(deferred.load(STATE).lin.weight, STATE["lin.weight"])
 
 

@@ -191,7 +191,7 @@ def test_complex_and_integer_tensors_keep_their_dtype(tmp_path):
         ({"device_map": {"": None}}, ValueError),
         ({"device": "cpu", "device_map": {"": "cpu"}}, ValueError),
         ({"device": "nowhere"}, (ValueError, RuntimeError)),
-        ({"device_map": "auto"}, (TypeError, ValueError)),  # BUG: AttributeError: 'str' object has no attribute 'items'
+        ({"device_map": "auto"}, (TypeError, ValueError)),
         ({"device_map": {3: "cpu"}}, TypeError),
         ({"device": 1.5}, TypeError),
         ({"dtype": "float17"}, ValueError),
@@ -207,22 +207,22 @@ def test_complex_and_integer_tensors_keep_their_dtype(tmp_path):
         ({"workers": 0}, ValueError),
         ({"workers": -1}, ValueError),
         ({"workers": "8"}, TypeError),
-        ({"workers": 2.5}, TypeError),  # BUG: accepted
+        ({"workers": 2.5}, TypeError),
         ({"memory_budget_bytes": 0}, ValueError),
         ({"memory_budget_bytes": "1GB"}, TypeError),
         ({"seed": "x"}, (TypeError, ValueError)),
-        ({"strict": "no"}, TypeError),  # BUG: taken for true
+        ({"strict": "no"}, TypeError),
         ({"verify": 0}, TypeError),
         ({"copy": None}, TypeError),
         ({"key_mapping": 5}, TypeError),
-        ({"key_mapping": lambda key: 5}, TypeError),  # BUG: 5 becomes a name
-        ({"key_mapping": {"q": 1}}, TypeError),  # BUG: only noticed where the pattern matches
+        ({"key_mapping": lambda key: 5}, TypeError),
+        ({"key_mapping": {"q": 1}}, TypeError),
         ({"key_mapping": {"(": ""}}, ValueError),
-        ({"cancel": True}, TypeError),  # BUG: AttributeError, in the middle of the load
-        ({"progress": "yes"}, TypeError),  # BUG: accepted
+        ({"cancel": True}, TypeError),
+        ({"progress": "yes"}, TypeError),
         ({"unknown": 1}, TypeError),
     ],
-    ids=lambda value: "".join(c for c in str(value) if c.isalnum())[:40] if isinstance(value, dict) else "",
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options_that_cannot_be_meant(ckpt, options, error):
     module = Net()
