@@ -18,8 +18,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/weightlift demo
 
+# A file's tests stay together, and many of them start threads and processes of their own.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m full
