@@ -1,4 +1,5 @@
-"""Tensors that are no strided view of a storage: sparse, nested and mkldnn ones. Telling them, and their sizes.
+"""Tensors that are no strided view of a storage: sparse, nested and mkldnn ones, and those of classes that tell a shape
+which is not their memory's (they hold another tensor). Telling them, and their sizes.
 
 Nothing is copied into them from a checkpoint (torch's ``copy_`` refuses it, too): a load leaves them as they are.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-SPARSE, NESTED, MKLDNN = "sparse", "nested", "mkldnn"
+SPARSE, NESTED, MKLDNN, COMPOSED = "sparse", "nested", "mkldnn", "composed"
 _COMPRESSED_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 
 
@@ -16,7 +17,7 @@ def unstrided(tensor: torch.Tensor) -> str:
     if tensor.is_nested:
         return NESTED
     if tensor.layout is torch.strided:
-        return ""
+        return "" if len(tensor.shape) == len(tensor.stride()) else COMPOSED
     return MKLDNN if tensor.is_mkldnn else SPARSE
 
 

@@ -348,9 +348,10 @@ def has_extra_state(module: nn.Module) -> bool:
 def storage_address(tensor: torch.Tensor) -> int:
     """The address of a tensor's storage object; a negative number of its own for a tensor without one.
 
-    A nested tensor has one and no strides within it, so that it counts as without.
+    A nested tensor has one and no strides within it, so that it counts as without; one that is composed of others may
+    have one, and its values lie elsewhere.
     """
-    if is_lazy(tensor) or tensor.is_nested:
+    if is_lazy(tensor) or tensor.is_nested or (type(tensor) not in _PLAIN and unstrided(tensor)):
         return -id(tensor)
     try:
         return _storage_address(tensor)

@@ -203,3 +203,33 @@ def test_a_tensor_that_refuses_to_be_copied_into_is_named(existing, tmp_path):
     with pytest.raises(wl.TransferError, match="weight: copying into a Sealed failed: NotImplementedError") as caught:
         wl.load(build() if existing else build, tmp_path)
     assert caught.value.written == (("bias",) if existing else ())
+
+
+class Composed(nn.Parameter):
+    """A parameter without memory of its own, which tells the shape of the tensor that it holds."""
+
+    def __new__(cls, inner: torch.Tensor) -> "Composed":
+        return super().__new__(cls)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = nn.Parameter(inner)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.inner.shape
+
+
+class Hyperbolic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.points = Composed(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_class_that_tells_another_shape_than_its_memorys_is_left_alone(made):
+    state = {"weight": torch.ones(4)}
+    loaded = load(made, Hyperbolic, state, strict=False)
+    assert loaded.points.inner.tolist() == [[1.0] * 3] * 2 and loaded.weight.tolist() == [1.0] * 4
+    with pytest.raises(wl.PlanError, match="points: the parameter is no strided tensor"):
+        load(made, Hyperbolic, {**state, "points": torch.zeros(2, 3)})
