@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from safetensors.torch import load_file, save_file
 
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.options import LoadOptions
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
+from weightlift.transfer.subject import Bytes
 
 _HUGE = 2 << 20
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
@@ -63,16 +65,8 @@ def entries(path: Path) -> tuple[ShardFile, list[TensorEntry]]:
 def ours(path: Path, dtype: torch.dtype, workers: int, copy: bool = False) -> list[torch.Tensor]:
     shard, found = entries(path)
     jobs = [Job(e.key, e, dtype, CPU) for e in found]
-    return run(
-        jobs,
-        files=[shard],
-        tensors={},
-        copy=copy,
-        workers=workers,
-        memory_budget_bytes=None,
-        progress=False,
-        cancel=None,
-    )
+    options = LoadOptions(copy=copy, workers=workers, progress=False)
+    return run(jobs, source=Bytes((shard,), {}, {}), options=options)
 
 
 def theirs(path: Path, dtype: torch.dtype, copy: bool = False) -> list[torch.Tensor]:
@@ -165,11 +159,11 @@ def small(folder: Path, count: int, workers: int, rounds: int) -> None:
         ("cast", torch.float32, False),
     ):
         jobs = [Job(e.key, e, dtype, CPU) for e in found]
+        source, options = Bytes((shard,), {}, {}), LoadOptions(copy=copy, workers=workers, progress=False)
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
-            out = run(jobs, files=[shard], tensors={}, copy=copy, workers=workers, memory_budget_bytes=None,
-                      progress=False, cancel=None)  # fmt: skip
+            out = run(jobs, source=source, options=options)
             times.append(time.perf_counter() - start)
             del out
         print(f"    {count} small tensors, {name:5}      {statistics.median(times) / count * 1e6:8.2f} µs a tensor")

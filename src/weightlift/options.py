@@ -21,6 +21,7 @@ ProgressOption = bool | Callable[[int, int], None] | None
 Parallelize = Callable[[Any], Any]
 
 DEFAULT_WORKERS = 8
+DEFAULT_BUDGET_BYTES = 512 << 20
 DEFAULT_RANK_PATIENCE_SECONDS = 60.0
 
 
@@ -49,7 +50,7 @@ class LoadOptions:
     key_mapping: KeyMapping | None = None
     copy: bool = False
     workers: int = DEFAULT_WORKERS
-    memory_budget_bytes: int | None = None
+    memory_budget_bytes: int = DEFAULT_BUDGET_BYTES
     seed: int = 0
     progress: ProgressOption = None
     cancel: threading.Event | None = None
@@ -105,7 +106,8 @@ class LoadOptions:
         return cls(
             dtype=_dtypes(dtype), device=_device("device", device), device_map=_device_map(device_map), strict=strict,
             ignore_mismatched=ignore_mismatched, key_mapping=key_mapping, copy=copy,
-            workers=default_workers() if workers is None else workers, memory_budget_bytes=memory_budget_bytes,
+            workers=default_workers() if workers is None else workers,
+            memory_budget_bytes=DEFAULT_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes,
             seed=used_seed(seed), progress=progress, cancel=cancel, defer=defer,
             trace=None if trace is None else _writable(trace), verify=verify, parallelize=parallelize,
             source_rank=source_rank, process_group=process_group, rank_patience_seconds=float(rank_patience_seconds),

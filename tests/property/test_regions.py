@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.memory import entry_of
+from weightlift.options import LoadOptions
 from weightlift.plan import regions
 from weightlift.plan.parts import composed, fault_of, local_parts, part
 from weightlift.plan.regions import Region, whole
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
 from weightlift.transfer.memory import in_memory
+from weightlift.transfer.subject import Bytes
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -173,10 +175,7 @@ def test_the_engine_fills_parts(made, dtype, workers):
         Job("x", item.entry, dtype, torch.device("cpu"), into=result.as_strided(item.shape, item.stride, item.offset))
         for item in parts
     ]
-    run(
-        jobs, files=[], tensors=sources, copy=False, workers=workers, memory_budget_bytes=None, progress=False,
-        cancel=None,
-    )  # fmt: skip
+    run(jobs, source=Bytes((), sources, {}), options=LoadOptions(workers=workers, progress=False))
     assert torch.equal(result, target.to(dtype))
 
 

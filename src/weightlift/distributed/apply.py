@@ -71,7 +71,8 @@ def apply_sharded(
         assign_locals(shards)
         inventory = replace(homes.inventory, slots=tuple(home.slot for home in whole))
         left = replace(decisions, rows=rest, checks=())
-        apply(left, Subject(inventory, subject.recorder), source, replace(options, progress=False), trace)
+        hashed = replace(source, digests={})
+        apply(left, Subject(inventory, subject.recorder), hashed, replace(options, progress=False), trace)
         for home in whole:
             if home.left is not None and (tensor := held(home.slot)) is not None:
                 hand_over(home.left, tensor)

@@ -114,13 +114,8 @@ def read_locals(
     values = run(
         jobs,
         _initialisers(missing, shards, offered, kept, subject, options),
-        files=source.files,
-        tensors=source.tensors,
-        copy=options.copy,
-        workers=options.workers,
-        memory_budget_bytes=options.memory_budget_bytes,
-        progress=options.progress,
-        cancel=options.cancel,
+        source=source,
+        options=options,
         trace=trace,
         reserved_bytes=reserved_bytes,
     )

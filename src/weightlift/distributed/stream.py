@@ -12,7 +12,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,7 @@ from weightlift.errors import LoadCancelled
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Row
 from weightlift.strides import row_major
-from weightlift.transfer.chunks import DEFAULT_BUDGET_BYTES, boxes
+from weightlift.transfer.chunks import boxes
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
 from weightlift.transfer.progress import Reporter
@@ -94,9 +94,10 @@ class Stream:
         self._wire = wire
         self._source = source
         self._options = options
-        budget = DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes
-        self._budget_bytes = budget // 2
-        self._message_bytes = min(max(budget // 8, _SMALLEST_MESSAGE_BYTES), _LARGEST_MESSAGE_BYTES)
+        budget_bytes = options.memory_budget_bytes
+        self._budget_bytes = budget_bytes // 2
+        self._reading = replace(options, copy=True, memory_budget_bytes=self._budget_bytes, progress=False)
+        self._message_bytes = min(max(budget_bytes // 8, _SMALLEST_MESSAGE_BYTES), _LARGEST_MESSAGE_BYTES)
 
     def serve(self, wants: Sequence[Want], offered: Mapping[int, Row], source: Bytes) -> None:
         """On the source: send the other ranks what they want. ``wants`` are its own, which it reads for itself."""
@@ -181,16 +182,7 @@ class Stream:
             staged.append(torch.empty(message.box.sizes, dtype=message.dtype, device="cpu"))
             flat = Box(message.box.start, (0,) * len(message.box.sizes), message.box.sizes)
             jobs += row_jobs(offered[message.target], [flat], staged[-1])
-        run(
-            jobs,
-            files=source.files,
-            tensors=source.tensors,
-            copy=True,
-            workers=self._options.workers,
-            memory_budget_bytes=self._budget_bytes,
-            progress=False,
-            cancel=self._options.cancel,
-        )
+        run(jobs, source=source, options=self._reading)
         return staged
 
     def _send(self, message: Message, data: torch.Tensor, outbox: torch.Tensor, rounds: Rounds) -> None:

@@ -122,7 +122,14 @@ class _Application:
         filled = self._move_in(loaded)
         made_here = [order.into for order in orders if order.into is not None and not order.in_place]
         try:
-            values = self._read(jobs, tasks, reserved_bytes=_cpu_bytes((*made_here, *filled)))
+            values = run(
+                jobs,
+                tasks,
+                source=self._source,
+                options=self._options,
+                trace=self._trace,
+                reserved_bytes=_cpu_bytes((*made_here, *filled)),
+            )
         except BaseException:
             self._tell_autograd(loaded)  # some may have been written
             raise
@@ -148,22 +155,6 @@ class _Application:
         settle_small(self._subject.inventory.slots, self._records)
         if self._trace is not None:
             self._trace.add("assign", "the module", began)
-
-    def _read(self, jobs: list[Job], tasks: list[Task], *, reserved_bytes: int) -> list[torch.Tensor]:
-        return run(
-            jobs,
-            tasks,
-            reserved_bytes=reserved_bytes,
-            files=self._source.files,
-            tensors=self._source.tensors,
-            copy=self._options.copy,
-            workers=self._options.workers,
-            memory_budget_bytes=self._options.memory_budget_bytes,
-            progress=self._options.progress,
-            cancel=self._options.cancel,
-            trace=self._trace,
-            digests=self._source.digests,
-        )
 
     def _tell_autograd(self, loaded: Iterable[Member]) -> None:
         """What is written below torch is no change to it: a backward of an earlier forward would take new values."""

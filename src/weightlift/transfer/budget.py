@@ -6,14 +6,12 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from weightlift.transfer.chunks import DEFAULT_BUDGET_BYTES
-
 
 class Budget:
     """Lets work in while what is held stays within the bound; work larger than that runs alone. Thread-safe."""
 
-    def __init__(self, limit_bytes: int | None) -> None:
-        self._limit_bytes = DEFAULT_BUDGET_BYTES if limit_bytes is None else limit_bytes
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._change = threading.Condition()
 

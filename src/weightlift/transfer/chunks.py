@@ -33,7 +33,6 @@ _BLOCKS_PER_WORKER = 3
 _MAX_DIRECT_BYTES = 16 * _MIB
 _LARGEST_ELEMENT_BYTES = 16
 _PIECES_PER_WORKER = 4
-DEFAULT_BUDGET_BYTES = 512 * _MIB
 _ONE = (1,)
 
 
@@ -129,21 +128,20 @@ class Limits:
         return self.block_bytes if place == "cpu" else self.upload_bytes
 
 
-def limits(total_bytes: int, workers: int, memory_budget_bytes: int | None) -> Limits:
+def limits(total_bytes: int, workers: int, budget_bytes: int) -> Limits:
     """Sizes for a run that moves ``total_bytes`` of which at most the budget is in flight beside the destinations.
 
     A small budget first makes the blocks smaller, then the workers fewer; a budget that does not hold one worker's
     smallest blocks (48 KiB) counts as that much.
     """
-    budget = DEFAULT_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
     share = -(-total_bytes // (workers * _PIECES_PER_WORKER))
-    most = min(max(share, _SMALL_BYTES), budget // (_BLOCKS_PER_WORKER * workers))
+    most = min(max(share, _SMALL_BYTES), budget_bytes // (_BLOCKS_PER_WORKER * workers))
     block = max(min(most, _MAX_BLOCK_BYTES) // _LARGEST_ELEMENT_BYTES * _LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
     # A power of two: torch rounds pinned memory up to one.
     upload = max(1 << min(most, _MAX_UPLOAD_BYTES).bit_length() >> 1, _MIN_BLOCK_BYTES)
     # Whole huge pages, so that two workers do not fault the same one.
     direct = min(max(-(-share // _HUGE_PAGE_BYTES), 1) * _HUGE_PAGE_BYTES, _MAX_DIRECT_BYTES)
-    return Limits(block, upload, direct, max(1, min(workers, budget // (_BLOCKS_PER_WORKER * block))))
+    return Limits(block, upload, direct, max(1, min(workers, budget_bytes // (_BLOCKS_PER_WORKER * block))))
 
 
 def overlapping(ranges: Sequence[tuple[int, int]]) -> set[int]:

@@ -12,14 +12,16 @@ import torch
 
 from weightlift import strides
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.lazy_views import shown_as
+from weightlift.options import LoadOptions
 from weightlift.transfer import chunks
 from weightlift.transfer.memory import Staging, StagingPool, bits, in_memory
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Reporter
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
+from weightlift.transfer.subject import Bytes
 
 _PLAIN = (False, False)
 _LARGEST_ELEMENT_BYTES = 16
@@ -38,12 +40,9 @@ class Pair(NamedTuple):
 def same_values(
     pairs: Sequence[Pair],
     *,
-    files: Sequence[ShardFile],
-    tensors: Mapping[str, torch.Tensor],
-    workers: int,
-    memory_budget_bytes: int | None,
-    cancel: threading.Event | None = None,
-    source: Source | None = None,
+    source: Bytes,
+    options: LoadOptions,
+    store: Source | None = None,
 ) -> list[bool]:
     """For every pair whether shapes and values agree, bit by bit, so that equal NaNs are equal and -0.0 is not 0.0.
 
@@ -53,19 +52,19 @@ def same_values(
     Raises:
         CheckpointChanged, TransferError, LoadCancelled, KeyboardInterrupt: as `run`; nothing is ever written.
     """
-    known = {file.path: file for file in files}
-    checker = source or FileSource()
+    known = {file.path: file for file in source.files}
+    store = store or FileSource()
     used = dict.fromkeys(entry.file for pair in pairs for entry in pair[:2] if entry.file is not None)
-    problems = [problem for path in used if (problem := checker.check(known[path])) is not None]
+    problems = [problem for path in used if (problem := store.check(known[path])) is not None]
     if problems:
         raise CheckpointChanged("the checkpoint changed since it was opened", problems)
     results: list[bool | None] = [_without_reading(pair) for pair in pairs]
     open_pairs = [index for index, result in enumerate(results) if result is None]
     units = [(index, unit) for index in open_pairs for unit in _units(pairs[index])]
     total_bytes = sum(_bytes(unit) for _, unit in units)
-    limit = chunks.limits(total_bytes, workers, memory_budget_bytes)
+    limit = chunks.limits(total_bytes, options.workers, options.memory_budget_bytes)
     uses = [entry.file for _, unit in units for entry in unit[:2] if entry.file is not None]
-    reader = _Reader(OpenFiles(checker, known, uses), tensors, limit, cancel)
+    reader = _Reader(OpenFiles(store, known, uses), source.tensors, limit, options.cancel)
     differ: set[int] = set()
 
     def compare(item: tuple[int, Pair]) -> int:
@@ -77,7 +76,9 @@ def same_values(
         return _bytes(unit)
 
     silent = Reporter(False, total_bytes)
-    pool: Pool[tuple[int, Pair]] = Pool(units, (), compare, workers=limit.workers, reporter=silent, cancel=cancel)
+    pool: Pool[tuple[int, Pair]] = Pool(
+        units, (), compare, workers=limit.workers, reporter=silent, cancel=options.cancel
+    )
     try:
         with outside_modes():
             pool.run()

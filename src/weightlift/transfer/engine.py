@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from weightlift import strides
 from weightlift.ambient import outside_modes
-from weightlift.checkpoint.entry import ShardFile, TensorEntry, nbytes_of
-from weightlift.checkpoint.integrity import Digest
+from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.forked import settle
-from weightlift.options import ProgressOption
+from weightlift.options import LoadOptions
 from weightlift.transfer import chunks, headroom
 from weightlift.transfer.accelerator import Backend, backend_for, same_device
 from weightlift.transfer.apart import apart
@@ -26,6 +25,7 @@ from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Reporter
 from weightlift.transfer.requests import requests_of
 from weightlift.transfer.sources import FileSource, OpenFiles, Source
+from weightlift.transfer.subject import Bytes
 from weightlift.transfer.trace import Trace, timed
 
 _ALLOCATED_BYTES = 512  # devices' allocators hand out multiples of it
@@ -35,26 +35,21 @@ def run(
     jobs: Sequence[Job],
     tasks: Sequence[Task] = (),
     *,
-    files: Sequence[ShardFile],
-    tensors: Mapping[str, torch.Tensor],
-    copy: bool,
-    workers: int,
-    memory_budget_bytes: int | None,
-    progress: ProgressOption,
-    cancel: threading.Event | None,
-    digests: Mapping[Path, Digest] | None = None,
-    source: Source | None = None,
-    backend: Callable[[torch.device], Backend] = backend_for,
+    source: Bytes,
+    options: LoadOptions,
     trace: Trace | None = None,
     reserved_bytes: int = 0,
+    store: Source | None = None,
+    backend: Callable[[torch.device], Backend] = backend_for,
 ) -> list[torch.Tensor]:
     """Do all jobs and tasks; return each job's tensor in order (``job.into`` where one was given).
 
-    ``memory_budget_bytes`` bounds what is in flight besides the destinations (None: 512 MiB). ``progress`` is called
-    from the calling thread. Files with ``digests`` are hashed too: while they are read, or before that where ``into``
-    of a job would be written. ``reserved_bytes`` of what the jobs fill are new CPU memory that nobody has written to
-    yet: there has to be room for them, too. ``source`` and ``backend`` are the boundaries that tests replace. Values
-    never depend on ``workers``; with 1 the calling thread does all the work. No thread outlives the call.
+    Of ``options`` those count that say how: the budget bounds what is in flight besides the destinations, progress is
+    called from the calling thread. Files with digests are hashed too: while they are read, or before that where
+    ``into`` of a job would be written. ``reserved_bytes`` of what the jobs fill are new CPU memory that nobody has
+    written to yet: there has to be room for them, too. ``store`` and ``backend`` are the boundaries that tests replace.
+    Values never depend on the number of workers; with 1 the calling thread does all the work. No thread outlives the
+    call.
 
     Raises:
         CheckpointChanged: a file is not the one that was planned with; nothing was written.
@@ -63,18 +58,14 @@ def run(
         LoadCancelled: ``cancel`` was set; ``written`` likewise.
         KeyboardInterrupt: at once, after the pieces under way.
     """
-    assert workers >= 1, workers
     settle()
-    source = source or FileSource()
+    store = store or FileSource()
     with outside_modes():
-        tensors = apart(jobs, tensors)
-    hashing = Hashing(source, files, digests or {}, cancel)
+        source = replace(source, tensors=apart(jobs, source.tensors))
+    hashing = Hashing(store, source.files, source.digests, options.cancel)
     work_bytes = sum(task.nbytes for task in (*tasks, *hashing.tasks))
-    reporter = Reporter(progress, sum([nbytes_of(job.entry) for job in jobs]) + work_bytes)
-    load = _Run(
-        jobs, files, tensors, reserved_bytes, copy=copy, workers=workers, budget=memory_budget_bytes,
-        reporter=reporter, cancel=cancel, source=source, backend=backend, trace=trace,
-    )  # fmt: skip
+    reporter = Reporter(options.progress, sum([nbytes_of(job.entry) for job in jobs]) + work_bytes)
+    load = _Run(jobs, source, options, reserved_bytes, reporter=reporter, store=store, backend=backend, trace=trace)
     try:
         with outside_modes():
             results = load.execute(tasks, hashing)
@@ -99,29 +90,23 @@ class _Run:
     def __init__(
         self,
         jobs: Sequence[Job],
-        files: Sequence[ShardFile],
-        tensors: Mapping[str, torch.Tensor],
+        source: Bytes,
+        options: LoadOptions,
         reserved_bytes: int,
         *,
-        copy: bool,
-        workers: int,
-        budget: int | None,
         reporter: Reporter,
-        cancel: threading.Event | None,
-        source: Source,
+        store: Source,
         backend: Callable[[torch.device], Backend],
         trace: Trace | None,
     ) -> None:
         self._jobs = jobs
-        self._files = {file.path: file for file in files}
-        self._tensors = tensors
+        self._files = {file.path: file for file in source.files}
+        self._tensors = source.tensors
+        self._options = options
         self._reserved_bytes = reserved_bytes
-        self._copy = copy
-        self._workers = workers
-        self._budget = budget
         self._reporter = reporter
-        self._cancel = cancel
-        self._source = source
+        self._cancel = options.cancel
+        self._store = store
         self._make_backend = backend
         self._trace = trace
         self._backends: dict[torch.device, Backend] = {}
@@ -172,7 +157,7 @@ class _Run:
         # By identity first: a path takes longer to hash than all else here, and a file's entries share theirs.
         used = {id(item.entry.file): item.entry.file for job in self._jobs for item in (job.parts or (job,))}
         paths = dict.fromkeys(path for path in used.values() if path is not None)
-        problems = [problem for path in paths if (problem := self._source.check(self._files[path])) is not None]
+        problems = [problem for path in paths if (problem := self._store.check(self._files[path])) is not None]
         if problems:
             raise CheckpointChanged("the checkpoint changed since it was opened", problems)
 
@@ -181,7 +166,7 @@ class _Run:
         problems = [
             problem
             for path, group in mapped.items()
-            if group and (problem := self._source.overwritten(self._files[path])) is not None
+            if group and (problem := self._store.overwritten(self._files[path])) is not None
         ]
         if problems:
             raise CheckpointChanged("a checkpoint file changed while it was mapped", problems)
@@ -196,7 +181,7 @@ class _Run:
             entry = job.entry
             if 0 in entry.shape:
                 self._results[index] = self._destination(job)
-            elif job.into is not None or self._copy or entry.dtype != job.dtype:
+            elif job.into is not None or self._options.copy or entry.dtype != job.dtype:
                 rest.append(index)
             elif entry.file is None:
                 tensor = self._tensors[entry.key]
@@ -238,7 +223,7 @@ class _Run:
             file = self._files[path]
             assert all(self._jobs[index].entry.end <= file.size_bytes for index in group), path
             try:
-                handle = self._source.open(file)
+                handle = self._store.open(file)
                 try:
                     mapping = FileMapping(handle.fileno(), file.size_bytes, file.path)
                     problem = handle.changed()
@@ -274,15 +259,17 @@ class _Run:
             return
         self._reserve(rest)
         targets = {index: self._target(index) for index in rest}
+        workers = self._options.workers
         total_bytes = sum(nbytes_of(self._jobs[index].entry) for index in rest)
-        limit = chunks.limits(total_bytes, self._workers, _share_of(self._budget, len(self._backends)))
+        # Each device has a ring of its own beside the CPU's staging.
+        limit = chunks.limits(total_bytes, workers, self._options.memory_budget_bytes // (1 + len(self._backends)))
         requests = [request for index in rest for request in requests_of(index, self._jobs[index], targets[index])]
         pieces = chunks.pieces(requests, limit)
         if self._trace is not None:
             self._trace.choices.update(workers=limit.workers, block_bytes=limit.block_bytes, pieces=len(pieces))
             if self._backends:
                 self._trace.choices["upload_bytes"] = limit.upload_bytes
-        open_files = OpenFiles(self._source, self._files, [p.file for p in pieces if p.file is not None])
+        open_files = OpenFiles(self._store, self._files, [p.file for p in pieces if p.file is not None])
         executor = Executor(
             self._jobs, targets, self._touched, open_files, self._backends, limit, stopped=self._cancel,
             trace=self._trace,
@@ -292,7 +279,7 @@ class _Run:
             pieces,
             queue,
             executor.execute,
-            workers=limit.workers if pieces else self._workers,
+            workers=limit.workers if pieces else workers,
             reporter=self._reporter,
             cancel=self._cancel,
             done_bytes=self._done_bytes,
@@ -365,9 +352,3 @@ def _mappable(entry: TensorEntry) -> bool:
 def _ordinary(tensor: torch.Tensor) -> bool:
     """Strided, and its memory holds its values as they are (no lazy conjugate or negative)."""
     return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _share_of(budget: int | None, devices: int) -> int | None:
-    """Each device has a ring of its own beside the CPU's staging."""
-    whole = chunks.DEFAULT_BUDGET_BYTES if budget is None else budget
-    return whole // (1 + devices)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightlift.errors import LoadCancelled
-from weightlift.options import default_workers
-from weightlift.transfer.chunks import DEFAULT_BUDGET_BYTES
+from weightlift.options import DEFAULT_BUDGET_BYTES, default_workers
 
 _LEAST_BYTES = 1 << 20
 

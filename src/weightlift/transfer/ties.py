@@ -97,16 +97,7 @@ def _compared(checks: Sequence[Check], source: Bytes, options: LoadOptions) -> l
         pairs += found or ()
     if not checks:
         return []
-    equal = iter(
-        same_values(
-            pairs,
-            files=source.files,
-            tensors=source.tensors,
-            workers=options.workers,
-            memory_budget_bytes=options.memory_budget_bytes,
-            cancel=options.cancel,
-        )
-    )
+    equal = iter(same_values(pairs, source=source, options=options))
     return [
         (check, count is not None and sum(next(equal) for _ in range(count)) == count)
         for check, count in zip(checks, counts, strict=True)

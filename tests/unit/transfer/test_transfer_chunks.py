@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from weightlift import strides
+from weightlift.options import DEFAULT_BUDGET_BYTES
 from weightlift.transfer import chunks
 from weightlift.transfer.chunks import Block, Direct, Limits, Request
 
@@ -86,7 +87,7 @@ def test_overlapping_tensors(seed):
 
 
 def test_ninety_thousand_tensors_are_few_pieces():
-    limit = chunks.limits(90_000 * 2048, 8, None)
+    limit = chunks.limits(90_000 * 2048, 8, DEFAULT_BUDGET_BYTES)
     pieces = chunks.pieces(requests([1024] * 90_000), limit)
     assert len(pieces) < 100
     assert sum(p.nbytes for p in pieces) == 90_000 * 2048
@@ -100,19 +101,19 @@ def test_gaps_and_places_part_reads():
     assert [type(p) for p in chunks.pieces([a, b], Limits(1 << 20, 1 << 20, 2 << 20, 1))] == [Block, Block]
 
 
-@pytest.mark.parametrize("budget", [1 << 16, 1 << 20, 1 << 24, 1 << 29, None])
+@pytest.mark.parametrize("budget", [1 << 16, 1 << 20, 1 << 24, DEFAULT_BUDGET_BYTES])
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 @pytest.mark.parametrize("total", [0, 1, 1 << 20, 1 << 34])
 def test_limits_stay_in_the_budget(budget, workers, total):
     limit = chunks.limits(total, workers, budget)
-    assert 3 * limit.workers * limit.block_bytes <= (budget or chunks.DEFAULT_BUDGET_BYTES)
-    assert 3 * limit.workers * limit.upload_bytes <= (budget or chunks.DEFAULT_BUDGET_BYTES)
+    assert 3 * limit.workers * limit.block_bytes <= budget
+    assert 3 * limit.workers * limit.upload_bytes <= budget
     assert 1 <= limit.workers <= workers and limit.block_bytes % 16 == 0 and limit.direct_bytes % (2 << 20) == 0
     assert limit.upload_bytes.bit_count() == 1  # which pinned memory has anyway
 
 
 def test_what_goes_to_a_device_is_cut_into_larger_blocks():
-    limit = chunks.limits(1 << 34, 8, None)
+    limit = chunks.limits(1 << 34, 8, DEFAULT_BUDGET_BYTES)
     (request,) = requests([1 << 24])
     there = Request(0, FILE, request.start, 2, 2 << 24, (1 << 24,), None, None, False, "cuda:0")
     assert {piece.nbytes for piece in chunks.pieces([there], limit)} == {limit.upload_bytes} == {8 << 20}

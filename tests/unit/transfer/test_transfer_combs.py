@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transfer_helpers import load
 
 import weightlift as wl
 from weightlift.plan.regions import narrow
 from weightlift.strides import row_major
 from weightlift.transfer import combs
-from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
 from weightlift.transfer.sources import FileSource
 
@@ -61,10 +61,8 @@ def test_only_the_runs_of_a_box_are_read(tmp_path: Path, shape, start, sizes, dt
         view = narrow(view, dim, low, size)
     into = torch.full(sizes, -1, dtype=dtype)
     source = Counting()
-    run(
-        [Job("w", view, dtype, torch.device("cpu"), into=into)], files=checkpoint.files, tensors={}, copy=True,
-        workers=3, memory_budget_bytes=budget, progress=False, cancel=None, source=source,
-    )  # fmt: skip
+    job = Job("w", view, dtype, torch.device("cpu"), into=into)
+    load([job], files=checkpoint.files, copy=True, workers=3, memory_budget_bytes=budget, source=source)
     box = tuple(slice(low, low + size) for low, size in zip(start, sizes))
     assert torch.equal(into, tensor[box].to(dtype))
     requests, expected = combs.cost(sizes, row_major(shape) if view.stride is None else view.stride, 4)

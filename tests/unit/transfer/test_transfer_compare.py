@@ -4,21 +4,21 @@ import threading
 
 import pytest
 import torch
-from transfer_helpers import FaultySource, Saved, random_bits, union_bytes
+from transfer_helpers import FaultySource, Saved, made_options, random_bits, union_bytes
 
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.memory import entry_of
 from weightlift.errors import CheckpointChanged, LoadCancelled, TransferError
 from weightlift.transfer.compare import Pair, same_values
+from weightlift.transfer.subject import Bytes
 
 
-def compare(saved, *pairs, tensors=None, workers=2, budget=None, **options):
+def compare(saved, *pairs, tensors=None, workers=2, budget=None, source=None, cancel=None):
     entries = saved.entries if saved else {}
     found = [Pair(*(entries[x] if isinstance(x, str) else x for x in pair)) for pair in pairs]
     files = [saved.shard] if saved else []
-    return same_values(
-        found, files=files, tensors=tensors or {}, workers=workers, memory_budget_bytes=budget, **options
-    )
+    options = made_options(workers=workers, memory_budget_bytes=budget, cancel=cancel)
+    return same_values(found, source=Bytes(files, tensors or {}, {}), options=options, store=source)
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transfer_helpers import CPU, load, same
 
+from weightlift.options import LoadOptions
 from weightlift.transfer.compare import Pair, same_values
 from weightlift.transfer.jobs import Job, Task
+from weightlift.transfer.subject import Bytes
 
 
 class Refuse(TorchDispatchMode):
@@ -43,8 +45,8 @@ def test_ambient_modes_do_not_interfere(saved, mode, workers):
         stack.enter_context(MODES[mode]())
         values = load(jobs, [task], files=[saved.shard], workers=workers)
         copied = load(saved.jobs(), files=[saved.shard], workers=workers, copy=True)
-        (pair,) = same_values([Pair(entry, saved.entries["large.b"])], files=[saved.shard], tensors=memory, workers=1,
-                              memory_budget_bytes=None)  # fmt: skip
+        both = Pair(entry, saved.entries["large.b"])
+        (pair,) = same_values([both], source=Bytes([saved.shard], memory, {}), options=LoadOptions(workers=1))
         inside = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         assert inside == (mode == "inference", mode not in ("inference", "no_grad"))
     assert pair is False

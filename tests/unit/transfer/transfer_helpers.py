@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from weightlift.checkpoint.entry import ShardFile, TensorEntry
+from weightlift.options import DEFAULT_BUDGET_BYTES, LoadOptions
+from weightlift.transfer.accelerator import backend_for
 from weightlift.transfer.engine import run
 from weightlift.transfer.jobs import Job
 from weightlift.transfer.sources import FileHandle, FileSource
+from weightlift.transfer.subject import Bytes
 
 CPU = torch.device("cpu")
 DTYPES = {
@@ -80,12 +83,15 @@ class Saved:
         return dict(zip((job.entry.key for job in jobs), values, strict=True))
 
 
-def load(jobs, tasks=(), **options):
-    defaults = {
-        "files": [], "tensors": {}, "copy": False, "workers": 2, "memory_budget_bytes": None, "progress": False,
-        "cancel": None,
-    }  # fmt: skip
-    return run(jobs, tasks, **(defaults | options))
+def load(jobs, tasks=(), *, files=(), tensors=None, source=None, backend=backend_for, **options):
+    given = Bytes(files, tensors or {}, {})
+    return run(jobs, tasks, source=given, options=made_options(**options), store=source, backend=backend)
+
+
+def made_options(*, memory_budget_bytes=None, **options):
+    """Options unchecked: a budget may be as small as none."""
+    budget = DEFAULT_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
+    return LoadOptions(**{"workers": 2, "progress": False, "memory_budget_bytes": budget} | options)
 
 
 class FaultySource(FileSource):
