@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import tempfile
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +177,20 @@ def a_dtensor_keeps_its_dtype():
     assert_same_state(wl.load(fsdp(mesh(2))(Tied().bfloat16()), path, dtype=torch.bfloat16), reference)
 
 
+def dtensors_stay_as_they_are_where_a_hash_differs():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.pt")
+        torch.save(checkpoint_of(Tied), path)
+        for digest, fits in ((hashlib.sha256(path.read_bytes()).hexdigest(), True), ("0" * 64, False)):
+            Path(folder, "SHA256SUMS").write_text(f"{digest}  model.pt\n")
+            model = fsdp(mesh(2))(Tied())
+            before = {name: tensor._local_tensor.clone() for name, tensor in model.named_parameters()}
+            with contextlib.nullcontext() if fits else pytest.raises(wl.CheckpointCorrupt):
+                wl.load(model, path, verify=True)
+            same = [torch.equal(before[name], tensor._local_tensor) for name, tensor in model.named_parameters()]
+            assert all(same) != fits
+
+
 SCENARIOS = {
     run.__name__: run
     for run in (
@@ -183,5 +201,6 @@ SCENARIOS = {
         a_deferred_module_that_could_not_be_parallelised_can_be_materialised,
         a_module_that_has_changed_on_one_rank_stops_all_at_once,
         a_dtensor_keeps_its_dtype,
+        dtensors_stay_as_they_are_where_a_hash_differs,
     )
 }
