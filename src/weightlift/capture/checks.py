@@ -19,7 +19,7 @@ from weightlift.capture.result import (
 from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
-from weightlift.capture.template import Template, givers_of, resolve_taps
+from weightlift.capture.template import Template, choose
 from weightlift.capture.values import Lack, beyond, recipe_of, untouched, written
 from weightlift.errors import CaptureError, Problem
 
@@ -123,22 +123,18 @@ def _fired(
 ) -> list[Problem]:
     if tap.expect == "maybe":
         return []
-    if not any(calls.values()) or tap.expect == "some":
-        if any(calls.values()):
-            return []
+    if not any(calls.values()):
         what = "none of its modules was seen to run" if len(chosen) > 1 else "its module was not seen to run"
         why = _why(session, root, chosen[0], allowing="maybe")
         return [Problem(f"tap {name!r} recorded nothing: {what}", fqn=chosen[0].fqn, hint=why)]
+    if tap.expect == "some" or session.stopped or (len(session.forwards) <= 1 and all(calls.values())):
+        return []
     problems: list[Problem] = []
     done = [forward for forward in session.forwards if forward.done and not forward.around]
-    if len(session.forwards) <= 1 and all(calls.values()):
-        return problems
     for item in chosen:
         fired = calls[item.fqn]
-        missed = _missed(fired, done) if fired and not session.stopped else []
+        missed = _missed(fired, done)
         if fired and not missed:
-            continue
-        if session.stopped:
             continue
         found = "no call" if not fired else f"none in {len(missed)} of {len(done)} forwards"
         problems.append(
@@ -202,12 +198,10 @@ def _added(session: Session, root: nn.Module, template: Template, told: set[str 
 def _meant(root: nn.Module, name: str, tap: Tap) -> list[Selected]:
     """The modules that a tap means now."""
     try:
-        chosen, wanted = resolve_taps(root, [(name, tap)], [])
+        choice = choose(root, [(name, tap)], [])
     except CaptureError:  # none any more
         return []
-    if wanted is None:
-        return chosen[0]
-    return [Selected(fqn, wanted.modules[fqn]) for fqn, _ in givers_of(wanted)[0]]
+    return (choice.givers() if isinstance(tap, Declared) else choice.modules)[0]
 
 
 def _declared(session: Session, root: nn.Module, number: int, tap: Declared, template: Template) -> list[Problem]:

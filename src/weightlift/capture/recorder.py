@@ -16,14 +16,14 @@ from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
 from weightlift.capture.checks import settle_recorded
+from weightlift.capture.choice import Choice
 from weightlift.capture.compiled import Regions
-from weightlift.capture.declared import Wanted
 from weightlift.capture.gathering import Gather
-from weightlift.capture.regions import names_of, region_of
+from weightlift.capture.regions import region_of
 from weightlift.capture.result import Entry, Recorded, Records
-from weightlift.capture.select import Selected, Watch, compiled_wrapper, original, own_taps
+from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
-from weightlift.capture.template import awaited, resolve_taps
+from weightlift.capture.template import choose
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
 from weightlift.capture.values import recipe_of
 from weightlift.errors import CaptureError, Problem
@@ -110,19 +110,18 @@ class State:
         """What there is, if the same is still wanted; else built anew. Under the lock."""
         if not self.built.stands():
             watches: list[Watch] = []
-            meant = _meant(*resolve_taps(self.model, list(self.taps.items()), watches))
+            meant = _meant(choose(self.model, list(self.taps.items()), watches))
             same = meant == self.built.meant
             self.built = replace(self.built, watches=tuple(watches)) if same else self.build()
         return self.built
 
     def build(self) -> Built:
-        taps = list(self.taps.items())
         watches: list[Watch] = []
-        chosen, wanted = resolve_taps(self.model, taps, watches)
-        counts = awaited(taps, chosen, wanted)
-        sites = _sites(taps, chosen, wanted)
-        regions = any(region_of(self.model, fqn) is not None for fqn in names_of(chosen, wanted)) or any(
-            compiled_wrapper(item.module) for items in chosen.values() for item in items
+        choice = choose(self.model, list(self.taps.items()), watches)
+        counts = choice.awaited()
+        sites = _sites(choice)
+        regions = any(region_of(self.model, fqn) is not None for fqn in choice.fqns()) or any(
+            compiled_wrapper(item.module) for items in choice.modules.values() for item in items
         )
         # A twin for each mode, so that switching between them compiles nothing that was compiled before.
         remake = functools.partial(build_twin, self.model, sites, self.cell, None)
@@ -130,37 +129,38 @@ class State:
         flags = tuple([module.training for module in eval_twin.originals])
         return Built(
             counts,
-            tuple((n, name, tap, tuple(item.fqn for item in chosen.get(n, ()))) for n, (name, tap) in enumerate(taps)),
+            tuple(
+                (n, name, tap, tuple(item.fqn for item in choice.modules.get(n, ())))
+                for n, (name, tap) in enumerate(choice.taps)
+            ),
             eval_twin,
             build_twin(self.model, sites, self.cell, True),
             None if all(flags) or not any(flags) else remake(),
             flags,
             Regions(self.model, sites, self.cell) if regions else None,
             remake,
-            _meant(chosen, wanted),
+            _meant(choice),
             tuple(watches),
         )
 
 
-def _meant(chosen: dict[int, list[Selected]], wanted: Wanted | None) -> frozenset[tuple[str, int]]:
-    modules = {} if wanted is None else wanted.modules
-    named = [(item.fqn, id(item.module)) for items in chosen.values() for item in items]
+def _meant(choice: Choice) -> frozenset[tuple[str, int]]:
+    modules = {} if choice.declared is None else choice.declared.modules
+    named = [(item.fqn, id(item.module)) for items in choice.modules.values() for item in items]
     return frozenset((*named, *((fqn, id(module)) for fqn, module in modules.items())))
 
 
-def _sites(
-    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
-) -> dict[int, Sites]:
+def _sites(choice: Choice) -> dict[int, Sites]:
     sites: dict[int, Sites] = {}
 
     def at(module: nn.Module) -> Sites:
         return sites.setdefault(id(original(module)), Sites([]))
 
-    for number, (_, tap) in enumerate(taps):
-        for item in chosen.get(number, ()):
+    for number, (_, tap) in enumerate(choice.taps):
+        for item in choice.modules.get(number, ()):
             at(item.module).takes.append(Take(number, item.fqn, recipe_of(tap), isinstance(tap, Input)))
-    if wanted is not None:
-        declared = {number: tap for number, (_, tap) in enumerate(taps) if isinstance(tap, Declared)}
+    if (wanted := choice.declared) is not None:
+        declared = choice.declaring()
         for scope, pairs in wanted.scopes:
             at(wanted.modules[scope.fqn]).gather = Gather(scope, pairs, declared)
         for site in wanted.sites:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
-from weightlift.capture.declared import Wanted
+from weightlift.capture.choice import Choice
 from weightlift.capture.select import Selected, children, compiled_wrapper, original, path_to, scripted
-from weightlift.capture.taps import Tap
 from weightlift.errors import Problem
 
 _HINT = "use wl.recorder(model, …), which captures in compiled code"
-
-
-def names_of(chosen: dict[int, list[Selected]], wanted: Wanted | None) -> set[str]:
-    """The names of all modules that a choice of taps looks at."""
-    names = {item.fqn for items in chosen.values() for item in items}
-    return names if wanted is None else names | {site.fqn for site in wanted.sites}
 
 
 def compiled_in_place(module: nn.Module) -> bool:
@@ -41,14 +34,12 @@ def _script_around(root: nn.Module, fqn: str) -> Selected | None:
     return next((item for item in path_to(root, fqn) if scripted(item.module) and item.fqn != fqn), None)
 
 
-def inside_scripts(
-    model: nn.Module, taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
-) -> list[Problem]:
+def inside_scripts(model: nn.Module, choice: Choice) -> list[Problem]:
     """What is wanted and never called from Python, so that neither a capture nor a recorder sees it."""
-    if not _any_met(model, names_of(chosen, wanted), scripted):
+    if not _any_met(model, choice.fqns(), scripted):
         return []
     problems = []
-    for name, fqn in _wanted_names(taps, chosen, wanted):
+    for name, fqn in choice.named():
         if (script := _script_around(model, fqn)) is not None:
             where = f"{script.fqn!r}" if script.fqn else "the model"
             what = f"tap {name!r} lies inside a TorchScript module ({where} was made by torch.jit)"
@@ -57,28 +48,18 @@ def inside_scripts(
     return problems
 
 
-def inside_compiled(
-    model: nn.Module, taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
-) -> list[Problem]:
+def inside_compiled(model: nn.Module, choice: Choice) -> list[Problem]:
     """What is wanted and can't be seen by hooks."""
-    if "torch._dynamo" not in sys.modules or not _any_met(model, names_of(chosen, wanted), _compiled):
+    if "torch._dynamo" not in sys.modules or not _any_met(model, choice.fqns(), _compiled):
         return []
     problems = []
-    for name, fqn in _wanted_names(taps, chosen, wanted):
+    for name, fqn in choice.named():
         region = region_of(model, fqn)
         if region is not None:
             where = region.fqn or "the model"
             what = f"tap {name!r} lies inside compiled code ({where} was given to torch.compile)"
             problems.append(Problem(what, fqn=fqn, hint=_HINT))
     return problems
-
-
-def _wanted_names(
-    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
-) -> list[tuple[str, str]]:
-    """For everything that is wanted the name of its tap and of its module."""
-    names = [(name, item.fqn) for number, (name, _) in enumerate(taps) for item in chosen.get(number, ())]
-    return names if wanted is None else names + [(site.key, site.fqn) for site in wanted.sites]
 
 
 def _compiled(module: nn.Module) -> bool:

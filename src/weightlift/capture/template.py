@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, TakeWhole, Tapping
-from weightlift.capture.declared import Wanted, enclosing, resolve
+from weightlift.capture.choice import Choice
+from weightlift.capture.declared import enclosing, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
-from weightlift.capture.regions import inside_compiled, inside_scripts, names_of
+from weightlift.capture.regions import inside_compiled, inside_scripts
 from weightlift.capture.select import Selected, Watch, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap, no_option
@@ -30,32 +31,33 @@ class Template:
         self.taps = tuple(taps.items())
         self.names = tuple(taps)
         self.watches: list[Watch] = []
-        chosen, wanted = resolve_taps(model, self.taps, self.watches)
-        problems = inside_compiled(model, self.taps, chosen, wanted)
+        choice = choose(model, self.taps, self.watches)
+        problems = inside_compiled(model, choice)
         if problems:
             raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
-        self.awaited = awaited(self.taps, chosen, wanted)
+        self.awaited = choice.awaited()
         self.sites: dict[tuple[int, str], int] = {}
         self.before: dict[int, list[Action]] = {}
         self.after: dict[int, list[Action]] = {}
         self._modules: dict[int, nn.Module] = {}
-        self._fill(model, chosen, wanted)
+        self._fill(model, choice)
         self.with_kwargs = frozenset(
             key
             for actions in (self.before, self.after)
             for key, acts in actions.items()
             if any(action.wants_kwargs for action in acts)
         )
-        self.chosen = {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in chosen.items()}
-        self.givers = givers_of(wanted)
-        self.scopes = {} if wanted is None else {n: (s.fqn, key) for s, pairs in wanted.scopes for key, n in pairs}
+        self.chosen = _by_ids(choice.modules)
+        self.givers = _by_ids(choice.givers())
+        scopes = () if choice.declared is None else choice.declared.scopes
+        self.scopes = {number: (scope.fqn, key) for scope, pairs in scopes for key, number in pairs}
         # What has to be looked at when a capture closes: modules that must give, and whether calls are counted, or taps
         # ask for classes, which may change without any module that comes or goes.
         self.giving = frozenset(name for givers in self.givers.values() for name, _ in givers)
         self.counting = any(isinstance(tap, Output) and tap.calls is not None for tap in taps.values())
         self.closely = self.counting or any(watch.classes for watch in self.watches)
         # With those on the way to them, which may have become compiled code that a capture would miss.
-        ways = {id(item.module): item.module for fqn in names_of(chosen, wanted) for item in path_to(model, fqn)}
+        ways = {id(item.module): item.module for fqn in choice.fqns() for item in path_to(model, fqn)}
         every = {**{key: self._modules[key] for key in self.after}, **self._modules, **ways}
         self.places = {key: place for place, key in enumerate(every)}
         # Which of the modules that a session holds get hooks.
@@ -68,8 +70,8 @@ class Template:
         self._modules.clear()
         self._simplify()
 
-    def _fill(self, model: nn.Module, chosen: dict[int, list[Selected]], wanted: Wanted | None) -> None:
-        gathers = self._gathers(wanted)
+    def _fill(self, model: nn.Module, choice: Choice) -> None:
+        gathers = self._gathers(choice)
         root = Root(next((gather for gather, module in gathers if module is model), None))
         self._enters(model, root)
         for gather, module in gathers:
@@ -80,7 +82,7 @@ class Template:
             if isinstance(tap, Output):
                 shared = Tapping(number, name, tap)
                 take = TakeWhole if shared.plain and self.awaited is None else TakeOutput
-                for item in chosen[number]:
+                for item in choice.modules[number]:
                     site = self.sites.setdefault((number, item.fqn), len(self.sites))
                     if isinstance(tap, Input):
                         self._enters(item.module, TakeInput(shared, item.fqn, site))
@@ -96,10 +98,11 @@ class Template:
         for owner in self._owners:
             owner.simplify(sole, self.places)
 
-    def _gathers(self, wanted: Wanted | None) -> list[tuple[Gather, nn.Module]]:
+    def _gathers(self, choice: Choice) -> list[tuple[Gather, nn.Module]]:
+        wanted = choice.declared
         if wanted is None:
             return []
-        declared = {number: tap for number, (_, tap) in enumerate(self.taps) if isinstance(tap, Declared)}
+        declared = choice.declaring()
         gathers = []
         for scope, pairs in wanted.scopes:
             sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
@@ -155,26 +158,13 @@ class Template:
         return Session(self, held, children)
 
 
-def givers_of(wanted: Wanted | None) -> dict[int, tuple[tuple[str, int], ...]]:
-    """For each declared tap the modules that belong to it: names and ids."""
-    if wanted is None:
-        return {}
-    scopes = {scope.fqn for scope, _ in wanted.scopes}
-    return {
-        number: tuple(
-            (site.fqn, id(wanted.modules[site.fqn]))
-            for site in wanted.sites
-            if site.key == key and enclosing(site.fqn, scopes) == scope.fqn
-        )
-        for scope, pairs in wanted.scopes
-        for key, number in pairs
-    }
+def _by_ids(modules: Mapping[int, list[Selected]]) -> dict[int, tuple[tuple[str, int], ...]]:
+    """By the numbers of taps, names and ids of their modules."""
+    return {number: tuple((item.fqn, id(item.module)) for item in items) for number, items in modules.items()}
 
 
-def resolve_taps(
-    model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watch]
-) -> tuple[dict[int, list[Selected]], Wanted | None]:
-    """The modules of every tap by its number. Raises `CaptureError` with every problem."""
+def choose(model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watch]) -> Choice:
+    """What every tap means in a model. Raises `CaptureError` with every problem."""
     problems: list[Problem] = []
     chosen: dict[int, list[Selected]] = {}
     declared: list[tuple[int, Declared]] = []
@@ -194,30 +184,10 @@ def resolve_taps(
             problems.extend(error.problems)
     if problems:
         raise CaptureError(f"nothing to capture in {type(model).__name__}", problems)
-    if problems := inside_scripts(model, taps, chosen, wanted):
+    choice = Choice(tuple(taps), chosen, wanted)
+    if problems := inside_scripts(model, choice):
         raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
-    return chosen, wanted
-
-
-def awaited(
-    taps: Sequence[tuple[str, Tap]], chosen: dict[int, list[Selected]], wanted: Wanted | None
-) -> dict[tuple[int, str], int] | None:
-    """With ``stop``: how many calls of each module must be seen before the forward is left."""
-    if not any(isinstance(tap, Output) and tap.stop for _, tap in taps):
-        return None
-    problems = []
-    if wanted is not None:
-        problems.append(Problem("stop and declared outputs", hint="those are known when the forward ends"))
-    counts = {}
-    for number, (name, tap) in enumerate(taps):
-        if isinstance(tap, Output):
-            if tap.calls is not None and min(tap.calls) < 0:
-                problems.append(Problem(f"stop with the negative calls of tap {name!r}", hint="the end is not reached"))
-            for item in chosen[number]:
-                counts[number, item.fqn] = 1 if tap.calls is None else max(tap.calls) + 1
-    if problems:
-        raise CaptureError("a forward can't be stopped early for this", problems)
-    return counts
+    return choice
 
 
 def lasting(tap: Any) -> bool:
