@@ -276,7 +276,7 @@ def _flat(fields: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 def _numel(cls: type, config: Any) -> int:
     load = CurrentLoad(source=None, deferred=True, seed=0)
-    model, _ = build(cls, lambda: cls(config), config, torch.float32, load)
+    model = build(cls, lambda: cls(config), config, torch.float32, load).model
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -8,18 +8,32 @@ refuses it. And they set the process's default dtype, which is not done here: co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from weightlift.deferred.construct import CurrentLoad, construct
+from weightlift.deferred.construct import CurrentLoad, construct, extend
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer
 from weightlift.deferred.inventory import modules_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.default_dtypes import refuse_asking
 from weightlift.integrations.exclusive import NotNative
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model that was built deferred, with the recorder of its tapes, for a load."""
+
+    model: Any
+    recorder: Recorder
+    load: CurrentLoad
+
+    def extend(self, work: Callable[[], None]) -> None:
+        """See `weightlift.deferred.construct.extend`."""
+        extend(self.model, self.recorder, self.load, work)
 
 
 def built(
@@ -29,7 +43,7 @@ def built(
     *,
     default_dtype: WantedDtype = None,
     answers: Mapping[Any, Answer] | None = None,
-) -> tuple[nn.Module, Recorder]:
+) -> Built:
     """`construct` an object of ``cls``, deferred. Raises NotNative where the constructor would not find what it finds
     in its own library."""
     differs = default_dtype not in (None, torch.get_default_dtype())
@@ -38,7 +52,7 @@ def built(
     model, recorder = _unless_refused(lambda: construct(make, load, default_dtype=default_dtype, answers=answers))
     if differs:
         refuse_asking({type(module) for module in modules_of(model)})
-    return model, recorder
+    return Built(model, recorder, load)
 
 
 def _unless_refused(build: Callable[[], tuple[nn.Module, Recorder | None]]) -> tuple[nn.Module, Recorder]:

@@ -25,9 +25,8 @@ from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
-from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
-from weightlift.integrations.constructors import built
+from weightlift.integrations.constructors import Built, built
 from weightlift.integrations.diffusers.hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers.options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers.originals import original, validated
@@ -131,9 +130,8 @@ class StandIn:
 
     def __init__(self, cls: Any) -> None:
         self._cls = cls
-        self._load = CurrentLoad(source=None, deferred=True, seed=torch.initial_seed())
         self._dtype: torch.dtype | None = None
-        self._recorder: Recorder | None = None
+        self._built: Built | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
@@ -148,21 +146,21 @@ class StandIn:
 
     def from_config(self, config: Any, **kwargs: Any) -> Any:
         """The model, deferred."""
-        model, self._recorder = built(
+        self._built = built(
             self._cls,
             lambda: self._cls.from_config(config, **kwargs),
-            self._load,
+            CurrentLoad(source=None, deferred=True, seed=torch.initial_seed()),
             default_dtype=self._dtype,
             answers=_answers(),
         )
-        refuse_names(model)
-        return model
+        refuse_names(self._built.model)
+        return self._built.model
 
     def _load_pretrained_model(
         self, model: Any, state_dict: Any, files: list[str], name: Any, loaded_keys: list[str], **options: Any
     ) -> tuple[Any, list[str], list[str], list[Any], None, list[str]]:
         """What Diffusers' own does: the model and the keys that were missing, unexpected, mismatched."""
-        assert self._recorder is not None
+        assert self._built is not None and self._built.model is model
         if "disk" in (options["device_map"] or {}).values():
             raise NotNative("offloading to disk", OFFLOAD)
         if not options["low_cpu_mem_usage"]:
@@ -177,7 +175,7 @@ class StandIn:
             bool(options["disable_mmap"]),
         )
         checkpoint, offers = _offered(state_dict, files, loaded_keys)
-        filling = Filling(self._cls, model, self._recorder, self._load, Offered(checkpoint, offers), wanted)
+        filling = Filling(self._cls, self._built, Offered(checkpoint, offers), wanted)
         missing, unexpected, mismatched = filling.run(loaded_keys)
         return model, missing, unexpected, mismatched, None, []
 
@@ -218,15 +216,7 @@ class Offered:
 class Filling:
     """Gives one deferred model its values."""
 
-    def __init__(
-        self,
-        cls: Any,
-        model: Any,
-        recorder: Recorder,
-        load: CurrentLoad,
-        offered: Offered,
-        wanted: Wanted,
-    ) -> None:
+    def __init__(self, cls: Any, built: Built, offered: Offered, wanted: Wanted) -> None:
         self._cls = cls
         self._offered = offered
         self._wanted = wanted
@@ -235,11 +225,12 @@ class Filling:
             strict=False,
             ignore_mismatched=True,
             copy=wanted.copy,
-            seed=load.seed,
+            seed=built.load.seed,
             **{"progress": progress, **of_this_load()},
         )
-        self._subject = Subject(Inventory.of(model), recorder, post_hooks=False)  # those that count are refused before
-        self._state = {slot.fqn: slot.tensor for slot in self._subject.inventory.slots if slot.persistent}
+        inventory = Inventory.of(built.model)
+        self._subject = Subject(inventory, built.recorder, post_hooks=False)  # those that count are refused before
+        self._state = {slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent}
         offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
         assigns = wanted.assigns and not wanted.low_cpu_mem_usage
         self._assigned = self._assigned_names(offers) if assigns else frozenset()

@@ -17,10 +17,9 @@ from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from torch.utils._pytree import tree_map
 
-from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
-from weightlift.deferred.recorder import Recorder
 from weightlift.errors import CheckpointError
+from weightlift.integrations.constructors import Built
 from weightlift.integrations.diffusers.hooks import refuse_state_hooks
 from weightlift.integrations.diffusers.model import Filling, Offered, StandIn, Wanted, opened
 from weightlift.integrations.diffusers.options import Quantisers, refuse
@@ -100,15 +99,11 @@ class _SingleFile:
             copy=bool(self._kwargs.get("disable_mmap")),
             assigns=False,
         )
-        self._stand_in.fill(model, state_dict, wanted, whole=empty)
+        self._stand_in.fill(state_dict, wanted, whole=empty)
 
 
 class SingleFileStandIn(StandIn):
     """Stands for a model class while one is made of a state dict."""
-
-    def __init__(self, cls: Any) -> None:
-        super().__init__(cls)
-        self._model: Any = None
 
     def _get_signature_keys(self, _: Any) -> Any:
         return self._cls._get_signature_keys(self._cls)
@@ -117,36 +112,27 @@ class SingleFileStandIn(StandIn):
         """The model, deferred. Until `done` this one object, which nobody else has yet, gives a state dict of names
         only: Diffusers asks for it to know these, and holds it while the values come, which then could not be put in
         the place of the tensors in it."""
-        self._model = super().from_config(config, **kwargs)
-        names = tuple(self._model.state_dict())
-        self._model.__dict__["state_dict"] = lambda: dict.fromkeys(names)
-        return self._model
+        model = super().from_config(config, **kwargs)
+        names = tuple(model.state_dict())
+        model.__dict__["state_dict"] = lambda: dict.fromkeys(names)
+        return model
 
     def done(self) -> None:
         """Let the model's state dict be an ordinary one."""
-        if self._model is not None:
-            del self._model.__dict__["state_dict"]
+        if self._built is not None:
+            self._built.model.__dict__.pop("state_dict", None)
 
-    def fill(self, model: Any, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
+    def fill(self, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
         """Give the model that was built last its values, out of a state dict under its own names."""
-        fill(self._cls, model, self._recorder, self._load, state_dict, wanted, whole=whole)
+        fill(self._cls, self._built, state_dict, wanted, whole=whole)
 
 
-def fill(
-    cls: Any,
-    model: Any,
-    recorder: Recorder | None,
-    load: CurrentLoad,
-    state_dict: Mapping[str, Any],
-    wanted: Wanted,
-    *,
-    whole: bool,
-) -> None:
+def fill(cls: Any, built: Built | None, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
     """Give a deferred model its values, out of a state dict under its own names. Raises as `Filling.fill` does."""
-    assert recorder is not None
-    names = {slot.fqn: slot for slot in Inventory.of(model).slots if slot.persistent}
+    assert built is not None
+    names = {slot.fqn: slot for slot in Inventory.of(built.model).slots if slot.persistent}
     offers, computed = offered(state_dict, names)
-    Filling(cls, model, recorder, load, Offered(source_of(state_dict), offers, computed), wanted).fill(whole=whole)
+    Filling(cls, built, Offered(source_of(state_dict), offers, computed), wanted).fill(whole=whole)
 
 
 # -- what Diffusers calls ---------------------------------------------------------------------------------------------

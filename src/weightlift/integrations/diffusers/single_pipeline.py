@@ -19,7 +19,7 @@ from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.deferred.recorder import Recorder
+from weightlift.integrations.constructors import Built
 from weightlift.integrations.diffusers.model import Wanted
 from weightlift.integrations.diffusers.options import refuse
 from weightlift.integrations.diffusers.originals import original, validated
@@ -140,8 +140,7 @@ class TextStandIn:
     def __init__(self, cls: Any, copy: bool) -> None:
         self._cls = cls
         self._copy = copy
-        self._load = CurrentLoad(source=None, deferred=True, seed=torch.initial_seed())
-        self._recorder: Recorder | None = None
+        self._built: Built | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cls, name)
@@ -150,10 +149,10 @@ class TextStandIn:
         """The model, deferred, its tied names tied."""
         from weightlift.integrations.transformers.init import build, tie
 
-        default = torch.get_default_dtype()
-        made, self._recorder = build(self._cls, lambda: self._cls(config), config, default, self._load)
-        tie(made)
-        return made
+        load = CurrentLoad(source=None, deferred=True, seed=torch.initial_seed())
+        self._built = build(self._cls, lambda: self._cls(config), config, torch.get_default_dtype(), load)
+        tie(self._built.model)
+        return self._built.model
 
     def fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: torch.dtype | None) -> None:
         """Give the model its values."""
@@ -162,4 +161,4 @@ class TextStandIn:
             source.source, dtype, (), None,
             low_cpu_mem_usage=True, ignore_mismatched=False, copy=self._copy, assigns=False,
         )  # fmt: skip
-        fill(self._cls, model, self._recorder, self._load, state_dict, wanted, whole=True)
+        fill(self._cls, self._built, state_dict, wanted, whole=True)

@@ -22,8 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import tensors_of
-from weightlift.deferred.recorder import Recorder
-from weightlift.integrations.constructors import built
+from weightlift.integrations.constructors import Built, built
 from weightlift.integrations.transformers.dtypes import Dtypes
 
 _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__code__
@@ -31,7 +30,7 @@ _ASKS_FOR_META = modeling_utils.get_torch_context_manager_or_global_device.__cod
 
 def build(
     cls: Any, make: Callable[[], Any], config: Any, dtype: torch.dtype, load: CurrentLoad
-) -> tuple[Any, Recorder]:
+) -> Built:
     """Run the constructor of a class deferred. ``config`` is the load's own copy, ``dtype`` the default dtype."""
     dtypes = Dtypes(config, dtype)
 

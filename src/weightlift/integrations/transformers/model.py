@@ -26,12 +26,12 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint, open_files
-from weightlift.deferred.construct import CurrentLoad, extend
+from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory, modules_of
-from weightlift.deferred.recorder import Recorder
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
+from weightlift.integrations.constructors import Built
 from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.file_strides import as_in_files
 from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
@@ -84,9 +84,8 @@ class StandIn:
 
     def __init__(self, cls: Any) -> None:
         self._cls = cls
-        self._load: CurrentLoad | None = None
         self._dtype = torch.float32
-        self._recorder: Recorder | None = None
+        self._built: Built | None = None
         self._quantiser: ShapesOnly | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -105,27 +104,27 @@ class StandIn:
     def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
         if self._quantiser is not None:
             refuse_quantised(config)
-        self._load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
+        load = CurrentLoad(source=config.name_or_path or None, deferred=True, seed=torch.initial_seed())
 
         def make() -> Any:
             return self._cls(config, *args, **kwargs)
 
-        model, self._recorder = build(self._cls, make, config, self._dtype, self._load)
-        refuse_parts(modules_of(model))
+        self._built = build(self._cls, make, config, self._dtype, load)
+        refuse_parts(modules_of(self._built.model))
         if self._quantiser is not None:
-            self._quantiser.show(model, self._recorder, self._load)
-        return model
+            self._quantiser.show(self._built)
+        return self._built.model
 
     def _load_pretrained_model(
         self, model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **_: Any
     ) -> tuple[LoadStateDictInfo, Any]:
-        assert self._recorder is not None and self._load is not None
+        assert self._built is not None and self._built.model is model
         offload = None
         if "disk" in (load_config.device_map or {}).values() and not another_rank_loads():
             offload = Offload(model, checkpoint_files, load_config)
         checkpoint = _open(state_dict, checkpoint_files, load_config)
-        filling = Filling(model, self._recorder, self._load, checkpoint, load_config, offload)
-        return filling.run(), None if offload is None else offload.index
+        info = Filling(self._built, checkpoint, load_config, offload).run()
+        return info, None if offload is None else offload.index
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: LoadStateDictInfo) -> LoadStateDictInfo:
@@ -161,23 +160,14 @@ def _open(state_dict: Any, files: list[str] | None, load_config: Any) -> Checkpo
 class Filling:
     """Gives one deferred model its values."""
 
-    def __init__(
-        self,
-        model: Any,
-        recorder: Recorder,
-        load: CurrentLoad,
-        checkpoint: Checkpoint,
-        load_config: Any,
-        offload: Offload | None,
-    ) -> None:
-        self._model = model
-        self._recorder = recorder
-        self._load = load
+    def __init__(self, built: Built, checkpoint: Checkpoint, load_config: Any, offload: Offload | None) -> None:
+        self._built = built
+        self._model = model = built.model
         self._checkpoint = checkpoint
         self._config = load_config
         self._offload = offload
         self._unfilled = another_rank_loads()  # accelerate sends this rank its parameters
-        self._options = _options(load_config, load.seed)
+        self._options = _options(load_config, built.load.seed)
         tie(model)
         inventory = Inventory.of(model)
         self._slots = inventory.slots
@@ -203,7 +193,7 @@ class Filling:
         for slot in self._slots:  # Transformers makes every parameter anew
             if slot.kind == "parameter":
                 slot.tensor.requires_grad_(slot.tensor.is_floating_point())
-        extend(self._model, self._recorder, self._load, lambda: initialise(self._model, tensors))
+        self._built.extend(lambda: initialise(self._model, tensors))
         decisions, subject = self._decide(done)
         source = Bytes(self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras))
         with outside_modes():
@@ -256,7 +246,7 @@ class Filling:
                 given[name] = _owner(self._model, name).get_extra_state()
 
         if read:
-            extend(self._model, self._recorder, self._load, ask)
+            self._built.extend(ask)
         extras = {name: self._checkpoint.extras[key] for name, key in keys.items() if name not in read}
         with outside_modes():
             for name, key in read.items():
@@ -307,7 +297,7 @@ class Filling:
 
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
-        subject = Subject(inventory, self._recorder, post_hooks=False)  # Transformers calls no ``load_state_dict``
+        subject = Subject(inventory, self._built.recorder, post_hooks=False)  # it calls no ``load_state_dict``
         spec = inventory.spec(subject.record_at)
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)

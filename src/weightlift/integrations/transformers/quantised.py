@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.deferred.construct import CurrentLoad, extend
 from weightlift.deferred.inventory import Inventory
-from weightlift.deferred.recorder import Recorder
+from weightlift.integrations.constructors import Built
 from weightlift.integrations.exclusive import NotNative
 
 _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
@@ -36,14 +35,14 @@ class ShapesOnly:
     """A context in which, once `show` was called, a model's parameters are shapes."""
 
     def __init__(self) -> None:
-        self._model: nn.Module | None = None
+        self._built: Built | None = None
         self._hidden: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def show(self, model: nn.Module, recorder: Recorder, load: CurrentLoad) -> None:
+    def show(self, built: Built) -> None:
         """Put shapes in the places of parameters; names that share one share its shape."""
-        self._model, self._recorder, self._load = model, recorder, load
+        self._built = built
         shown: dict[int, nn.Parameter] = {}
-        for slot in Inventory.of(model).slots:
+        for slot in Inventory.of(built.model).slots:
             if slot.kind == "parameter":
                 if id(slot.tensor) not in shown:
                     empty = torch.empty_like(slot.tensor, device="meta")
@@ -56,14 +55,14 @@ class ShapesOnly:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        if kind is None and self._model is not None:
-            extend(self._model, self._recorder, self._load, self._restore)
+        if kind is None and self._built is not None:
+            self._built.extend(self._restore)
 
     def _restore(self) -> None:
         """To be run while the recorder is on: what is new gets memory that is reserved."""
-        assert self._model is not None
+        assert self._built is not None
         made: dict[int, torch.Tensor] = {}
-        for slot in Inventory.of(self._model).slots:
+        for slot in Inventory.of(self._built.model).slots:
             if not slot.tensor.is_meta:
                 continue
             if id(slot.tensor) in self._hidden:
