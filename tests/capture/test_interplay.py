@@ -1,4 +1,4 @@
-"""Small cases of what a search among made-up nets and programs has found (tests/property/test_any_capture.py)."""
+"""Failures, stops, copied contexts, hooks and checkpointing together: of the kind that test_any_capture.py makes up."""
 
 from __future__ import annotations
 

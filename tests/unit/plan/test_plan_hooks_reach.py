@@ -366,7 +366,7 @@ def test_a_load_state_dict_that_is_not_called_is_named(existing, caplog):
     assert said(lambda: nn.Sequential(OwnLoad(2, 2)), within) == []
 
 
-# -- what tests/property/test_any_state_dict.py found ----------------------------------------------------------------
+# -- as tests/property/test_any_state_dict.py makes them up -----------------------------------------------------------
 
 
 class Calling(nn.Module):
