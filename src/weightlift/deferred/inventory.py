@@ -90,12 +90,17 @@ class Slot(NamedTuple):
         """Replace the tensor object that this slot holds."""
         self._place()[self.attribute] = tensor
 
-    def held(self) -> torch.Tensor:
-        """What is there by now; ``tensor`` if that is gone."""
+    def now(self) -> torch.Tensor | None:
+        """What is there by now; None if that is gone."""
         place = self._place()  # of a TorchScript module no dictionary, and without its `get`
         if self.attribute not in place:
-            return self.tensor
+            return None
         found: torch.Tensor | None = place[self.attribute]
+        return found
+
+    def held(self) -> torch.Tensor:
+        """What is there by now; ``tensor`` if that is gone."""
+        found = self.now()
         return self.tensor if found is None else found
 
     def _place(self) -> dict[str, Any]:

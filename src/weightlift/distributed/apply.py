@@ -17,7 +17,7 @@ from weightlift.deferred.tape import Record
 from weightlift.distributed.fill import Local, assign_locals, loaded_rows, locals_of, read_locals
 from weightlift.distributed.kept import hand_over
 from weightlift.distributed.layout import Box
-from weightlift.distributed.shapes import Home, Homes, held
+from weightlift.distributed.shapes import Home, Homes
 from weightlift.distributed.stream import Stream, Want
 from weightlift.distributed.team import Team
 from weightlift.errors import PlanError, Problem
@@ -74,7 +74,7 @@ def apply_sharded(
         hashed = replace(source, digests={})
         apply(left, Subject(inventory, subject.recorder), hashed, replace(options, progress=False), trace)
         for home in whole:
-            if home.left is not None and (tensor := held(home.slot)) is not None:
+            if home.left is not None and (tensor := home.slot.now()) is not None:
                 hand_over(home.left, tensor)
         return homes.module
 

@@ -23,13 +23,13 @@ from weightlift.unstrided import unstrided
 
 def note_of_missing(slots: Sequence[Slot], rows: Sequence[Row]) -> str:
     """Hashes by name of what the checkpoint does not provide, each tensor once."""
-    named: dict[int, tuple[str, torch.Tensor]] = {}
+    found: dict[int, tuple[str, torch.Tensor]] = {}
     for slot, row in zip(slots, rows, strict=True):
         tensor = slot.tensor
         whole = not (is_lazy(tensor) or is_dtensor(tensor) or tensor.is_meta or unstrided(tensor))
         if whole and row.action in (Action.INITIALISED, Action.MISMATCHED):
-            named.setdefault(id(tensor), (slot.fqn, tensor))
-    return json.dumps({fqn: _hash(tensor) for fqn, tensor in named.values()})
+            found.setdefault(id(tensor), (slot.fqn, tensor))
+    return json.dumps({fqn: _hash(tensor) for fqn, tensor in found.values()})
 
 
 def differences(notes: Sequence[str], ranks: Sequence[int]) -> list[Problem]:

@@ -105,7 +105,7 @@ def _tie_again(inventory: Inventory, rows: Sequence[Row], module: nn.Module) -> 
     fsdp = has_fsdp(module)
     first: dict[int, tuple[Slot, Any]] = {}
     for slot, row in zip(inventory.slots, rows, strict=True):
-        now: Any = held(slot)
+        now: Any = slot.now()
         if now is None:
             continue
         owner, tied = first.setdefault(row.target, (slot, now))
@@ -158,12 +158,12 @@ def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
 @contextlib.contextmanager
 def put_back(inventory: Inventory) -> Iterator[None]:
     """Around all that changes a module: where it fails, the module has the tensors that it has now."""
-    before = [(slot, held(slot)) for slot in inventory.slots]
+    before = [(slot, slot.now()) for slot in inventory.slots]
     try:
         yield
     except BaseException:
         for slot, tensor in before:
-            if tensor is not None and held(slot) is not tensor:
+            if tensor is not None and slot.now() is not tensor:
                 place(slot, tensor)
         raise
 
@@ -171,20 +171,15 @@ def put_back(inventory: Inventory) -> Iterator[None]:
 def settled_again(homes: Homes) -> None:
     """Put what ``parallelize`` made in its places again, where `put_back` has undone it."""
     for home in homes.homes:
-        if held(home.slot) is not home.now:
+        if home.slot.now() is not home.now:
             place(home.slot, home.now)
 
 
 def filled(homes: Homes) -> Homes:
     """A module whose homes have their values, to be filled once more."""
-    now = [(home, tensor) for home in homes.homes if (tensor := held(home.slot)) is not None]
+    now = [(home, tensor) for home in homes.homes if (tensor := home.slot.now()) is not None]
     found = tuple(replace(home, slot=home.slot._replace(tensor=tensor), now=tensor, left=None) for home, tensor in now)
     return replace(homes, inventory=replace(homes.inventory, slots=tuple(home.slot for home in found)), homes=found)
-
-
-def held(slot: Slot) -> torch.Tensor | None:
-    """The tensor that a slot holds by now."""
-    return (slot.owner._parameters if slot.kind == "parameter" else slot.owner._buffers).get(slot.attribute)
 
 
 def place(slot: Slot, tensor: torch.Tensor) -> None:
@@ -251,7 +246,7 @@ def _home(
 ) -> Home:
     if id(slot.owner) not in inside:
         raise ValueError("its module is not part of what parallelize returned")
-    now = held(slot)
+    now = slot.now()
     if now is None:
         raise ValueError("parallelize removed it")
     if is_lazy(now):
