@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.constructors import Built, built
+from weightlift.integrations.deciding import decide, placed
 from weightlift.integrations.diffusers.hooks import refuse_names, refuse_state_hooks, refuse_steps
 from weightlift.integrations.diffusers.options import OFFLOAD, Quantisers, refuse
 from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.exclusive import NotNative, native_or_alone
-from weightlift.integrations.file_strides import as_in_files, made_contiguous
-from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
+from weightlift.integrations.file_strides import made_contiguous
+from weightlift.integrations.misfits import no_tensor, shapes_differ
 from weightlift.integrations.not_native import refuse_allowed
 from weightlift.integrations.room import Delegate, in_room
 from weightlift.options import LoadOptions
-from weightlift.plan.match import Supply, match
+from weightlift.plan.match import Supply
 from weightlift.plan.records import Action, Decisions, Offer, Row
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
@@ -284,23 +285,17 @@ class Filling:
         return found
 
     def _decide(self) -> Decisions:
-        spec = self._subject.inventory.spec(self._subject.record_at)
         supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
-        decisions = match(spec, supply, self._options)
-        refuse_shared(decisions, self._subject.inventory.slots)
         emptied = self._wanted.low_cpu_mem_usage
         replaced = {name: offer for name, offer in self._offers.items() if emptied or name in self._assigned}
-        decisions = as_in_files(decisions, self._subject, replaced)
+        decisions = decide(self._subject, supply, self._options, replaced)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
-        devices = self._devices()
-        rows = []
-        for row in decisions.rows:
+
+        def dtype(row: Row) -> torch.dtype:
             source = read.get(row.target)
-            dtype = row.dtype if source is None or source.offer is None else self._dtype(source, source.offer)
-            device = devices.get(row.fqn, row.device)
-            same = dtype == row.dtype and device == row.device
-            rows.append(row if same else row._replace(dtype=dtype, device=device))
-        return replace(decisions, rows=tuple(rows))
+            return row.dtype if source is None or source.offer is None else self._dtype(source, source.offer)
+
+        return placed(decisions, dtype, self._devices())
 
     def _dtype(self, row: Row, offer: Offer) -> torch.dtype:
         """The dtype of a value that is read."""

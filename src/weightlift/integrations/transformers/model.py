@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
 from weightlift.integrations.constructors import Built
+from weightlift.integrations.deciding import decide, placed
 from weightlift.integrations.exclusive import NotNative, native_or_alone
-from weightlift.integrations.file_strides import as_in_files
-from weightlift.integrations.misfits import no_tensor, refuse_shared, shapes_differ
+from weightlift.integrations.misfits import no_tensor, shapes_differ
 from weightlift.integrations.not_native import refuse_allowed, refuse_foreign
 from weightlift.integrations.room import in_room
 from weightlift.integrations.transformers.conversion import Conversion, convert
@@ -44,7 +43,7 @@ from weightlift.integrations.transformers.offload import Offload
 from weightlift.integrations.transformers.options import refuse, refuse_fusion
 from weightlift.integrations.transformers.quantised import ShapesOnly, refuse_quantised
 from weightlift.options import LoadOptions
-from weightlift.plan.match import Supply, match
+from weightlift.plan.match import Supply
 from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
@@ -298,23 +297,18 @@ class Filling:
     def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
         inventory = Inventory.of(self._model)
         subject = Subject(inventory, self._built.recorder, post_hooks=False)  # it calls no ``load_state_dict``
-        spec = inventory.spec(subject.record_at)
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
         )
-        decisions = match(spec, supply, self._options)
-        refuse_shared(decisions, inventory.slots)
-        decisions = as_in_files(decisions, subject, done.offers)
+        decisions = decide(subject, supply, self._options, done.offers)
         devices = self._devices([row.fqn for row in decisions.rows])
         if devices or self._plan_dtypes:
-            decisions = replace(decisions, rows=tuple(self._row(row, devices) for row in decisions.rows))
+            decisions = placed(decisions, self._dtype, devices)
         require_devices(decisions)
         return decisions, subject
 
-    def _row(self, row: Row, devices: Mapping[str, str]) -> Row:
-        dtype = self._plan_dtypes.get(row.fqn, row.dtype) if row.action in (Action.LOADED, Action.TIED) else row.dtype
-        device = devices.get(row.fqn, row.device)
-        return row if dtype == row.dtype and device == row.device else row._replace(dtype=dtype, device=device)
+    def _dtype(self, row: Row) -> torch.dtype:
+        return self._plan_dtypes.get(row.fqn, row.dtype) if row.action in (Action.LOADED, Action.TIED) else row.dtype
 
     def _devices(self, names: list[str]) -> dict[str, str]:
         if self._config.device_map is None:
