@@ -60,7 +60,9 @@ def main(save: Callable[[Path], Iterable[Job]], *, limit_s: float) -> None:
     faulthandler.dump_traceback_later(limit_s, exit=True)  # what hangs says where
     _be_quiet()
     torch.manual_seed(1)
-    jobs = list(save(folder))
+    known = list(save(folder))
+    turns = [[(7 * number + turn) % len(known) for turn in range(loads)] for number in range(thread_count)]
+    jobs = [known[place] for place in sorted({place for places in turns for place in places})]
     for job in jobs:
         job.expected = job.theirs()
     if mode == "installed":
@@ -72,8 +74,8 @@ def main(save: Callable[[Path], Iterable[Job]], *, limit_s: float) -> None:
     done = [0] * thread_count
 
     def worker(number: int) -> None:
-        for turn in range(loads):
-            found = jobs[(7 * number + turn) % len(jobs)].problems(mode)
+        for place in turns[number]:
+            found = known[place].problems(mode)
             wrong.extend(found)
             done[number] += not found
 
