@@ -62,7 +62,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         tied = {row.fqn for row in rows if row.action is Action.TIED}
         supply = replace(supply, hook_missing=tuple(name for name in supply.hook_missing if name not in tied))
     if options.strict:
-        lacks = lacking(missing, unexpected_keys)
+        lacks = lacking(missing, unexpected)
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
         extra = [(item, unplaced(item)) for item in unexpected]

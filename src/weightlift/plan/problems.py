@@ -54,15 +54,18 @@ def mismatched(item: TensorSpec, offer: Offer) -> Problem:
     )
 
 
-def lacking(rows: Sequence[Row], unexpected: Sequence[str]) -> list[Problem]:
-    """For each row that nothing provides, with the most similar of the ``unexpected`` keys."""
+def lacking(rows: Sequence[Row], unexpected: Sequence[Unexpected]) -> list[Problem]:
+    """For each row that nothing provides, with the most similar of the ``unexpected`` names."""
     problems: list[Problem] = []
+    keys = {item.name: item.key for item in unexpected}
+    names = list(keys)
     for row in rows:
         if row.unstrided:
             problems.append(_not_to_be_had(row))
             continue
         # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
-        near = nearest_names(row.fqn, unexpected) if len(problems) < _HINTS else []
+        near = nearest_names(row.fqn, names) if len(problems) < _HINTS else []
+        near = [name if name == keys[name] else f"{name} (key {keys[name]})" for name in near]
         problems.append(
             Problem(
                 f"the {row.kind} is missing in the checkpoint",
@@ -107,8 +110,9 @@ def unplaced(item: Unexpected) -> Problem:
     """For what the checkpoint holds and the module has no place for."""
     entry = item.entry
     file = None if entry is None else entry.file
+    what = "no tensor of the module has this name" if entry is not None else "the module has no place for this"
     return Problem(
-        "no tensor of the module has this name" if entry is not None else "the module has no place for this",
+        what if item.name == item.key else f"renamed to {item.name}; {what}",
         key=item.key,
         file=file,
         start=entry.start if entry is not None and file else None,

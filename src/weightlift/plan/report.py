@@ -13,6 +13,7 @@ from weightlift.plan.records import Action, Decisions, Part, Row
 from weightlift.visible import visible
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+_LISTED = 4  # numbers with gaps, which tell more than how many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ def table(decisions: Decisions) -> str:
         pairs = [f"{check.fqn} and {check.other_fqn}" for check in decisions.checks]
         lines += [f"  {visible(pair)} share a value: equal bytes?" for pair in pairs]
     if decisions.early_keys:
-        lines += ["", visible(f"read early for state-dict hooks: {', '.join(decisions.early_keys)}")]
+        early = ", ".join(name for name, _ in folded(decisions.early_keys))
+        lines += ["", visible(f"read early for state-dict hooks: {early}")]
     if decisions.problems:
         number = len(decisions.problems)
         lines += ["", f"refused, {number} problem{'s' * (number != 1)}:"]
@@ -160,7 +162,10 @@ def _cells(members: Sequence[Row]) -> tuple[str, str, str]:
             dtype = f"{dtypes}→{dtype}"
         source = _source(row) if len(members) == 1 else _sources(members)
     elif row.action is Action.MISMATCHED and row.offer is not None:
-        source = f"found {'×'.join(map(str, row.offer.entry.shape))} as {row.offer.key}"
+        keys = [member.offer.key for member in members if member.offer]
+        source = f"found {'×'.join(map(str, row.offer.entry.shape)) or 'scalar'}"
+        if keys != [member.fqn for member in members]:
+            source += f" as {', '.join(name for name, _ in folded(keys))}"
         source += "" if row.tied_to is None else f" = {row.tied_to}"
     elif row.tied_to is not None:
         source = f"= {row.tied_to}"
@@ -204,7 +209,8 @@ def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         pattern = unnumbered(row.fqn)
-        source = (row.offer.entry.dtype if row.offer else None, len(row.parts))
+        found = row.offer.entry.shape if row.offer and row.action is Action.MISMATCHED else None
+        source = (row.offer.entry.dtype if row.offer else None, len(row.parts), found)
         key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to, row.unstrided)
         groups.setdefault(key, []).append(row)
     return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
@@ -235,7 +241,8 @@ def _fold_names(names: Sequence[str]) -> str:
         elif numbers == list(range(numbers[0], numbers[-1] + 1)):
             spans.append(f"{{{numbers[0]}…{numbers[-1]}}}")
         else:
-            spans.append(f"{{{len(numbers)} of {numbers[0]}…{numbers[-1]}}}")
+            few = ",".join(map(str, numbers)) if len(numbers) <= _LISTED else ""
+            spans.append(f"{{{few or f'{len(numbers)} of {numbers[0]}…{numbers[-1]}'}}}")
     parts = iter(spans)
     return _DIGITS.sub(lambda _: next(parts), names[0])
 

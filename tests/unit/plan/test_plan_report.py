@@ -83,10 +83,36 @@ def test_what_differs_is_not_folded():
     assert "float16→float32" in text
 
 
-def test_names_with_gaps_are_counted():
-    state = {f"{number}.weight": torch.zeros(2, 2) for number in (0, 1, 4)}
-    text = str(wl.plan(lambda: nn.Sequential(nn.Linear(2, 2)), state, strict=False))
-    assert "{1…4}" not in text and "{2 of 1…4}" in text
+def test_names_with_gaps_are_listed_or_counted():
+    def text(numbers):
+        state = {f"{number}.weight": torch.zeros(2, 2) for number in (0, *numbers)}
+        return str(wl.plan(lambda: nn.Sequential(nn.Linear(2, 2)), state, strict=False))
+
+    assert "unexpected   {1,4}.weight  ×2" in text((1, 4))
+    assert "unexpected   {5 of 1…9}.weight" in text((1, 2, 3, 4, 9))
+
+
+def test_other_shapes_are_told_of_each_layer():
+    def build():
+        return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+
+    state = {f"{number}.weight": torch.zeros(2, 2 + number // 2) for number in range(4)}
+    text = str(wl.plan(build, state, strict=False, ignore_mismatched=True))
+    assert text.count("found 2×2\n") == 1 and "found 2×3" in text
+    named = {f"h.{key}": value for key, value in state.items()}
+    text = str(wl.plan(build, named, strict=False, ignore_mismatched=True, key_mapping={r"^h\.": ""}))
+    assert "found 2×2 as h.{0…1}.weight" in text
+
+
+def test_keys_that_hooks_look_at_are_folded():
+    class Doubled(nn.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    state = {f"{number}.weight": torch.ones(2, 2) for number in range(3)}
+    plan = wl.plan(lambda: nn.Sequential(*(Doubled(2, 2, bias=False) for _ in range(3))), state)
+    assert "read early for state-dict hooks: {0…2}.weight" in str(plan)
 
 
 def test_the_json_has_every_name(two_files):
@@ -173,6 +199,15 @@ def test_a_refused_plan_says_why(tmp_path):
     assert json.loads(plan.to_json())["problems"] == [str(problem) for problem in plan.problems]
     with pytest.raises(wl.PlanError):
         plan.execute()
+
+
+def test_a_renaming_that_leads_nowhere_is_told_by_both_names():
+    state = {"proj.weight": torch.zeros(2, 2)}
+    plan = wl.plan(lambda: nn.ModuleDict({"proj": nn.Linear(2, 2, bias=False)}), state, key_mapping={"^proj": "projo"})
+    missing, unexpected = plan.problems
+    assert missing.fqn == unexpected.key == "proj.weight"
+    assert missing.hint is not None and "similar keys: projo.weight (key proj.weight);" in missing.hint
+    assert "proj.weight: renamed to projo.weight; no tensor of the module has this name" in str(unexpected)
 
 
 def test_planning_reads_no_tensor(tmp_path):
