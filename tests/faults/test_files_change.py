@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import weightlift as wl
+from weightlift.transfer.sources import FileSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +87,25 @@ def test_before_anything_is_read(tmp_path: Path, change: Callable[[Path], None],
     assert [problem.file for problem in caught.value.problems] == [path]
     with pytest.raises((wl.CheckpointChanged, wl.CheckpointError)):
         checkpoint.read("other.bias")
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_file_that_goes_once_all_were_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: bool
+) -> None:
+    """As one does that is moved aside by a save."""
+    path = wl.save(Net(), tmp_path)[0]
+    plan = wl.plan(Net, path, copy=copy)
+    look = FileSource.check
+
+    def last_look(source: FileSource, file: wl.ShardFile) -> wl.Problem | None:
+        found = look(source, file)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(FileSource, "check", last_look)
+    with pytest.raises(wl.CheckpointChanged, match="the file is gone"):
+        plan.execute()
 
 
 @pytest.mark.parametrize("way", ["copied", "cast", "in place", "mapped and cast"])

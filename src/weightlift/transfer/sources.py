@@ -56,6 +56,10 @@ class Source(Protocol):
         ...
 
 
+def _gone(file: ShardFile) -> Problem:
+    return Problem("the file is gone", file=file.path, hint="open the checkpoint again")
+
+
 class FileSource:
     """Files of the local system, read with ``pread`` into the caller's memory."""
 
@@ -64,7 +68,7 @@ class FileSource:
         try:
             return difference(file, os.stat(file.path))
         except FileNotFoundError:
-            return Problem("the file is gone", file=file.path, hint="open the checkpoint again")
+            return _gone(file)
 
     def overwritten(self, file: ShardFile) -> Problem | None:
         """Compare as `check` does, if the name still stands for the same file."""
@@ -76,11 +80,15 @@ class FileSource:
 
     def open(self, file: ShardFile) -> FileHandle:
         """Open and compare again, now on the descriptor that is read from."""
-        handle = FileHandle(file)
+        summary = "a checkpoint file changed since it was opened"
+        try:
+            handle = FileHandle(file)
+        except FileNotFoundError:
+            raise CheckpointChanged(summary, [_gone(file)]) from None
         problem = handle.changed()
         if problem is not None:
             handle.close()
-            raise CheckpointChanged("a checkpoint file changed since it was opened", [problem])
+            raise CheckpointChanged(summary, [problem])
         return handle
 
 
