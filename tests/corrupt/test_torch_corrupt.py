@@ -198,6 +198,10 @@ def entangled() -> dict[str, Any]:
         ({"s": torch.eye(2).to_sparse(), "w": torch.ones(1)}, ["s: is a sparse tensor"]),
         ({"s": torch.eye(2).to_sparse_csr()}, ["s: is a sparse tensor"]),
         ({"q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, ["q: is a quantised tensor"]),
+        (
+            {"w": torch.ones(1), "q": (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), 1)},
+            ["q: holds a value that weightlift cannot read; found a quantised tensor"],
+        ),
         ({"m": torch.ones(2, device="meta")}, ["m: is a tensor on meta"]),
         ({"c": torch.ones(2, dtype=torch.cfloat).conj()}, ["is a conjugated or negated view", "tensor.resolve_conj"]),
     ],

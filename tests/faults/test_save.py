@@ -198,6 +198,18 @@ def test_the_name_of_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
     assert same(wl.load(Net, folder), model)
 
 
+def test_the_name_comes_without_its_ending(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"name comes without \.safetensors"):
+        wl.save(Net(), tmp_path, name="model.safetensors")
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2, device="meta"), {"model": {"w": torch.ones(1)}}])
+def test_what_is_refused_is_not_called_a_checkpoint(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(wl.CheckpointError, match=r"^cannot be saved as safetensors") as caught:
+        wl.save(given, tmp_path)
+    assert "<mapping>" not in str(caught.value) and "torch.load" not in str(caught.value)
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("mine")

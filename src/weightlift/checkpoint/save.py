@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,6 +77,8 @@ def save(
         raise TypeError(f"{swapped}expected a torch.nn.Module or a mapping of tensors, found {type(module).__name__}")
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"name must be the beginning of a file name, found {name!r}")
+    if name.endswith(".safetensors"):
+        raise ValueError(f"name comes without .safetensors, which is put behind it, found {name!r}")
     given = _texts(metadata)
     where = _folder(folder)
     state = module.state_dict() if isinstance(module, nn.Module) else module
@@ -157,10 +160,13 @@ def _make(folder: Path) -> None:
 
 def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a state dict. Raises `CheckpointError` with everything that a safetensors file can't hold."""
-    _, tensors, extras, _ = read_mapping(state)
+    try:
+        _, tensors, extras, _ = read_mapping(state)
+    except CheckpointError as error:  # which speaks of a mapping to load
+        raise CheckpointError(_SUMMARY, [replace(problem, file=None) for problem in error.problems]) from None
     problems = [
         Problem(
-            f"is a {type(value).__name__}, not a tensor",
+            f"is of type {type(value).__name__}, not a tensor",
             key=key,
             hint="safetensors files hold tensors only; save this value by other means",
         )

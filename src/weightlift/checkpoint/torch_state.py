@@ -153,7 +153,8 @@ class StateDict:
         else:
             names = {Opaque: "what", Global: "name", StorageType: "dtype", StorageRef: "key"}
             found = getattr(value, names.get(type(value), "__doc__"), None)
-            self._problem(key, "holds a value that weightlift cannot read", found=f"{type(value).__name__} {found}")
+            found = found if isinstance(value, Opaque) else f"{type(value).__name__} {found}"
+            self._problem(key, "holds a value that weightlift cannot read", found=found)
             return None
         return made
 
@@ -181,10 +182,12 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     if nested:
         names = ", ".join(map(repr, nested))
         path = _weights_in(nested, is_tensor, set()) or f"[{next(iter(nested))!r}]"
-        hint = (
-            f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
-            f"itself, e.g. loaded{path}"
-        )
+        hint = f"the weights are inside: pass the mapping that holds them, as in given{path}"
+        if isinstance(file, Path):
+            hint = (
+                f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
+                f"itself, e.g. loaded{path}"
+            )
         return Problem(
             "the state dict is nested", file=file, expected=expected, found=f"mappings under {names}", hint=hint
         )
