@@ -207,7 +207,8 @@ def _check_key_mapping(key_mapping: KeyMapping | None) -> None:
     if isinstance(key_mapping, Mapping):
         for pattern, replacement in key_mapping.items():
             if not isinstance(pattern, str) or not isinstance(replacement, str):
-                raise TypeError(f"key_mapping maps patterns to strings, found {pattern!r}: {replacement!r}")
+                hint = "; a callable drops a key by returning None" if replacement is None else ""
+                raise TypeError(f"key_mapping maps patterns to strings, found {pattern!r}: {replacement!r}{hint}")
             try:
                 compiled = re.compile(pattern)
             except re.error as error:

@@ -205,6 +205,8 @@ def test_errors_of_diffusers_stay(unet: tuple[Path, Path], tmp_path: Path) -> No
         wl.from_single_file(diffusers.UNet1DModel, str(unet[0]))
     with pytest.raises(TypeError, match="expected a model or pipeline class"):
         wl.from_single_file(torch.nn.Linear, str(unet[0]))
+    with pytest.raises(TypeError, match=r"found an object of class Linear$"):
+        wl.from_single_file(torch.nn.Linear(1, 1), str(unet[0]))
 
 
 def test_unexpected_keys_are_told(unet: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -239,7 +239,7 @@ def _written_to(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _written(entries: Sequence[Entry], template: Template) -> list[Problem]:
-    hint = "give clone=True: the model works in place, so this is no longer what the module returned"
+    hint = "give clone=True: the model works in place, so this is no longer the value that was taken"
     return [
         Problem(f"tap {template.names[entry.tap]!r} was written to after it was taken", fqn=entry.fqn, hint=hint)
         for entry in _written_to(entries)

@@ -163,8 +163,8 @@ def no_such_calls(name: str, fqn: str, missing: Sequence[int], count: int) -> Pr
     return Problem(
         f"tap {name!r} wants calls that were not made",
         fqn=fqn,
-        expected=f"calls {', '.join(map(str, missing))}",
-        found=f"{count} calls",
+        expected=f"calls numbered {', '.join(map(str, missing))}",
+        found=f"{count} call{'' if count == 1 else 's'}, numbered from 0" if count else "no call",
         hint='leave calls out, or give expect="maybe"',
     )
 

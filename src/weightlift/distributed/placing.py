@@ -47,7 +47,7 @@ class Mesh:
             sizes = tuple(shape) if isinstance(shape, Sequence) else ()
             names = tuple(f"axis {number}" for number in range(len(sizes)))
         if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(f"mesh_shape must be positive sizes, or names with sizes, found {shape!r}")
+            raise ValueError(f"mesh_shape must be positive sizes, as in (16, 8), or names with sizes, found {shape!r}")
         if math.prod(sizes) > _MOST_RANKS:
             raise ValueError(f"a mesh of {math.prod(sizes):,} ranks; at most {_MOST_RANKS:,} can be worked out")
         return cls(names, sizes)

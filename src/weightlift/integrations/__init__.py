@@ -59,7 +59,7 @@ def from_pretrained(cls: Any, name: Any = _MISSING, /, *args: Any, **kwargs: Any
             load = diffusers_classes.from_pretrained
     if load is not None:
         return _alone(cls.from_pretrained, kwargs) if name is _MISSING else load(cls, name, args, kwargs)
-    raise TypeError(f"expected a model, pipeline or Auto class of Transformers or Diffusers, found {cls!r}")
+    raise TypeError(f"expected a model, pipeline or Auto class of Transformers or Diffusers, {_found(cls)}")
 
 
 def from_single_file(cls: Any, file: Any = _MISSING, /, **kwargs: Any) -> Any:
@@ -83,7 +83,12 @@ def from_single_file(cls: Any, file: Any = _MISSING, /, **kwargs: Any) -> Any:
             if file is _MISSING and hasattr(cls, "from_single_file"):
                 return _alone(cls.from_single_file, kwargs)
             return diffusers_classes.from_single_file(cls, file, kwargs)
-    raise TypeError(f"expected a model or pipeline class of Diffusers, found {cls!r}")
+    raise TypeError(f"expected a model or pipeline class of Diffusers, {_found(cls)}")
+
+
+def _found(cls: Any) -> str:
+    """A class or a text as it is; a model would print all of its layers."""
+    return f"found {cls!r}" if isinstance(cls, type | str) else f"found an object of class {type(cls).__name__}"
 
 
 def _first(given: Any, kwargs: dict[str, Any]) -> Any:

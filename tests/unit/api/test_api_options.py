@@ -601,6 +601,7 @@ def test_not_deferred_calls_the_constructor_ordinarily():
         ({"device": 1.5}, TypeError, "device must be a torch.device"),
         ({"device_map": {"first": "abacus"}}, ValueError, r"device_map\['first'\]: 'abacus' is no device"),
         ({"device_map": {1: "cpu"}}, TypeError, "found the prefix 1"),
+        ({"key_mapping": {"step": None}}, TypeError, "found 'step': None; a callable drops a key by returning None"),
         ({"seed": "x"}, TypeError, "seed must be a whole number, found 'x'"),
         ({"seed": 1.5}, TypeError, "seed must be a whole number, found 1.5"),
     ],
@@ -623,7 +624,7 @@ def test_what_can_not_be_deferred_is_not_called():
 def test_a_mesh_that_is_none():
     with pytest.raises(ValueError, match="give mesh_shape too"):
         wl.plan(Net, {}, placements={"first.*": []})
-    with pytest.raises(ValueError, match="mesh_shape must be positive sizes"):
+    with pytest.raises(ValueError, match=r"mesh_shape must be positive sizes, as in \(16, 8\)"):
         wl.plan(Net, {}, mesh_shape=4)
 
 
