@@ -156,8 +156,9 @@ def load(
             provides is not missing.
         ignore_mismatched: initialise a tensor whose shape differs in the checkpoint, instead of refusing.
         key_mapping: regular expression → replacement, applied to every key; or a callable key → name (None: drop it).
-        copy: False maps the files where dtype and device allow (copy-on-write, nothing is ever written back); True
-            gives every tensor memory of its own.
+        copy: False maps the files where dtype and device allow (copy-on-write, nothing is ever written back), and of a
+            mapping takes the very tensors: what writes to the model then writes to them. True gives every tensor memory
+            of its own, as an existing module's have where dtype and device stay.
         workers: threads that read; None is ``HF_PARALLEL_LOADING_WORKERS`` or 8, and 1 where
             ``HF_ENABLE_PARALLEL_LOADING`` says no. Never changes a value.
         memory_budget_bytes: bound on what is in flight besides the result; None is 512 MiB.

@@ -46,7 +46,7 @@ CheckpointSource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpo
 class LoadPlan:
     """What a load will do, decided from headers alone: print it, read it, execute it.
 
-    ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` plain data, ``plan.problems`` what
+    ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` JSON text, ``plan.problems`` what
     speaks against it, ``plan.ranks`` what every rank of a ``mesh_shape`` would do. A plan made from a callable holds
     the deferred module and can be executed once.
     Reading a plan is safe from any thread; ``execute`` is for one.
