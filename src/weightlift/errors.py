@@ -77,7 +77,9 @@ class WeightliftError(Exception):
         if not self.problems:
             return summary
         if len(self.problems) == 1:
-            return f"{summary}: {self.problems[0]}"
+            place = "" if self.problems[0].file is None else visible(str(self.problems[0].file))
+            problem = str(self.problems[0])
+            return f"{summary}: {problem.removeprefix(f'{place}: ') if place and summary.endswith(place) else problem}"
         lines = told(self.problems)
         shown = lines[:_SHOWN]
         if len(lines) > _SHOWN:

@@ -216,6 +216,14 @@ def test_not_a_flat_state_dict(tmp_path: Path, zipped: bool, value: Any, fragmen
         assert fragment in text
 
 
+def test_a_single_problem_names_its_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"model": {"w": torch.ones(1)}}, path)
+    with pytest.raises(CheckpointError, match="the state dict is nested") as caught:
+        open_checkpoint(path)
+    assert str(caught.value).count(str(path)) == 1 and caught.value.problems[0].file == path
+
+
 def test_zip_records(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "x.pt"
     repack(saved, path)

@@ -14,7 +14,7 @@ import weightlift
 def test_all_is_sorted_and_there():
     assert list(weightlift.__all__) == sorted(weightlift.__all__)
     assert all(getattr(weightlift, name) is not None for name in weightlift.__all__)
-    assert set(weightlift.__all__) <= set(dir(weightlift))
+    assert {name for name in dir(weightlift) if not name.startswith("__")} == set(weightlift.__all__)
     with pytest.raises(AttributeError, match="nothing_like_this"):
         weightlift.nothing_like_this
 

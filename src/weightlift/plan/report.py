@@ -16,7 +16,7 @@ _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 _LISTED = 4  # numbers with gaps, which tell more than how many there are
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LoadReport:
     """The outcome of matching, by name. ``mismatched_keys`` holds (fqn, shape in the checkpoint, shape in the module).
 
@@ -47,6 +47,9 @@ class LoadReport:
         left_out = [f"{fqn} (that of {kept})" for fqn, kept in self.left_out]
         lines = [self.headline(), *self.notes(), *_listing("left out, as the same memory has another value", left_out)]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<LoadReport: {self.headline()}>"  # the lists may have thousands of names
 
     def headline(self) -> str:
         """How many of each, and bytes, in one line."""

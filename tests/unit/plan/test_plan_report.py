@@ -255,7 +255,9 @@ def test_the_outcome_is_logged_once(caplog):
 
 
 def test_repr(two_files):
-    assert "Deep" in repr(plan_of(two_files)) and "49 loaded" in repr(plan_of(two_files))
+    plan = plan_of(two_files)
+    assert "Deep" in repr(plan) and "49 loaded" in repr(plan)
+    assert repr(plan.report) == f"<LoadReport: {plan.report.headline()}>"
 
 
 def test_an_existing_module_keeps_what_is_missing():
