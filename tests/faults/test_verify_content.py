@@ -129,6 +129,20 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
     assert sorted(problem.file for problem in caught.value.problems) == files
 
 
+@pytest.mark.parametrize("limit", [5_000_000_000, 20_000])
+def test_what_nobody_wrote_a_hash_of_is_not_called_corrupt(tmp_path: Path, limit: int) -> None:
+    (path, *more) = wl.save(Net(), tmp_path, max_shard_bytes=limit)
+    assert bool(more) == (limit == 20_000)
+    for call in (lambda: wl.load(Net, tmp_path, verify=True), lambda: wl.open_checkpoint(tmp_path, verify=True)):
+        with pytest.raises(wl.CheckpointError, match=r"^cannot check the content of the checkpoint") as caught:
+            call()
+        assert not isinstance(caught.value, wl.CheckpointCorrupt)
+    wl.save(Net(), tmp_path, max_shard_bytes=limit, manifest=True)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {path.name}\n")
+    with pytest.raises(wl.CheckpointCorrupt):
+        wl.open_checkpoint(tmp_path, verify=True)
+
+
 @pytest.mark.parametrize("make", [manifest, hub_cache])
 def test_the_index_is_checked_too(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     folder = make(tmp_path)

@@ -24,6 +24,7 @@ from weightlift.errors import CheckpointCorrupt, CheckpointError, LoadCancelled,
 MANIFEST = "SHA256SUMS"
 _MAX_MANIFEST_BYTES = 10_000_000
 _BLOCK_BYTES = 1 << 20
+_UNKNOWN = "cannot check the content of the checkpoint"
 _LINES = (
     re.compile(r"(?P<escaped>\\?)(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)"),  # an odd name is escaped
     # BSD's sha256 and `sha256sum --tag`; and what openssl writes.
@@ -67,7 +68,7 @@ def expected_digests(paths: Iterable[Path]) -> dict[Path, Digest]:
         else:
             found[path] = digest
     if problems:
-        raise CheckpointError("cannot check the content of the checkpoint", problems)
+        raise CheckpointError(_UNKNOWN, problems)
     return found
 
 
@@ -115,7 +116,13 @@ def difference(path: Path, digest: Digest, found: str) -> Problem | None:
 
 def check_files(paths: Iterable[Path]) -> tuple[Problem, ...]:
     """Hash files in the calling thread; everything that is wrong, files without a known hash included."""
+    return _looked_at(paths)[0]
+
+
+def _looked_at(paths: Iterable[Path]) -> tuple[tuple[Problem, ...], bool]:
+    """All problems, and whether the content of any file is another than its hash says."""
     problems: list[Problem] = []
+    corrupt = False
     for path in paths:
         try:
             digest = expected_digests([path])[path]
@@ -125,15 +132,19 @@ def check_files(paths: Iterable[Path]) -> tuple[Problem, ...]:
             continue
         if problem is not None:
             problems.append(problem)
-    return tuple(problems)
+            corrupt = True
+    return tuple(problems), corrupt
 
 
 def require_content(files: Iterable[ShardFile], index: Path | None) -> None:
-    """Hash the files of a checkpoint and its index. Raises `CheckpointCorrupt` with every problem."""
+    """Hash the files of a checkpoint and its index. Raises `CheckpointCorrupt` with every problem if the content of one
+    is another, and `CheckpointError` if it is only not known for some, or can't be read."""
     paths = [file.path for file in files] + ([index] if index is not None else [])
-    problems = check_files(paths)
-    if problems:
+    problems, corrupt = _looked_at(paths)
+    if corrupt:
         raise CheckpointCorrupt("the content of the checkpoint is not what it should be", problems)
+    if problems:
+        raise CheckpointError(_UNKNOWN, problems)
 
 
 def _hash(path: Path, digest: Digest) -> str:

@@ -33,7 +33,7 @@ def open_checkpoint(
     compares with the hashes that are written down (docs/checkpoints.md); tensors in memory have none, and need none.
 
     Raises `CheckpointNotFound` when there is nothing at that place, `CheckpointCorrupt` when the content is not what
-    its hash says or no hash is known, `CheckpointError` with every problem otherwise.
+    its hash says, `CheckpointError` with every problem otherwise, also when no hash is known.
     Thread-safe.
     """
     if isinstance(source, Checkpoint):
