@@ -35,7 +35,7 @@ from weightlift.transfer.trace import timed
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferred:
+def defer(build: Callable[[], _Module], *, seed: int | None = None) -> Deferred[_Module]:
     """Run a module's constructor with nothing allocated and nothing initialised.
 
     ``build`` takes no argument and returns a ``torch.nn.Module``; it runs in the calling thread, other threads are not
@@ -53,7 +53,7 @@ def defer(build: Callable[[], nn.Module], *, seed: int | None = None) -> Deferre
 
 
 def plan(
-    module: nn.Module | Callable[[], nn.Module],
+    module: _Module | Callable[[], _Module],
     ckpt: CheckpointSource,
     *,
     dtype: DtypeOption = None,
@@ -80,7 +80,7 @@ def plan(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-) -> LoadPlan:
+) -> LoadPlan[_Module]:
     """Decide what `load` with the same arguments would do, from headers alone.
 
     With ``mesh_shape``, sizes or names with sizes as in ``{"fsdp": 128, "tp": 8}``, the plan also says what every
@@ -110,7 +110,7 @@ def plan(
         made = planned(subject, opening)
     if mesh_shape is not None:
         made.ranks = on_mesh(made.decisions, mesh_shape, placements)
-    return made
+    return made  # type: ignore[return-value]
 
 
 def load(
@@ -202,7 +202,7 @@ def load(
         rank_patience_seconds=rank_patience_seconds, revision=revision, token=token,
         local_files_only=local_files_only,
     )  # fmt: skip
-    return made.execute()  # type: ignore[return-value]
+    return made.execute()
 
 
 def _subject(

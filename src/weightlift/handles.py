@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import nn
@@ -39,11 +39,20 @@ from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
 from weightlift.unstrided import bytes_of
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    _Module = TypeVar("_Module", bound=nn.Module, default=nn.Module, covariant=True)
+else:
+    from typing import TypeVar
+
+    _Module = TypeVar("_Module", bound=nn.Module, covariant=True)
+
 _log = logging.getLogger("weightlift")
 CheckpointSource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint
 
 
-class LoadPlan:
+class LoadPlan(Generic[_Module]):
     """What a load will do, decided from headers alone: print it, read it, execute it.
 
     ``str(plan)`` is a table, ``plan.report`` a `LoadReport`, ``plan.to_json()`` JSON text, ``plan.problems`` what
@@ -99,7 +108,7 @@ class LoadPlan:
         ranks = {} if self.ranks is None else {"mesh": self.ranks.as_json()}
         return json.dumps(as_json(self.decisions) | ranks, indent=indent)
 
-    def execute(self) -> nn.Module:
+    def execute(self) -> _Module:
         """Carry the plan out and return the module, whole.
 
         Raises PlanError when ``problems`` speak against it, tied names turn out to differ, or a module that existed is
@@ -125,7 +134,7 @@ class LoadPlan:
             self._given = Given.of(module)
             self._subject = replace(subject, inventory=subject.inventory.renewed())
         _log_outcome(final, self._options)
-        return module
+        return module  # type: ignore[return-value]
 
     def _refuse_stale(self) -> None:
         if self._given is None:
@@ -176,7 +185,7 @@ class LoadPlan:
                 _log.warning("the trace of %s could not be written to %s: %s", title, self._options.trace, error)
 
 
-class Deferred:
+class Deferred(Generic[_Module]):
     """A module that was built without memory and without initialisation, and has no values yet.
 
     The module itself stays inside until `load` or `materialize` has made it whole; either can be done once, by one of
@@ -210,7 +219,7 @@ class Deferred:
         token: str | bool | None = None,
         local_files_only: bool = False,
         **options: Any,
-    ) -> LoadPlan:
+    ) -> LoadPlan[_Module]:
         """Plan loading ``ckpt`` into this module; executing the plan uses this up.
 
         The same options and errors as `weightlift.plan`, but for ``mesh_shape`` and ``placements``.
@@ -222,13 +231,13 @@ class Deferred:
         made = LoadOptions.create(**options, seed=self._seed if given is None else given)
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         with opened(ckpt, made, seed=given, **hub) as opening:
-            return planned(self._peek(), opening, take=self._take)
+            return planned(self._peek(), opening, take=self._take)  # type: ignore[return-value]
 
-    def load(self, ckpt: CheckpointSource, **options: Any) -> nn.Module:
+    def load(self, ckpt: CheckpointSource, **options: Any) -> _Module:
         """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
         return self.plan(ckpt, **options).execute()
 
-    def materialize(self) -> nn.Module:
+    def materialize(self) -> _Module:
         """Run the recorded initialisers and return the module, initialised as its constructor meant.
 
         Values that are sampled depend on the seed and the parameter's name alone, not on order or threads. Raises
@@ -246,7 +255,7 @@ class Deferred:
                 for record in owned:
                     record.memory()
                 settle_small(subject.inventory.slots, owned)
-        return subject.inventory.module
+        return subject.inventory.module  # type: ignore[return-value]
 
     def _refuse_meta(self) -> None:
         """What was built on ``meta`` has no initialiser that could run."""

@@ -28,6 +28,15 @@ def test_type_checkers_see_what_is_there():
         assert getattr(weightlift, name) is getattr(importlib.import_module(home), name)
 
 
+def test_plans_know_the_class_that_they_make():
+    """For type checkers: what `load` returns, a plan returns as well."""
+    made = {"plan": "LoadPlan[_Module]", "defer": "Deferred[_Module]", "load": "_Module"}
+    assert {name: getattr(weightlift, name).__annotations__["return"] for name in made} == made
+    for method in (weightlift.LoadPlan.execute, weightlift.Deferred.load, weightlift.Deferred.materialize):
+        assert method.__annotations__["return"] == "_Module"
+    assert weightlift.LoadPlan[int] is not None and weightlift.Deferred[int] is not None
+
+
 @pytest.mark.parametrize("code", [
     "import weightlift; weightlift.__version__, dir(weightlift)",
     "from weightlift.cli.main import main; main(['--version'])",
