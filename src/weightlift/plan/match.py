@@ -73,6 +73,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         source=supply.source,
         rows=rows,
         unexpected_keys=unexpected_keys,
+        unexpected_names=tuple(item.name for item in unexpected),
         checks=tuple(checks),
         problems=tuple(problems),
         files=supply.files,

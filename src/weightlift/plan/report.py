@@ -27,6 +27,7 @@ class LoadReport:
     without ``strict``.
     ``loaded_bytes`` are those of the results, ``read_bytes`` those of the checkpoint's tensors: they differ by casts.
     ``mismatched_ties`` holds (fqn, fqn of the tied name that provides its value) of mismatched keys that have one.
+    ``unexpected_names`` are what key mapping and state-dict hooks made of the ``unexpected_keys``, one for each.
     """
 
     loaded: tuple[str, ...]
@@ -42,6 +43,7 @@ class LoadReport:
     existing: bool = False
     mismatched_ties: tuple[tuple[str, str], ...] = ()
     refused: bool = False
+    unexpected_names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         left_out = [f"{fqn} (that of {kept})" for fqn, kept in self.left_out]
@@ -73,12 +75,18 @@ class LoadReport:
         """A line for each kind of what did not match; empty when all did."""
         done = "" if self.refused else ", kept as it was" if self.existing else ", initialised"
         lines = _listing(f"missing in the checkpoint{done}", self.missing_keys)
-        lines += _listing("in the checkpoint, not in the module", self.unexpected_keys)
+        lines += _listing("in the checkpoint, not in the module", self.unexpected())
         provided = dict(self.mismatched_ties)
         lone = [_unequal(*item) for item in self.mismatched_keys if item[0] not in provided]
         tied = [f"{_unequal(*item)} = {provided[item[0]]}" for item in self.mismatched_keys if item[0] in provided]
         lines += _listing(f"of another shape{done}", lone)
         return lines + _listing("of another shape, with the value of a tied name", tied)
+
+    def unexpected(self) -> list[str]:
+        """Unexpected keys for a reader: of one that was renamed the name that nobody has, too."""
+        names = self.unexpected_names or self.unexpected_keys
+        pairs = zip(self.unexpected_keys, names, strict=True)
+        return [key if key == name else f"{key} as {name}" for key, name in pairs]
 
 
 def _unequal(fqn: str, found: Sequence[int], wanted: Sequence[int]) -> str:
@@ -109,6 +117,7 @@ def report(decisions: Decisions) -> LoadReport:
             *(row.fqn for row in rows if row.lacking), *decisions.missing_extra_state, *decisions.hook_missing
         ),
         unexpected_keys=decisions.unexpected_keys,
+        unexpected_names=decisions.unexpected_names,
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape)
             for row in rows
@@ -127,14 +136,15 @@ def report(decisions: Decisions) -> LoadReport:
 
 def table(decisions: Decisions) -> str:
     """The plan as text: a line for each name, repeated layers folded into one."""
-    lines = [visible(f"load {decisions.source} into {decisions.module}"), str(report(decisions)), ""]
+    summary = report(decisions)
+    lines = [visible(f"load {decisions.source} into {decisions.module}"), str(summary), ""]
     rows = []
     for names, members in _folded_rows(decisions.rows):
         count = f"×{len(members)}" if len(members) > 1 else ""
         word = "missing" if decisions.problems and members[0].lacking else members[0].action.value
         rows.append((word, names, count, *_cells(members)))
     rows += [("unexpected", name, f"×{count}" if count > 1 else "", "", "", "") for name, count in
-             folded(decisions.unexpected_keys)]  # fmt: skip
+             folded(summary.unexpected())]  # fmt: skip
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]

@@ -210,6 +210,20 @@ def test_a_renaming_that_leads_nowhere_is_told_by_both_names():
     assert "proj.weight: renamed to projo.weight; no tensor of the module has this name" in str(unexpected)
 
 
+def test_unexpected_keys_are_listed_with_the_names_that_they_were_given(caplog):
+    def build():
+        return nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+
+    state = {**build().state_dict(), "other": torch.zeros(1)}
+    plan = wl.plan(build, state, key_mapping={r"^(\d)": r"h.\1"}, strict=False)
+    assert plan.report.unexpected_keys == ("0.weight", "1.weight", "2.weight", "other")
+    assert plan.report.unexpected_names == ("h.0.weight", "h.1.weight", "h.2.weight", "other")
+    assert "not in the module: {0…2}.weight as h.{0…2}.weight, other\n" in str(plan)
+    assert "unexpected   {0…2}.weight as h.{0…2}.weight  ×3" in str(plan)
+    plan.execute()
+    assert "{0…2}.weight as h.{0…2}.weight" in caplog.text
+
+
 def test_planning_reads_no_tensor(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"weight": torch.ones(64, 64), "bias": torch.ones(64)}, path)
