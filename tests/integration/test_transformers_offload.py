@@ -148,6 +148,15 @@ def test_what_is_not_native_is_still_right(tmp_path: Path) -> None:
     assert [p.device for p in ours.parameters()] == [p.device for p in theirs.parameters()]
 
 
+def test_what_is_not_native_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cls = save(tmp_path / "saved", "plain")
+    file = tmp_path / "saved" / "model.safetensors"
+    save_file({**load_file(file), "more": torch.ones(2)}, file, metadata={"format": "pt"})
+    places = {**SOME, "lm_head": "disk"}
+    wl.from_pretrained(cls, tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offloaded")
+    assert len({id(record) for record in caplog.records if "LOAD REPORT" in record.getMessage()}) == 1
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
     cls, full = save(tmp_path / "model", "experts"), tmp_path / "full"
     full.mkdir()

@@ -5,6 +5,7 @@ Each test is skipped where its package is not installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.concurrency import audit
 from tests.parity.compare import FellBack, both, differences, native_only
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import weightlift as wl
 from weightlift.deferred.tape import Node
@@ -140,6 +142,17 @@ def test_what_is_not_native_is_still_right(base: Path, package: str) -> None:
         ours = wl.from_pretrained(LlamaForCausalLM, folder)
     assert {type(p) for p in ours.parameters()} == {type(p) for p in theirs.parameters()}
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_a_quantiser_that_is_not_native_is_asked_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it warns of comes once, too."""
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    asked = []
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **_: asked.append(self))
+    with contextlib.suppress(Exception):
+        wl.from_pretrained(LlamaForCausalLM, base)
+    assert len(asked) == 1
 
 
 def test_compressed_tensors_that_are_dequantised_are_not_native(base: Path) -> None:

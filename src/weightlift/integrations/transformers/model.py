@@ -41,7 +41,7 @@ from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_part
 from weightlift.integrations.transformers.init import build, initialise, tie
 from weightlift.integrations.transformers.offload import Offload
 from weightlift.integrations.transformers.options import refuse, refuse_fusion
-from weightlift.integrations.transformers.quantised import ShapesOnly, refuse_quantised
+from weightlift.integrations.transformers.quantised import ShapesOnly, quantiser, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply
 from weightlift.plan.records import Action, Decisions, Row
@@ -63,7 +63,7 @@ def load_pretrained(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str
         refuse(name, kwargs)
         refuse_hooks(cls)
         imports = {"register_fusion_patches": refuse_fusion}
-        return in_room(ORIGINAL, {}, imports)(StandIn(cls), name, *args, **kwargs)
+        return in_room(ORIGINAL, {"get_hf_quantizer": quantiser}, imports)(StandIn(cls), name, *args, **kwargs)
 
     def alone() -> Any:
         method = ORIGINAL.__func__
@@ -186,7 +186,8 @@ class Filling:
         supplied, mismatched = self._supplied(done)
         info = self._info(done, supplied, mismatched)
         self._model._adjust_missing_and_unexpected_keys(info)
-        self._report(info)
+        if info.conversion_errors or (info.mismatched_keys and not self._config.ignore_mismatched_sizes):
+            self._report(info)
         supplied = set(self._state) if self._unfilled else supplied
         tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
         for slot in self._slots:  # Transformers makes every parameter anew
@@ -197,20 +198,16 @@ class Filling:
         source = Bytes(self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras))
         with outside_modes():
             decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
-        self._carry_out(decisions, subject, source)
+        rest = (decisions, subject) if self._offload is None else self._offload.split(decisions, subject)
+        self._report(info)  # not before all that may leave the load to Transformers, which reports as well
+        if self._offload is not None:
+            self._offload.write(decisions, subject, self._checkpoint, source, self._options)
+        fill = leave_unfilled if self._unfilled else apply
+        fill(*rest, source, self._options)
+        if self._offload is not None:
+            self._offload.leave()
         self._finish()
         return info
-
-    def _carry_out(self, decisions: Decisions, subject: Subject, source: Bytes) -> None:
-        if self._unfilled:
-            leave_unfilled(decisions, subject, source, self._options)
-        elif self._offload is None:
-            apply(decisions, subject, source, self._options)
-        else:
-            rest, others = self._offload.split(decisions, subject)
-            self._offload.write(decisions, subject, self._checkpoint, source, self._options)
-            apply(rest, others, source, self._options)
-            self._offload.leave()
 
     def _convert(self) -> Conversion:
         expected: dict[str, Any] = {**self._state, **dict.fromkeys(self._extra_state, torch.empty(0))}

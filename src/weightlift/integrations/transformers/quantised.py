@@ -12,12 +12,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, get_hf_quantizer
 
 from weightlift.deferred.inventory import Inventory
 from weightlift.integrations.constructors import Built
 from weightlift.integrations.exclusive import NotNative
 
 _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
+
+
+def quantiser(config: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of Transformers' ``get_hf_quantizer``, which logs and warns: what is left to Transformers is told from
+    the checkpoint's configuration, before that."""
+    found = getattr(config, "quantization_config", None)
+    name = found.get("quant_method") if isinstance(found, dict) else None
+    if name in AUTO_QUANTIZATION_CONFIG_MAPPING and name != "compressed-tensors":
+        raise NotNative(f"a model quantised by {getattr(name, 'value', name)}", _WHY)
+    return get_hf_quantizer(config, given, *args, **kwargs)
 
 
 def refuse_quantised(config: Any) -> None:
