@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -175,6 +178,20 @@ def test_a_callers_device_context_holds_for_all_components(folders: dict[str, Pa
     with torch.device("cpu"):
         ours, theirs = both_pipelines(DiffusionPipeline, folders["flux"])
     assert pipeline_differences(ours, theirs) == []
+
+
+def test_tqdm_is_told_by_its_environment_to_show_no_bar(folders: dict[str, Path]) -> None:
+    """tqdm reads it when it is imported."""
+    program = (
+        "import sys, weightlift\nfrom diffusers import DiffusionPipeline\n"
+        "weightlift.from_pretrained(DiffusionPipeline, sys.argv[1])"
+    )
+    command = [sys.executable, "-c", program, str(folders["flux"])]
+    shown = [
+        subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True).stderr
+        for told in ({}, {"TQDM_DISABLE": "1"})
+    ]
+    assert ["Loading pipeline components" in text for text in shown] == [True, False]
 
 
 def test_an_image_is_the_same(folders: dict[str, Path]) -> None:

@@ -115,7 +115,8 @@ class Loading:
         yield from known
         self._begin()
         self._round = 2
-        options.setdefault("disable", not diffusers_logging.is_progress_bar_enabled())
+        if not diffusers_logging.is_progress_bar_enabled():
+            options["disable"] = True  # otherwise it is left to tqdm, which goes by TQDM_DISABLE
         yield from bar(known, **options)
         self._round = 3
 
