@@ -44,7 +44,7 @@ def _print(found: Checkpoint, depth: int, *, fold: bool) -> None:
     size = f"{_count(len(found), 'tensor')}, {human_bytes(found.total_bytes)}"
     out.print(f"{visible(found.source)}: {size}", soft_wrap=True)
     for key, value in found.metadata.items():
-        line = f"  {key}: {value if len(value) <= 100 else value[:99] + '…'}"
+        line = f"  metadata {key}: {value if len(value) <= 100 else value[:99] + '…'}"
         out.print(visible(line), style="dim", soft_wrap=True)
     files = table("file", "format", ">tensors", ">bytes", ">on disk", "dtypes")
     for row in _files(found):

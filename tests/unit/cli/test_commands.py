@@ -61,7 +61,7 @@ def test_inspect_prints_files_prefixes_and_folded_keys(here, run):
     code, out, err = run("inspect", "ckpt")
     assert (code, err) == (0, "")
     assert "7 tensors, 1.4 kB" in out
-    assert "format: pt" in out
+    assert "\n  metadata format: pt\n" in out
     assert re.search(r"model-00002-of-00002.safetensors +safetensors +6 +864 B", out)
     assert re.search(r"embed +1 +128 +512 B +float32", out)
     assert re.search(r"layers\.\{0…2\}\.weight +×3 +8×8 +float32 +768 B", out)
