@@ -14,6 +14,7 @@ _FLAGS = {
     "defer=False": "--no-defer",
     "drop one of the two keys: key_mapping=lambda key: None for it": "drop one of the two keys, which takes Python: "
     "key_mapping=lambda key: None for it",
+    "drop them: key_mapping=lambda": "in Python drop them: key_mapping=lambda",
     "in device or device_map": "in --device",
     "key_mapping": "--rename",
     "memory_budget_bytes": "--memory-budget",

@@ -15,6 +15,7 @@ from weightlift.options import KeyMapping
 from weightlift.plan.records import Row, Unexpected
 
 _CANDIDATES = 100
+_MANY = 5  # fewer are better listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,9 @@ def in_short(
     extra = {item.name for item, _ in unexpected}
     prefix = find(rows, extra) if missing else None
     if prefix is None:
-        return [*missing, *(problem for _, problem in unexpected)]
+        beside = None if missing or key_mapping is not None else _beside([item.name for item, _ in unexpected], rows)
+        problems = [problem if beside is None else replace(problem, implied=True) for _, problem in unexpected]
+        return [*missing, *([] if beside is None else [beside]), *problems]
     known = {row.fqn for row in rows}.union(problem.fqn for problem in missing if problem.fqn is not None)
     ours = {prefix.of_checkpoint(fqn) for fqn in known}
     told = Problem(str(prefix), hint=prefix.hint(key_mapping))
@@ -109,6 +112,17 @@ def in_short(
         *(replace(problem, implied=implied) for problem, implied in zip(missing, met, strict=True)),
         *(replace(problem, implied=item.name in ours) for item, problem in unexpected),
     ]
+
+
+def _beside(names: Sequence[str], rows: Sequence[Row]) -> Problem | None:
+    """Where nothing is missing, and all that is too much lies under one part that the module has not: averaged weights
+    beside the others, an optimiser's state."""
+    first = names[0].partition(".")[0] + "." if len(names) >= _MANY else ""
+    if not first or not all(name.startswith(first) for name in names) or any(row.fqn.startswith(first) for row in rows):
+        return None
+    drop = f"key_mapping=lambda key: None if key.startswith({_quoted(first)}) else key"
+    what = f"all {len(names)} keys that the module has no place for begin with {first!r}"
+    return Problem(what, hint=f"pass strict=False to leave them out, or drop them: {drop}")
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import weightlift as wl
+from weightlift.cli.wording import as_flags
 
 
 class Tied(nn.Module):
@@ -174,3 +175,22 @@ def test_where_the_weights_of_a_nested_checkpoint_are(tmp_path: Path, found: Any
         wl.load(lambda: nn.Linear(2, 2), tmp_path / "train.pt" if saved else found)
     assert str(caught.value).endswith(f"e.g. loaded{path}" if saved else f"as in given{path}")
     wl.load(lambda: nn.Linear(2, 2), eval(f"loaded{path}", {"loaded": found}))
+
+
+def test_averaged_weights_beside_the_others_are_told_as_one() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+
+    state = build().state_dict()
+    both = {**state, **{f"ema.{key}": value for key, value in state.items()}}
+    with pytest.raises(wl.PlanError, match=r"all 6 keys that the module has no place for begin with 'ema\.'") as caught:
+        wl.load(build, both)
+    first, *rest = caught.value.problems
+    assert [problem.key for problem in rest if problem.implied] == [f"ema.{key}" for key in state]
+    assert str(caught.value).count("\n") == 2
+    drop, flags = str(first.hint).partition("key_mapping=")[2], as_flags(str(first.hint))
+    assert wl.load(build, both, key_mapping=eval(drop)) is not None
+    assert "in Python drop them: key_mapping=" in flags and "--no-strict" in flags
+    few = {key: value for key, value in both.items() if "ema." not in key or "0" in key}
+    for other in ({**both, "step": torch.ones(1)}, {key: both[key] for key in both if key != "0.bias"}, few):
+        assert not any("no place for begin" in problem.what for problem in wl.plan(build, other).problems)
