@@ -18,12 +18,14 @@ Problems are collected and raised once: ``error.problems`` holds every one of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weightlift.folding import as_one, unnumbered
 from weightlift.visible import visible
 
 _SHOWN = 20
+_ALIKE = 3  # fewer are better told one by one
 _LINES = "\n\t"  # other libraries' messages, which are told as found, may have several
 
 
@@ -88,13 +90,45 @@ class WeightliftError(Exception):
 
 
 def told(problems: Sequence[Problem]) -> list[str]:
-    """Problems as the lines of a list, those that follow from others as one line after the last of these."""
-    lines = [f"- {problem}" for problem in problems if not problem.implied]
-    count = len(problems) - len(lines)
-    if count:
-        first = next(number for number, problem in enumerate(problems) if problem.implied)
-        lines.insert(first, f"  ({count} of the problems follow from this; all are in `.problems`)")
+    """Problems as the lines of a list: those of repeated layers in one line, and in one after the last problem before
+    them those that follow from others."""
+    patterns = [_pattern(problem) for problem in problems]
+    groups: dict[object, list[Problem]] = {}
+    for pattern, problem in zip(patterns, problems, strict=True):
+        groups.setdefault(pattern, []).append(problem)
+    lines = []
+    implied = sum(problem.implied for problem in problems)
+    for pattern, problem in zip(patterns, problems, strict=True):
+        group = groups[pattern]
+        if problem.implied:
+            if implied:
+                lines.append(f"  ({implied} of the problems follow from this; all are in `.problems`)")
+                implied = 0
+        elif len(group) < _ALIKE or len({(other.fqn, other.key) for other in group}) < len(group):
+            lines.append(f"- {problem}")
+        elif problem is group[0]:
+            lines.append(f"- {_as_one(group)}")
     return lines
+
+
+def _pattern(problem: Problem) -> object:
+    """What a problem has in common with those of other layers."""
+    texts = tuple(map(unnumbered, _texts(problem)))
+    return texts, problem.file, problem.start is None, problem.expected, problem.found, problem.implied
+
+
+def _as_one(alike: Sequence[Problem]) -> Problem:
+    """For problems that differ in the numbers of layers alone, and in where they lie."""
+    what, key, fqn, hint = (as_one(texts) for texts in zip(*map(_texts, alike), strict=True))
+    file = alike[0].file if alike[0].start is None else f"{len(alike)} ranges of {alike[0].file}"
+    name = f"{fqn or key} ×{len(alike)}"
+    name += f" (key {key})" if fqn and key and fqn != key else ""
+    return replace(alike[0], what=what, key=name, fqn=None, file=file, start=None, end=None, hint=hint or None)
+
+
+def _texts(problem: Problem) -> tuple[str, str, str, str]:
+    """What may name a layer."""
+    return problem.what, problem.key or "", problem.fqn or "", problem.hint or ""
 
 
 class CheckpointError(WeightliftError, ValueError):

@@ -129,7 +129,7 @@ def _sums(entries: list[TensorEntry]) -> dict[str, Any]:
 
 def _folded(found: Checkpoint, *, fold: bool) -> list[tuple[str, list[TensorEntry]]]:
     """Entries by name, in natural order; those that differ only in the numbers of their key as one."""
-    from weightlift.plan.report import folded, unnumbered
+    from weightlift.folding import folded, unnumbered
 
     ordered = sorted(found.values(), key=lambda entry: _natural(entry.key))
     if not fold:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.errors import told
+from weightlift.folding import as_one, folded, unnumbered
 from weightlift.plan.records import Action, Decisions, Part, Row
 from weightlift.visible import visible
-
-_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
-_LISTED = 4  # numbers with gaps, which tell more than how many there are
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -226,38 +223,7 @@ def _folded_rows(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
         source = (row.offer.entry.dtype if row.offer else None, len(row.parts), found)
         key = (pattern, row.action, row.lacking, row.shape, row.dtype, row.device, source, row.tied_to, row.unstrided)
         groups.setdefault(key, []).append(row)
-    return [(_fold_names([row.fqn for row in members]), members) for members in groups.values()]
-
-
-def unnumbered(name: str) -> str:
-    """A name with ``*`` for each number between its dots."""
-    return _DIGITS.sub("*", name)
-
-
-def folded(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names that differ only in numbers written as one, each with how many it stands for."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(unnumbered(name), []).append(name)
-    return [(_fold_names(members), len(members)) for members in groups.values()]
-
-
-def _fold_names(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
-    columns = list(zip(*(_DIGITS.findall(name) for name in names)))
-    spans = []
-    for column in columns:
-        numbers = sorted({int(item) for item in column})
-        if len(numbers) == 1:
-            spans.append(str(numbers[0]))
-        elif numbers == list(range(numbers[0], numbers[-1] + 1)):
-            spans.append(f"{{{numbers[0]}…{numbers[-1]}}}")
-        else:
-            few = ",".join(map(str, numbers)) if len(numbers) <= _LISTED else ""
-            spans.append(f"{{{few or f'{len(numbers)} of {numbers[0]}…{numbers[-1]}'}}}")
-    parts = iter(spans)
-    return _DIGITS.sub(lambda _: next(parts), names[0])
+    return [(as_one([row.fqn for row in members]), members) for members in groups.values()]
 
 
 def human_bytes(count: float) -> str:

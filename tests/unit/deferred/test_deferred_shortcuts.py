@@ -117,18 +117,23 @@ class Layers(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(3) for _ in range(count))
 
 
-def test_a_deferred_parameter_costs_the_collector_three_objects():
-    wl.defer(Layers)
+def cost_of_deferring():
+    """The objects that a deferred module is more than one on ``meta``."""
     before = objects()
     with torch.device("meta"):
         plain = Layers()
     ordinary = objects()
     made = wl.defer(Layers)
     deferred = objects()
-    count = len(list(plain.parameters()))
-    more = deferred.total() - ordinary.total() - (ordinary.total() - before.total())
-    slots = len(made._subject.inventory.slots)
-    assert more <= 3 * count + slots + 100
+    assert plain is not None and made is not None
+    return deferred.total() - ordinary.total() - (ordinary.total() - before.total())
+
+
+def test_a_deferred_parameter_costs_the_collector_three_objects():
+    made = wl.defer(Layers)
+    count, slots = len(list(Layers().parameters())), len(made._subject.inventory.slots)
+    # Others make objects meanwhile, too: what runs besides in this process, caches that are filled for the first time.
+    assert min(cost_of_deferring() for _ in range(3)) <= 3 * count + slots + 100
 
 
 def test_a_plan_makes_no_storage_objects():
