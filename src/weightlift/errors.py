@@ -96,19 +96,24 @@ def told(problems: Sequence[Problem]) -> list[str]:
     groups: dict[object, list[Problem]] = {}
     for pattern, problem in zip(patterns, problems, strict=True):
         groups.setdefault(pattern, []).append(problem)
+    one_line = {pattern for pattern, group in groups.items() if _fold(group)}
     lines = []
     implied = sum(problem.implied for problem in problems)
     for pattern, problem in zip(patterns, problems, strict=True):
-        group = groups[pattern]
         if problem.implied:
             if implied:
                 lines.append(f"  ({implied} of the problems follow from this; all are in `.problems`)")
                 implied = 0
-        elif len(group) < _ALIKE or len({(other.fqn, other.key) for other in group}) < len(group):
+        elif pattern not in one_line:
             lines.append(f"- {problem}")
-        elif problem is group[0]:
-            lines.append(f"- {_as_one(group)}")
+        elif problem is groups[pattern][0]:
+            lines.append(f"- {_as_one(groups[pattern])}")
     return lines
+
+
+def _fold(alike: Sequence[Problem]) -> bool:
+    """Whether these are problems of many names, each with one."""
+    return len(alike) >= _ALIKE and len({(problem.fqn, problem.key) for problem in alike}) == len(alike)
 
 
 def _pattern(problem: Problem) -> object:

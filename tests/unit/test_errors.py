@@ -66,3 +66,9 @@ def test_a_model_of_many_layers_gets_a_short_error():
         wl.load(lambda: build(3), build(4).state_dict())
     assert len(caught.value.problems) == 50 and len(str(caught.value).splitlines()) == 2
     assert "layers.{0…49}.weight ×50: the shapes differ" in str(caught.value)
+
+
+@pytest.mark.timeout(120)
+def test_telling_grows_with_the_number_of_problems_not_with_its_square():
+    (line,) = told(missing(*(f"layers.{n}.w" for n in range(100_000))))
+    assert line.startswith("- layers.{0…99999}.w ×100000: ")

@@ -131,7 +131,7 @@ class TakeOutput(Action):
                 if not recomputing:
                     self.lack(session, value)
                 return output
-            if edits(tap.recipe, _NO_CALL if recomputing else len(session.fired[self.site])):
+            if self._edits(session, recomputing):
                 value = self._edited(session, value)
                 output = put(output, tap.recipe.index, value)
         if not recomputing:
@@ -177,6 +177,9 @@ class TakeOutput(Action):
         except Exception as error:
             self._tell(error)
             raise
+
+    def _edits(self, session: Session, recomputing: bool) -> bool:
+        return edits(self.tap.recipe, _NO_CALL if recomputing else len(session.fired[self.site]))
 
     def _edited(self, session: Session, value: Any) -> Any:
         session.notice_checkpoint(self.fqn, edits=True)
@@ -238,7 +241,7 @@ class TakeInput(TakeOutput):
             return None
         edited = None
         value = take_argument(place, args, kwargs)
-        if edits(tap.recipe, _NO_CALL if recomputing else len(session.fired[self.site])):
+        if self._edits(session, recomputing):
             value = self._edited(session, value)
             edited = put_argument(place, args, kwargs, value)
         if not recomputing:

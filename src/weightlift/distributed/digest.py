@@ -44,7 +44,7 @@ def note_of(decisions: Decisions, options: LoadOptions) -> str:
     parts = {
         "module": _hash(module),
         "options": _hash(chosen),
-        "checkpoint": _hash([tensors, files, list(decisions.unexpected_keys)]),
+        "checkpoint": _hash([tensors, files, [item.key for item in decisions.unexpected]]),
         "places": _hash(places),
         "memory": options.source_rank is None and any(True for _ in _in_memory(decisions)),
     }

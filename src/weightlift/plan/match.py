@@ -53,7 +53,6 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
     unexpected = supply.unexpected
     if unexpected is None:
         unexpected = _unexpected(spec, supply)
-    unexpected_keys = tuple(item.key for item in unexpected)
     missing_extra = tuple(
         name for name in spec.extra_state if name not in supply.extra_state and name not in supply.excused
     )
@@ -72,8 +71,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         module=spec.name,
         source=supply.source,
         rows=rows,
-        unexpected_keys=unexpected_keys,
-        unexpected_names=tuple(item.name for item in unexpected),
+        unexpected=tuple(unexpected),
         checks=tuple(checks),
         problems=tuple(problems),
         files=supply.files,

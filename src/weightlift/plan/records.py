@@ -149,13 +149,13 @@ class Decisions:
     ``existing``: the module was there before. ``left_out`` is known only once a plan was executed: names whose value in
     the checkpoint is not used, each with the name of the same memory whose value is.
     ``hook_missing`` are names that a state-dict hook reports as missing, beside those of rows. The ``announced`` names
-    are what post hooks are told. ``unexpected_names`` are those that the ``unexpected_keys`` were given.
+    are what post hooks are told.
     """
 
     module: str
     source: str
     rows: tuple[Row, ...]
-    unexpected_keys: tuple[str, ...]
+    unexpected: tuple[Unexpected, ...]
     checks: tuple[Check, ...]
     problems: tuple[Problem, ...]
     files: tuple[ShardFile, ...]
@@ -168,4 +168,3 @@ class Decisions:
     hook_missing: tuple[str, ...] = ()
     announced_missing: tuple[str, ...] = ()
     announced_unexpected: tuple[str, ...] = ()
-    unexpected_names: tuple[str, ...] = ()

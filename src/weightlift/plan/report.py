@@ -113,8 +113,8 @@ def report(decisions: Decisions) -> LoadReport:
         missing_keys=(
             *(row.fqn for row in rows if row.lacking), *decisions.missing_extra_state, *decisions.hook_missing
         ),
-        unexpected_keys=decisions.unexpected_keys,
-        unexpected_names=decisions.unexpected_names,
+        unexpected_keys=tuple(item.key for item in decisions.unexpected),
+        unexpected_names=tuple(item.name for item in decisions.unexpected),
         mismatched_keys=tuple(
             (row.fqn, row.offer.entry.shape, row.shape)
             for row in rows
@@ -245,7 +245,7 @@ def as_json(decisions: Decisions) -> dict[str, Any]:
         "files": [{"path": str(file.path), "bytes": file.size_bytes} for file in decisions.files],
         "tensors": [_row_json(row) for row in decisions.rows],
         "missing_keys": list(summary.missing_keys),
-        "unexpected_keys": list(decisions.unexpected_keys),
+        "unexpected_keys": list(summary.unexpected_keys),
         "mismatched_keys": [
             {"fqn": fqn, "found": list(found), "expected": list(wanted)}
             for fqn, found, wanted in summary.mismatched_keys

@@ -25,21 +25,24 @@ def quantiser(config: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of Transformers' ``get_hf_quantizer``, which logs and warns: what is left to Transformers is told from
     the checkpoint's configuration, before that."""
     found = getattr(config, "quantization_config", None)
-    name = found.get("quant_method") if isinstance(found, dict) else None
-    if name in AUTO_QUANTIZATION_CONFIG_MAPPING and name != "compressed-tensors":
-        raise NotNative(f"a model quantised by {getattr(name, 'value', name)}", _WHY)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method in AUTO_QUANTIZATION_CONFIG_MAPPING:  # of others Transformers itself says that it has none
+        _refuse_method(method)
     return get_hf_quantizer(config, given, *args, **kwargs)
 
 
 def refuse_quantised(config: Any) -> None:
     """Raise `NotNative` unless the quantiser of a configuration only replaces modules."""
     found = getattr(config, "quantization_config", None)
-    method = getattr(found, "quant_method", None)
+    _refuse_method(getattr(found, "quant_method", None))
+    if getattr(found, "dequantize", False) or getattr(found, "use_optimized_inference", False):
+        raise NotNative("compressed tensors that are converted while they load", _WHY)
+
+
+def _refuse_method(method: Any) -> None:
     name = str(getattr(method, "value", method))
     if name != "compressed-tensors":
         raise NotNative(f"a model quantised by {name}", _WHY)
-    if getattr(found, "dequantize", False) or getattr(found, "use_optimized_inference", False):
-        raise NotNative("compressed tensors that are converted while they load", _WHY)
 
 
 class ShapesOnly:
