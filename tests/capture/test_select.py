@@ -108,6 +108,47 @@ def test_changes_of_the_structure_are_seen() -> None:
         assert same(got["hidden"], states(net, value))
 
 
+def test_taps_of_one_layer_each_look_at_the_list_of_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    value = x()
+    counts = []
+    for taps in ({"layers": "layers.*"}, {f"layer_{number}": f"layers.{number}" for number in range(3)}):
+        record = wl.recorder(net, **taps)
+        looks: list[object] = []
+        with monkeypatch.context() as patched:
+            for _ in range(2):
+                with wl.capture(net, **taps) as got:
+                    net(value)
+                recorded = record(value)[1]
+                if not looks:
+                    patched.setattr(selection.Watch, "_look", counting(looks))
+        assert all(same([v for name in taps for v in found[name]], states(net, value)) for found in (got, recorded))
+        counts.append(len(looks))
+    assert counts[0] == counts[1] > 0
+
+
+def counting(looks: list[object]) -> object:
+    real = selection.Watch._look
+    return lambda watch: looks.append(watch) or real(watch)  # type: ignore[func-returns-value]
+
+
+def test_changes_are_seen_by_taps_of_one_layer_each() -> None:
+    net = Net()
+    value = x()
+    taps = {f"layer_{number}": f"layers.{number}" for number in range(3)}
+    record = wl.recorder(net, **taps)
+    for change in (lambda: None, lambda: net.layers.insert(1, Layer()), lambda: net.layers.pop(0)):
+        change()
+        with wl.capture(net, **taps) as got:
+            net(value)
+        for found in (got, record(value)[1]):
+            assert same([found[name][0] for name in taps], states(net, value)[:3])
+    net.layers.pop(0)
+    for attempt in (lambda: wl.capture(net, **taps).__enter__(), lambda: record(value)):
+        with pytest.raises(wl.CaptureError, match=r"layers\.2"):
+            attempt()
+
+
 def test_a_leaf_that_gets_children_is_seen() -> None:
     net = Net()
     kind = nn.utils.parametrize.ParametrizationList

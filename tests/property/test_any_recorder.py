@@ -113,9 +113,9 @@ def gradient_of(values: Any, x: torch.Tensor) -> Any:
     tensors = [tensor for tensor in tensors_of(list(values.values())) if tensor.requires_grad]
     if not tensors:
         return None
-    return torch.autograd.grad(sum(tensor.sum() for tensor in tensors), x, retain_graph=True, allow_unused=True)[
-        0
-    ].tolist()
+    total = sum(tensor.sum() for tensor in tensors)
+    (grad,) = torch.autograd.grad(total, x, retain_graph=True, allow_unused=True)
+    return None if grad is None else grad.tolist()
 
 
 @few(6)

@@ -33,6 +33,11 @@ class Capture:
         self._key = key  # under which templates are kept for other captures of the same
         self._session: Session | None = None
 
+    @property
+    def template(self) -> Template | None:
+        """What the taps meant when it was last entered."""
+        return self._template
+
     def __enter__(self) -> Records:
         if self._session is not None:
             raise CaptureError("this capture is open already", [Problem("a capture can't be entered twice at a time")])

@@ -23,7 +23,7 @@ from weightlift.capture.regions import region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
-from weightlift.capture.template import choose
+from weightlift.capture.template import Template, choose
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
 from weightlift.capture.values import recipe_of
 from weightlift.errors import CaptureError, Problem
@@ -91,11 +91,13 @@ class State:
         self.cell: Any = threading.local()
         self.lock = threading.Lock()
         self.built = self.build()
+        self.template: Template | None = None  # of the latest call outside compiled code
 
     def refresh(self) -> None:
         """Looks at the model again."""
         with self.lock:
             self.built = self.build()
+            self.template = None
 
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
@@ -247,6 +249,8 @@ def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
         output, entries = run(state, built, twin, None, args, kwargs)
         return output, Records(state.names, entries, built)
     output = None
-    with Capture(state.model, state.taps) as got:
+    opened = Capture(state.model, state.taps, state.template)
+    with opened as got:
+        state.template = opened.template
         output = state.model(*args, **kwargs)
     return output, got

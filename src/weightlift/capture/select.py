@@ -21,6 +21,7 @@ from weightlift.errors import CaptureError, Problem
 
 _KEPT = 32  # resolved selectors per model
 _COMPARED = 4000
+_WILD = re.compile(r"[*?[]").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class Watch:
         self.broken = False
         # An id can be used again once its owner died: then the callback has told us.
         self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
+        self._watched = self._alive[: len(own)]
         self._childless = [module._modules for module in own if _bare(module)]
         self.classes = classes
         parents = [module for place, module in enumerate(own) if not _bare(module) or (classes and place == 0)]
@@ -132,6 +134,10 @@ class Watch:
                 seen.extend(map(type, names.values()))
         return seen
 
+    def watched(self) -> list[nn.Module]:
+        """The modules, as far as they live."""
+        return [module for reference in self._watched if (module := reference()) is not None]
+
     def children(self) -> list[Any]:
         """The dictionaries of children: how many they hold together tells at once whether any came since."""
         return [*[parent()._modules for parent in self._parents], *self._childless]  # type: ignore[union-attr]
@@ -143,6 +149,17 @@ class Watch:
             return self._look() == self._seen
         except (AttributeError, RuntimeError):  # one died, or another thread adds a module just now
             return False
+
+
+def merged(watches: Sequence[Watch]) -> list[Watch]:
+    """The same as one, but for those of classes: taps that name one layer each watch the same list of layers."""
+    plain = [watch for watch in watches if not watch.classes]
+    if len(plain) < 2:
+        return list(watches)
+    one = Watch([module for watch in plain for module in watch.watched()])
+    if not all(watch.stands() for watch in plain):  # changed just now, which ``one`` has not seen
+        return list(watches)
+    return [one, *(watch for watch in watches if watch.classes)]
 
 
 def _bare(module: nn.Module) -> bool:
@@ -297,7 +314,11 @@ def _expand(
         return
     visited[key] = item.module
     prefix = f"{item.fqn}." if item.fqn else ""
-    for name, child in children(item.module).items():
+    kids = children(item.module)
+    here = {segments[place] for place in reached if place < len(segments)}
+    if len(here) == 1 and not any(map(_WILD, here)):  # looked up: it may be one of thousands of layers
+        kids = {name: kids[name] for name in here if name in kids}
+    for name, child in kids.items():
         if child is not None:
             further = {place if segments[place] == "**" else place + 1
                        for place in reached if place < len(segments) and _matches(name, segments[place])}  # fmt: skip

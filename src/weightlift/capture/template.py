@@ -13,7 +13,7 @@ from weightlift.capture.choice import Choice
 from weightlift.capture.declared import enclosing, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
 from weightlift.capture.regions import inside_compiled, inside_scripts
-from weightlift.capture.select import Selected, Watch, path_to, select
+from weightlift.capture.select import Selected, Watch, merged, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Output, Tap, no_option
 from weightlift.errors import CaptureError, Problem
@@ -166,6 +166,7 @@ def _by_ids(modules: Mapping[int, list[Selected]]) -> dict[int, tuple[tuple[str,
 def choose(model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watch]) -> Choice:
     """What every tap means in a model. Raises `CaptureError` with every problem."""
     problems: list[Problem] = []
+    looked: list[Watch] = []
     chosen: dict[int, list[Selected]] = {}
     declared: list[tuple[int, Declared]] = []
     wanted = None
@@ -174,12 +175,12 @@ def choose(model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watc
             declared.append((number, tap))
             continue
         try:
-            chosen[number] = select(model, tap.select, watches)
+            chosen[number] = select(model, tap.select, looked)
         except CaptureError as error:
             problems.extend(no_option(name, problem) for problem in error.problems)
     if declared:
         try:
-            wanted = resolve(model, declared, watches)
+            wanted = resolve(model, declared, looked)
         except CaptureError as error:
             problems.extend(error.problems)
     if problems:
@@ -187,6 +188,7 @@ def choose(model: nn.Module, taps: Sequence[tuple[str, Tap]], watches: list[Watc
     choice = Choice(tuple(taps), chosen, wanted)
     if problems := inside_scripts(model, choice):
         raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
+    watches += merged(looked)
     return choice
 
 
