@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+from weightlift.patterns import Patterns
+
 DtypeOption = torch.dtype | str | Mapping[str, "torch.dtype | str | None"] | None
+CheckedDtype = torch.dtype | str | Patterns["torch.dtype | str | None"] | None
 DeviceOption = torch.device | str | int | None
 KeyMapping = Mapping[str, str] | Callable[[str], "str | None"]
 ProgressOption = bool | Callable[[int, int], None] | None
@@ -42,7 +45,7 @@ def default_workers() -> int:
 class LoadOptions:
     """What `weightlift.load` and `weightlift.plan` take, validated. See `weightlift.load` for the meanings."""
 
-    dtype: DtypeOption = None
+    dtype: CheckedDtype = None
     device: torch.device | None = None
     device_map: Mapping[str, torch.device] | None = None
     strict: bool = True
@@ -171,7 +174,7 @@ def _check_ranks(parallelize: Parallelize | None, source_rank: int | None, patie
         raise ValueError(f"rank_patience_seconds must be positive, found {patience!r}")
 
 
-def _dtypes(dtype: DtypeOption) -> DtypeOption:
+def _dtypes(dtype: DtypeOption) -> CheckedDtype:
     """Checked, with dtypes in place of their names."""
     if not isinstance(dtype, Mapping):
         return _dtype(dtype)
@@ -182,7 +185,7 @@ def _dtypes(dtype: DtypeOption) -> DtypeOption:
         if isinstance(value, Mapping):
             raise TypeError(f"dtype[{pattern!r}] must be a torch.dtype, 'auto' or None")
         checked[pattern] = _dtype(value)
-    return checked
+    return Patterns(checked)
 
 
 def _dtype(dtype: object) -> torch.dtype | str | None:

@@ -5,6 +5,7 @@ The one place where headers, tapes and names meet before anything is decided; `w
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
 _log = logging.getLogger("weightlift")
+_SHOWN = 20
 _INSTEAD = (
     ", though the class overrides it: what it changes belongs in _load_from_state_dict or a state-dict hook, which are"
     " run, or key_mapping; where it has to be called: module = wl.defer(build).materialize(),"
@@ -110,7 +112,10 @@ def _warn(subject: Subject, checkpoint: Checkpoint, options: LoadOptions, idle: 
     if not idle and options.device_map is None and not isinstance(options.dtype, Mapping):
         return
     names = [slot.fqn for slot in inventory.slots]
-    texts = list(idle_patterns(options, idle, names, [prefix[:-1] for prefix in inventory.prefixes]))
+    found = idle_patterns(options, idle, names, [prefix[:-1] for prefix in inventory.prefixes])
+    texts = list(itertools.islice(found, _SHOWN))
+    if texts and next(found, None) is not None:
+        texts.append("and others")
     if texts:
         _log.warning("%s into %s: %s", checkpoint.source, name, "; ".join(texts))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightlift.distributed.layout import Split, splits_of
+from weightlift.patterns import Patterns
 
 Placements = Mapping[str, Sequence[Any]] | Callable[[str, tuple[int, ...]], Sequence[Any]] | None
 MeshShape = Mapping[str, int] | Sequence[int]
@@ -65,13 +65,14 @@ def placer(mesh: Mesh, placements: Placements, *, named: bool) -> Placer:
     """
     if placements is None:
         return _by_names(mesh, named=named)
+    by_pattern = None if callable(placements) else Patterns(placements)
 
     def given(name: str, shape: tuple[int, ...], kind: str, coordinate: tuple[int, ...]) -> tuple[Split, ...]:
         found: Sequence[Any] | None = None
         if callable(placements):
             found = placements(name, shape)
-        else:
-            found = next((value for pattern, value in placements.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        elif by_pattern is not None and (pattern := by_pattern.first([name])) is not None:
+            found = by_pattern[pattern]
         if found is None:
             return ()
         if len(found) != len(mesh.sizes):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from weightlift.options import LoadOptions
+from weightlift.patterns import Patterns
 from weightlift.plan.nearest import nearest_names
 
 
@@ -17,10 +17,10 @@ def idle_patterns(
     module's tensors, ``modules`` those of the modules within."""
     for pattern in idle_keys:
         yield f"key_mapping[{pattern!r}] matches no key of the checkpoint"
-    if isinstance(options.dtype, Mapping):
+    if isinstance(options.dtype, Patterns):
+        used = {pattern for name in names for pattern in options.dtype.matching(name)}
         for pattern in options.dtype:
-            match = re.compile(fnmatch.translate(pattern)).match
-            if not any(map(match, names)):
+            if pattern not in used:
                 yield f"dtype[{pattern!r}] matches no name of the module{_wider(pattern, names)}"
     if options.device_map is not None:
         known = {"", *names, *modules}
