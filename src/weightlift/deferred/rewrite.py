@@ -29,7 +29,15 @@ from weightlift.deferred.replay import label_samples
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
-from weightlift.deferred.walk import has_post_hooks, has_state_hooks, is_overridden, partition, slots_of, walk
+from weightlift.deferred.walk import (
+    does_nothing,
+    has_post_hooks,
+    has_state_hooks,
+    is_overridden,
+    partition,
+    slots_of,
+    walk,
+)
 from weightlift.strides import is_expanded
 from weightlift.unstrided import shape_of, unstrided
 
@@ -40,13 +48,14 @@ def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed:
     """Run the state-dict hooks of ``inventory.module`` on stand-ins and doubles; what a hook raises comes through.
 
     ``recorder`` is the one that the module was built under, if any: what hooks look at gets its values then. Returns
-    None when no module has hooks, which is the common case and costs one look at each module. Must not be called with
-    torch functions disabled.
+    None when no module has any that would do something, which is the common case and costs one look at each module.
+    Must not be called with torch functions disabled.
     """
-    special = [module for module in inventory.modules if has_state_hooks(module)]
-    if not special:
+    named = zip(inventory.prefixes, inventory.modules)
+    special = [(prefix, module) for prefix, module in named if has_state_hooks(module)]
+    if all(does_nothing(module, prefix, state.tensors) for prefix, module in special):
         return None
-    with _Rehearsal(inventory, state, recorder, seed, special) as rehearsal:
+    with _Rehearsal(inventory, state, recorder, seed, [module for _, module in special]) as rehearsal:
         return rehearsal.outcome()
 
 

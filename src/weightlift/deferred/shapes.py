@@ -6,6 +6,7 @@ knows all operators, but whose first use in a process imports a good part of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from weightlift.strides import row_major
 
 _Tensor = torch.Tensor
 _aten = torch.ops.aten
+_PLAIN = {bool, int, float, complex, str, type(None), torch.dtype, torch.layout, torch.memory_format}
 _FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
@@ -218,35 +220,65 @@ _RULES: dict[str, _Rule] = {
 }
 
 
+class _Form(NamedTuple):
+    """What a call is told of one argument that is, or holds, a tensor: enough to make its like on ``meta``."""
+
+    kind: type
+    parts: tuple[Any, ...]
+
+
 def _tried_on_meta(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
     try:
-        results = func(*_meta(args), **_meta(kwargs))
+        call = func, _form(args), _form(kwargs), torch.get_default_dtype()
+        found = _results(*call)
     except Exception:  # no meta kernel, or the shape depends on values: the caller runs the call for real
         return None
+    return None if found is None else list(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _results(func: Any, args: _Form, kwargs: _Form, default: torch.dtype) -> tuple[Result, ...] | None:
+    """Kept, because layers repeat their calls: one that torch tells in Python takes most of a millisecond. ``default``
+    is part of the key alone."""
+    results = func(*_meta(args), **_meta(kwargs))
     outputs = list(results) if isinstance(results, (tuple, list)) else [results]
     if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
-        return [Result(tuple(out.shape), out.dtype, tuple(out.stride())) for out in outputs]
+        return tuple([Result(tuple(out.shape), out.dtype, tuple(out.stride())) for out in outputs])
     return None
 
 
-def _meta(value: Any) -> Any:
+def _form(value: Any) -> Any:
+    """What a call is told of its arguments, to be hashed. Numbers with their type: 1 and 1.0 give other dtypes."""
     if isinstance(value, _Tensor):
         if value.layout is not torch.strided or value.is_quantized or value.device.type not in ("cpu", "meta"):
             raise NotImplementedError
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return _Form(_Tensor, (tuple(value.shape), value.stride(), value.dtype))
     if isinstance(value, torch.device):
         if value.type != "cpu":
             raise NotImplementedError
-        return torch.device("meta")
-    if isinstance(value, torch.Generator):
-        raise NotImplementedError
+        return _Form(torch.device, ())
     if isinstance(value, dict):
-        meta = {name: _meta(item) for name, item in value.items()}
-        if "device" in meta and meta["device"] is None:
-            meta["device"] = torch.device("meta")
-        if meta.get("pin_memory"):
+        if value.get("pin_memory"):
             raise NotImplementedError
-        return meta
+        items = ((name, _form(torch.device("cpu") if name == "device" and item is None else item))
+                 for name, item in value.items())  # fmt: skip
+        return _Form(dict, tuple(items))
     if isinstance(value, (tuple, list)):
-        return type(value)(_meta(item) for item in value)
-    return value
+        return _Form(type(value), tuple(map(_form, value)))
+    if type(value) not in _PLAIN:  # a scripted object, which holds memory
+        raise NotImplementedError
+    return _Form(object, (type(value), value))
+
+
+def _meta(form: _Form) -> Any:
+    kind, parts = form
+    if kind is _Tensor:
+        shape, stride, dtype = parts
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if kind is torch.device:
+        return torch.device("meta")
+    if kind is dict:
+        return {name: _meta(item) for name, item in parts}
+    if kind is object:
+        return parts[1]
+    return kind(map(_meta, parts))

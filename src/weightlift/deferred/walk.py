@@ -3,11 +3,13 @@ each child's part of the state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from weightlift.deferred.inventory import Kind
 
@@ -26,6 +28,26 @@ def is_bypassed(module: nn.Module) -> bool:
 def has_state_hooks(module: nn.Module) -> bool:
     """True when ``load_state_dict`` would run code of this module's own on the state dict."""
     return is_overridden(module) or bool(module._load_state_dict_pre_hooks)
+
+
+def fills_in_a_count(module: nn.Module) -> bool:
+    """True for torch's batch norms, whose ``_load_from_state_dict`` only lets old files lack a count of batches."""
+    own = "_load_from_state_dict" in module.__dict__
+    return not own and type(module)._load_from_state_dict is _NormBase._load_from_state_dict
+
+
+def does_nothing(module: Any, prefix: str, names: Container[str]) -> bool:
+    """True when what a module has of its own does nothing for a state of these names, without regard to versions: that
+    of torch's norms has to do with names that files of old lack, or have."""
+    if module._load_state_dict_pre_hooks or "_load_from_state_dict" in module.__dict__:
+        return False
+    override = type(module)._load_from_state_dict
+    if override not in (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict):
+        return False
+    if module.track_running_stats:
+        return prefix + "num_batches_tracked" in names
+    removes = override is _InstanceNorm._load_from_state_dict
+    return not (removes and any(prefix + name in names for name in ("running_mean", "running_var")))
 
 
 def has_post_hooks(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import weightlift as wl
+from weightlift.deferred import shapes
 
 MANY = 20_000  # more than is calculated at once
 
@@ -177,3 +178,38 @@ def test_a_buffer_that_shows_other_memory_conjugated_or_negated_is_filled(show, 
     found = wl.load(Built(body) if existing else lambda: Built(body), state)
     assert torch.equal(found.made, ordinary.made)
     assert torch.equal(found.shown, ordinary.shown)
+
+
+def numbers(module):
+    """Calls that differ in the type of a number alone, or in nothing that is passed."""
+    whole = torch.arange(MANY)
+    made = (lambda: whole * 2, lambda: whole * 2.0, lambda: whole * True, lambda: whole / 2, lambda: whole.sum(0) * 2.0)
+    for default in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(default)
+        for make in made:
+            module.register_buffer(f"b{len(module._buffers)}", make())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_one_call_gives_is_not_taken_for_what_another_gives(order):
+    def body(module):
+        for rows, columns in [(100, 300), (300, 100), (100, 300)][::order]:
+            matrix = torch.ones(rows, columns)
+            module.register_buffer(f"product{len(module._buffers)}", matrix @ matrix.T)
+            module.register_buffer(f"turned{len(module._buffers)}", matrix.T.roll(1, 0))
+            module.register_buffer(f"sum{len(module._buffers)}", matrix.sum(order))
+        numbers(module)
+
+    assert_alike(*both(body))
+
+
+def test_torch_is_asked_once_about_calls_that_layers_repeat():
+    def body(module):
+        for number in range(20):
+            module.register_buffer(f"b{number}", torch.ones(200, 300).roll(1, 0))
+
+    both(body)
+    before = shapes._results.cache_info()
+    assert_alike(*both(body))
+    assert shapes._results.cache_info().misses == before.misses
+    assert shapes._results.cache_info().hits >= before.hits + 20

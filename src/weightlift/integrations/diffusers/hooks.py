@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from weightlift.deferred.inventory import has_extra_state, modules_of
-from weightlift.deferred.walk import has_post_hooks, is_overridden
+from weightlift.deferred.walk import fills_in_a_count, has_post_hooks, is_overridden
 from weightlift.integrations.exclusive import NotNative
 from weightlift.integrations.not_native import override_of
 
@@ -58,7 +57,8 @@ def refuse_state_hooks(model: nn.Module, *, loads: bool) -> None:
     if loads:
         _refuse(override_of(type(model), ("load_state_dict",), _KNOWN))
     for module in modules_of(model):
-        if is_overridden(module) and not _fills_in_a_count(module):
+        # A count that an old file lacks stays what it is, as all that is missing does here.
+        if is_overridden(module) and not fills_in_a_count(module):
             what = "_load_from_state_dict"
         elif module._load_state_dict_pre_hooks:
             what = "hooks of load_state_dict"
@@ -70,8 +70,3 @@ def refuse_state_hooks(model: nn.Module, *, loads: bool) -> None:
             continue
         _refuse(f"{type(module).__name__}: {what}")
 
-
-def _fills_in_a_count(module: Any) -> bool:
-    """True for torch's batch norms, whose ``_load_from_state_dict`` only lets old files lack a count of batches: it
-    keeps the value that it has, as all that is missing does here."""
-    return isinstance(module, _NormBase) and type(module)._load_from_state_dict is _NormBase._load_from_state_dict
