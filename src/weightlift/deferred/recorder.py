@@ -299,7 +299,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elements += tensor.numel()
         if self._samples_now(call, kwargs) or (call.random and seeded_variant(func) is None):
             return self._now(func, call, args, kwargs)
-        if not call.random and not pending and elements <= _EAGER_ELEMENTS and (call.pointwise and tensors):
+        small = not call.random and not pending and elements <= _EAGER_ELEMENTS
+        # Of one shape, or numbers: else a table may come of two vectors.
+        if small and call.pointwise and tensors and len({tensor.shape for tensor in tensors if tensor.dim()}) < 2:
             return self._run(func, args, kwargs, tensors)
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)

@@ -9,6 +9,7 @@ from torch import nn
 
 import weightlift as wl
 from weightlift.deferred import shapes
+from weightlift.deferred.recorder import Recorder
 
 MANY = 20_000  # more than is calculated at once
 
@@ -213,3 +214,36 @@ def test_torch_is_asked_once_about_calls_that_layers_repeat():
     assert_alike(*both(body))
     assert shapes._results.cache_info().misses == before.misses
     assert shapes._results.cache_info().hits >= before.hits + 20
+
+
+def table(module):
+    """Of two vectors, as positions have it."""
+    angles = torch.arange(2000).float()[:, None] * torch.exp(torch.arange(64).float() / -9.0)[None]
+    made = torch.cat([angles.sin(), angles.cos()], dim=1)
+    made[1] = 0
+    if hasattr(module, "table"):
+        module.table.copy_(made * 2)
+    else:
+        module.register_buffer("table", made)
+
+
+def test_a_table_of_two_vectors_waits_like_everything_of_its_size(monkeypatch):
+    def body(module):
+        table(module)
+        table(module)
+        small = torch.arange(10)[:, None] * torch.arange(8)  # computed at once, to the same end
+        module.register_buffer("small", small)
+
+    computed = []
+    run = Recorder._run
+
+    def noting(*args):
+        computed.append(run(*args))
+        return computed[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "_run", noting)
+        deferred = wl.defer(lambda: Built(body))
+    sizes = [made.numel() for made in computed if isinstance(made, torch.Tensor)]
+    assert 80 in sizes and max(sizes) < 10_000
+    assert_alike(Built(body), deferred.materialize())
