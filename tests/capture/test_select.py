@@ -110,9 +110,10 @@ def test_changes_of_the_structure_are_seen() -> None:
 
 def test_taps_of_one_layer_each_look_at_the_list_of_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
+    net.layers.extend(Layer() for _ in range(9))
     value = x()
     counts = []
-    for taps in ({"layers": "layers.*"}, {f"layer_{number}": f"layers.{number}" for number in range(3)}):
+    for taps in ({"layers": "layers.*"}, {f"layer_{number}": f"layers.{number}" for number in range(12)}):
         record = wl.recorder(net, **taps)
         looks: list[object] = []
         with monkeypatch.context() as patched:
@@ -134,19 +135,75 @@ def counting(looks: list[object]) -> object:
 
 def test_changes_are_seen_by_taps_of_one_layer_each() -> None:
     net = Net()
+    net.layers.extend(Layer() for _ in range(9))
     value = x()
-    taps = {f"layer_{number}": f"layers.{number}" for number in range(3)}
+    taps = {f"layer_{number}": f"layers.{number}" for number in range(12)}
     record = wl.recorder(net, **taps)
     for change in (lambda: None, lambda: net.layers.insert(1, Layer()), lambda: net.layers.pop(0)):
         change()
         with wl.capture(net, **taps) as got:
             net(value)
         for found in (got, record(value)[1]):
-            assert same([found[name][0] for name in taps], states(net, value)[:3])
+            assert same([found[name][0] for name in taps], states(net, value)[:12])
     net.layers.pop(0)
     for attempt in (lambda: wl.capture(net, **taps).__enter__(), lambda: record(value)):
-        with pytest.raises(wl.CaptureError, match=r"layers\.2"):
+        with pytest.raises(wl.CaptureError, match=r"layers\.11"):
             attempt()
+
+
+def test_a_recorder_asks_a_predicate_and_reads_a_list_at_every_call() -> None:
+    net = Net().eval()
+    net.layers[0].train()
+    listed = ["layers.0"]
+    by_predicate = wl.recorder(net, tap=lambda fqn, module: isinstance(module, Layer) and module.training)
+    by_list = wl.recorder(net, tap=listed)
+    for number in range(3):
+        net.eval()
+        net.layers[number].train()
+        listed[:] = [f"layers.{number}"]
+        for record in (by_predicate, by_list):
+            assert list(record(x())[1].named("tap")) == [f"layers.{number}"]
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_captures_leave_nothing_for_the_collector(count: int) -> None:
+    net = Net()
+    net.layers.extend(Layer() for _ in range(9))
+    wanted = [f"layers.{number}" for number in range(count)]
+    record = wl.recorder(net, tap=wanted)
+
+    def references() -> int:
+        for _ in range(5):
+            with wl.capture(net, tap=wanted):
+                net(x())
+            record(x())
+        return sum(map(weakref.getweakrefcount, net.modules()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert references() == references()
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_is_exchanged_while_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    real = selection._by_pattern
+    found = []
+
+    def exchanging(root: nn.Module, pattern: str) -> object:
+        found.append(real(root, pattern))
+        if len(found) == 1:
+            net.layers[1] = Layer()
+            gc.collect()
+        return found[-1]
+
+    monkeypatch.setattr(selection, "_by_pattern", exchanging)
+    value = x()
+    with wl.capture(net, hidden="layers.*") as got:
+        net(value)
+    assert len(found) == 2 and same(got["hidden"], states(net, value))
 
 
 def test_a_leaf_that_gets_children_is_seen() -> None:

@@ -236,6 +236,11 @@ def run(
     return output, entries
 
 
+def _lasts(tap: Tap) -> bool:
+    """Whether a tap means the same as long as the model's modules are the same: a predicate may look at anything."""
+    return isinstance(tap, Declared) or isinstance(tap.select, str | type | nn.Module)
+
+
 def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
     built = state.built
     if built.regions is not None and not built.stands():
@@ -251,6 +256,6 @@ def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
     output = None
     opened = Capture(state.model, state.taps, state.template)
     with opened as got:
-        state.template = opened.template
+        state.template = opened.template if all(map(_lasts, state.taps.values())) else None
         output = state.model(*args, **kwargs)
     return output, got

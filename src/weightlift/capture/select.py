@@ -21,6 +21,7 @@ from weightlift.errors import CaptureError, Problem
 
 _KEPT = 32  # resolved selectors per model
 _COMPARED = 4000
+_FEW = 8
 _WILD = re.compile(r"[*?[]").search
 
 
@@ -92,9 +93,20 @@ def walk(root: nn.Module) -> Iterator[Selected]:
         seen.add(id(inner))
         yield item
         prefix = f"{item.fqn}." if item.fqn else ""
-        waiting.extend(
-            Selected(prefix + name, child) for name, child in reversed(inner._modules.items()) if child is not None
-        )
+        kids = list(inner._modules.items())  # another thread may change them now
+        waiting.extend(Selected(prefix + name, child) for name, child in reversed(kids) if child is not None)
+
+
+class _Died:
+    """Called once a module is gone. It does not know the `Watch` that asks it, which goes with its last reference."""
+
+    __slots__ = ("any",)
+
+    def __init__(self) -> None:
+        self.any = False
+
+    def __call__(self, _: object) -> None:
+        self.any = True
 
 
 class Watch:
@@ -108,8 +120,8 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], *, classes: bool = False) -> None:
         own = {id(module): module for module in map(original, modules)}.values()
-        kids = [child for module in own for child in module._modules.values() if child is not None]
-        self.broken = False
+        kids = [child for module in own for child in list(module._modules.values()) if child is not None]
+        self._died = _Died()
         # An id can be used again once its owner died: then the callback has told us.
         self._alive = [weakref.ref(module, self._died) for module in (*own, *kids)]
         self._watched = self._alive[: len(own)]
@@ -118,9 +130,6 @@ class Watch:
         parents = [module for place, module in enumerate(own) if not _bare(module) or (classes and place == 0)]
         self._parents = [weakref.ref(module) for module in parents]
         self._seen = self._look()
-
-    def _died(self, _: object) -> None:
-        self.broken = True
 
     def _look(self) -> list[Any]:
         """How many children each parent has, and their identities."""
@@ -143,7 +152,7 @@ class Watch:
         return [*[parent()._modules for parent in self._parents], *self._childless]  # type: ignore[union-attr]
 
     def stands(self) -> bool:
-        if self.broken or any(self._childless):
+        if self._died.any or any(self._childless):
             return False
         try:
             return self._look() == self._seen
@@ -152,9 +161,9 @@ class Watch:
 
 
 def merged(watches: Sequence[Watch]) -> list[Watch]:
-    """The same as one, but for those of classes: taps that name one layer each watch the same list of layers."""
+    """Many as one, but for those of classes: taps that name one layer each watch the same list of layers."""
     plain = [watch for watch in watches if not watch.classes]
-    if len(plain) < 2:
+    if len(plain) <= _FEW:  # which costs more than it saves
         return list(watches)
     one = Watch([module for watch in plain for module in watch.watched()])
     if not all(watch.stands() for watch in plain):  # changed just now, which ``one`` has not seen
@@ -231,9 +240,10 @@ def remembered(
         if selected is not None:
             watches.append(known.watch)
             return selected, known.extra
-    new = find()
-    selected = new.selected()
-    assert selected is not None  # the model holds them, and we hold the model
+    while True:
+        new = find()
+        if (selected := new.selected()) is not None:
+            break  # else another thread has taken one out of the model just now
     keep_for(root, key, new)
     watches.append(new.watch)
     return selected, new.extra
@@ -318,7 +328,7 @@ def _expand(
     here = {segments[place] for place in reached if place < len(segments)}
     if len(here) == 1 and not any(map(_WILD, here)):  # looked up: it may be one of thousands of layers
         kids = {name: kids[name] for name in here if name in kids}
-    for name, child in kids.items():
+    for name, child in list(kids.items()):
         if child is not None:
             further = {place if segments[place] == "**" else place + 1
                        for place in reached if place < len(segments) and _matches(name, segments[place])}  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,7 +53,8 @@ def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed:
     """
     named = zip(inventory.prefixes, inventory.modules)
     special = [(prefix, module) for prefix, module in named if has_state_hooks(module)]
-    if all(does_nothing(module, prefix, state.tensors) for prefix, module in special):
+    names = ChainMap[str, Any](state.tensors, state.extras)  # type: ignore[arg-type]
+    if all(does_nothing(module, prefix, names) for prefix, module in special):
         return None
     with _Rehearsal(inventory, state, recorder, seed, [module for _, module in special]) as rehearsal:
         return rehearsal.outcome()

@@ -6,7 +6,6 @@ knows all operators, but whose first use in a process imports a good part of the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -227,23 +226,38 @@ class _Form(NamedTuple):
     parts: tuple[Any, ...]
 
 
+# By the call and the forms of its arguments: layers repeat their calls, and one that torch tells in Python takes most
+# of a millisecond.
+_told: dict[object, list[Result] | None] = {}
+_UNKNOWN: list[Result] = []
+_MOST_TOLD = 4096
+_LONG = 64
+_TORCHS_OWN = ("aten", "prims")  # what others tell may depend on anything
+
+
 def _tried_on_meta(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
     try:
+        # What is made without a dtype gets the default one.
         call = func, _form(args), _form(kwargs), torch.get_default_dtype()
-        found = _results(*call)
+        known = _told.get(call, _UNKNOWN)
+        if known is not _UNKNOWN:
+            return known
+        found = _results(func, _meta(call[1]), _meta(call[2]))
     except Exception:  # no meta kernel, or the shape depends on values: the caller runs the call for real
         return None
-    return None if found is None else list(found)
+    short = all(len(item) <= _LONG for item in (found or (), *args) if isinstance(item, (tuple, list)))
+    if short and func.namespace in _TORCHS_OWN:
+        if len(_told) >= _MOST_TOLD:
+            _told.clear()
+        _told[call] = found
+    return found
 
 
-@functools.lru_cache(maxsize=4096)
-def _results(func: Any, args: _Form, kwargs: _Form, default: torch.dtype) -> tuple[Result, ...] | None:
-    """Kept, because layers repeat their calls: one that torch tells in Python takes most of a millisecond. ``default``
-    is part of the key alone."""
-    results = func(*_meta(args), **_meta(kwargs))
+def _results(func: Any, args: Any, kwargs: Any) -> list[Result] | None:
+    results = func(*args, **kwargs)
     outputs = list(results) if isinstance(results, (tuple, list)) else [results]
     if all(isinstance(out, _Tensor) and out.layout is torch.strided and out.is_meta for out in outputs):
-        return tuple([Result(tuple(out.shape), out.dtype, tuple(out.stride())) for out in outputs])
+        return [Result(tuple(out.shape), out.dtype, tuple(out.stride())) for out in outputs]
     return None
 
 

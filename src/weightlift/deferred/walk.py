@@ -14,6 +14,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from weightlift.deferred.inventory import Kind
 
 
+def _loading_of(kind: type) -> list[object]:
+    """Every ``_load_from_state_dict`` of a class and its bases, in the order in which they call each other."""
+    return [found for base in kind.__mro__ if (found := base.__dict__.get("_load_from_state_dict")) is not None]
+
+
+_BATCH_NORM, _INSTANCE_NORM = _loading_of(_NormBase), _loading_of(_InstanceNorm)
+
+
 def is_overridden(module: nn.Module) -> bool:
     """True when a module has a ``_load_from_state_dict`` of its own."""
     own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
@@ -32,8 +40,7 @@ def has_state_hooks(module: nn.Module) -> bool:
 
 def fills_in_a_count(module: nn.Module) -> bool:
     """True for torch's batch norms, whose ``_load_from_state_dict`` only lets old files lack a count of batches."""
-    own = "_load_from_state_dict" in module.__dict__
-    return not own and type(module)._load_from_state_dict is _NormBase._load_from_state_dict
+    return "_load_from_state_dict" not in module.__dict__ and _loading_of(type(module)) == _BATCH_NORM
 
 
 def does_nothing(module: Any, prefix: str, names: Container[str]) -> bool:
@@ -41,13 +48,12 @@ def does_nothing(module: Any, prefix: str, names: Container[str]) -> bool:
     of torch's norms has to do with names that files of old lack, or have."""
     if module._load_state_dict_pre_hooks or "_load_from_state_dict" in module.__dict__:
         return False
-    override = type(module)._load_from_state_dict
-    if override not in (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict):
+    loading = _loading_of(type(module))
+    if loading not in (_BATCH_NORM, _INSTANCE_NORM):
         return False
     if module.track_running_stats:
         return prefix + "num_batches_tracked" in names
-    removes = override is _InstanceNorm._load_from_state_dict
-    return not (removes and any(prefix + name in names for name in ("running_mean", "running_var")))
+    return not (loading == _INSTANCE_NORM and any(prefix + name in names for name in ("running_mean", "running_var")))
 
 
 def has_post_hooks(module: nn.Module) -> bool:

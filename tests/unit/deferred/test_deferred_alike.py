@@ -204,16 +204,44 @@ def test_what_one_call_gives_is_not_taken_for_what_another_gives(order):
     assert_alike(*both(body))
 
 
-def test_torch_is_asked_once_about_calls_that_layers_repeat():
+def test_torch_is_asked_once_about_calls_that_layers_repeat(monkeypatch):
     def body(module):
         for number in range(20):
             module.register_buffer(f"b{number}", torch.ones(200, 300).roll(1, 0))
 
-    both(body)
-    before = shapes._results.cache_info()
+    asked = []
+    ask = shapes._results
+    monkeypatch.setattr(shapes, "_results", lambda *call: asked.append(call) or ask(*call))
+    monkeypatch.setattr(shapes, "_told", {})
     assert_alike(*both(body))
-    assert shapes._results.cache_info().misses == before.misses
-    assert shapes._results.cache_info().hits >= before.hits + 20
+    assert len(asked) == 1
+
+
+def test_torch_is_asked_again_about_operators_of_others(monkeypatch):
+    """Whose shapes may depend on anything."""
+    dtypes = [torch.float32]
+
+    @torch.library.custom_op("weightlift_tests::table", mutates_args=())
+    def made(like: torch.Tensor) -> torch.Tensor:
+        return torch.full((300, 300), 1 / 3, dtype=dtypes[-1])
+
+    @made.register_fake
+    def _(like):
+        return like.new_empty(300, 300, dtype=dtypes[-1])
+
+    for dtype in (torch.float32, torch.float64):
+        dtypes.append(dtype)
+        assert_alike(*both(lambda module: made(torch.zeros(300, 300))))
+
+
+def test_of_calls_with_very_many_results_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(shapes, "_told", {})
+    both(lambda module: torch.cat(torch.split_with_sizes_copy(torch.zeros(3000, 7), [1] * 3000)))
+    assert not any(len(found or ()) > 64 for found in shapes._told.values())
+    monkeypatch.setattr(shapes, "_MOST_TOLD", 3)
+    for size in range(130, 140):
+        assert_alike(*both(lambda module: torch.ones(size, 300).roll(1, 0)))  # noqa: B023 - is called at once
+    assert len(shapes._told) <= 3
 
 
 def table(module):

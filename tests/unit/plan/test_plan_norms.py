@@ -78,6 +78,54 @@ def test_a_file_of_today_is_not_gone_through(monkeypatch):
     assert len(wl.plan(module, old).report.loaded) == len(state) - 1 and went
 
 
+class Renames(nn.Module):
+    """A further base of a norm, which its own loading goes on to."""
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        if prefix + "gamma" in state:
+            state[prefix + "weight"] = state.pop(prefix + "gamma")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class RenamingBatchNorm(nn.BatchNorm1d, Renames):
+    pass
+
+
+class RenamingInstanceNorm(nn.InstanceNorm1d, Renames):
+    pass
+
+
+def renamed(norm):
+    state = norm.state_dict()
+    state["gamma"] = state.pop("weight") * 0 + 7
+    return state
+
+
+@pytest.mark.parametrize("kind", [RenamingBatchNorm, RenamingInstanceNorm])
+def test_code_of_a_further_base_runs(kind):
+    norm = kind(2, affine=True)
+    assert wl.load(kind(2, affine=True), renamed(norm)).weight.tolist() == [7, 7]
+
+
+def test_what_somebody_put_in_place_of_the_norms_own_runs(monkeypatch):
+    real = nn.modules.batchnorm._NormBase._load_from_state_dict
+
+    def ours(self, state, prefix, *args):
+        if prefix + "gamma" in state:
+            state[prefix + "weight"] = state.pop(prefix + "gamma")
+        real(self, state, prefix, *args)
+
+    monkeypatch.setattr(nn.modules.batchnorm._NormBase, "_load_from_state_dict", ours)
+    assert wl.load(nn.BatchNorm1d(2), renamed(nn.BatchNorm1d(2))).weight.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("stale", [3.0, torch.ones(2)])
+def test_stale_statistics_are_refused_whatever_they_are(stale):
+    state = {**nn.InstanceNorm1d(2, affine=True).state_dict(), "running_var": stale}
+    with pytest.raises(wl.WeightliftError, match="Unexpected running stats"):
+        wl.load(nn.InstanceNorm1d(2, affine=True), state, strict=False)
+
+
 @pytest.mark.parametrize("where", ["class", "instance", "hook"])
 def test_code_of_somebody_elses_within_a_norm_runs(where):
     class Doubling(nn.BatchNorm1d):
