@@ -45,12 +45,12 @@ from weightlift.deferred.tape import (
     Operation,
     Record,
     TensorRef,
+    Walk,
     forget,
     frozen,
     generator_for,
     live_readers,
     needed,
-    needed_by,
     new_record,
 )
 
@@ -362,7 +362,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run what has to read this memory before it is changed at once."""
         record = self.record_of(tensor)
         if record is not None and (readers := live_readers(record)):
-            self._execute(needed_by(readers), why)
+            self._execute(Walk().needed_by(readers), why)
 
     def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
         """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from weightlift.deferred.tape import Node, Record, needed
+from weightlift.deferred.tape import Node, Record, Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,10 @@ def label_samples(owned: Iterable[Record]) -> None:
     """
     records = list(owned)
     for mark, readers in (("#", False), ("#read#", True)):
+        walk = Walk(readers=readers)
         for record in records:
             count = 0
-            for node in needed([record], readers=readers):
+            for node in walk.needed([record]):
                 if node.random and node.seed_label is None:
                     node.seed_label = f"{record.label}{mark}{count}"
                     count += 1
