@@ -19,8 +19,7 @@ from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.replay import label_samples, replays
-from weightlift.deferred.tape import needed
+from weightlift.deferred.replay import label_samples, needed, replays
 from weightlift.distributed.fsdp import reshard
 from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together

@@ -34,6 +34,7 @@ from weightlift.deferred.calls import (
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
 from weightlift.deferred.refusals import Trials
+from weightlift.deferred.replay import Walk, needed
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
@@ -45,12 +46,10 @@ from weightlift.deferred.tape import (
     Operation,
     Record,
     TensorRef,
-    Walk,
     forget,
     frozen,
     generator_for,
     live_readers,
-    needed,
     new_record,
 )
 
@@ -300,8 +299,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._samples_now(call, kwargs) or (call.random and seeded_variant(func) is None):
             return self._now(func, call, args, kwargs)
         small = not call.random and not pending and elements <= _EAGER_ELEMENTS
-        # Of one shape, or numbers: else a table may come of two vectors.
-        if small and call.pointwise and tensors and len({tensor.shape for tensor in tensors if tensor.dim()}) < 2:
+        if small and call.pointwise and tensors and not _may_grow(tensors):
             return self._run(func, args, kwargs, tensors)
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)
@@ -407,3 +405,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def sampling_now(self) -> bool:
         """True when the constructor has seeded the process's generator: from there on it samples as it goes."""
         return self._seeding.seeded()
+
+
+def _may_grow(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a pointwise call on small tensors may give a large one, as a table comes of two vectors."""
+    return len({tensor.shape for tensor in tensors if not tensor.is_nested and tensor.dim()}) > 1

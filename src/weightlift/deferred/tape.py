@@ -15,10 +15,9 @@ to, and that a recorded call has still to read, outlives it.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -360,59 +359,3 @@ def generator_for(seed: int, label: str) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(digest, "little"))
     return generator
-
-
-def needed(records: Iterable[Record], supplied: Collection[Record] = ()) -> list[Node]:
-    """The nodes that must run to give ``records`` their values, in order: see `Walk`."""
-    return Walk(supplied).needed(records)
-
-
-def _turn(node: Node) -> int:
-    return node.seq
-
-
-class Walk:
-    """Finds nodes that must run before others, each once, however often it is asked.
-
-    ``supplied`` are records whose values come from elsewhere: no node is run for their sake. ``readers``: also those
-    that have to read what one of the nodes overwrites, if somebody still holds their results.
-    """
-
-    def __init__(self, supplied: Collection[Record] = (), *, readers: bool = True) -> None:
-        self._supplied = supplied
-        self._readers = readers
-        self._known: set[Node] = set()
-        # A record may have thousands of writers and readers: which of these live, and up to which turn they are told.
-        self._live: dict[Record, list[Operation]] = {}
-        self._told: dict[Record, int] = {}
-
-    def needed(self, records: Iterable[Record]) -> list[Node]:
-        """The nodes that must run to give ``records`` their values, in order."""
-        return self.needed_by(record.last for record in records if record.pending)
-
-    def needed_by(self, nodes: Iterable[Node | None]) -> list[Node]:
-        """These nodes and those that must run before, in order."""
-        found: list[Node] = []
-        stack = list(nodes)
-        while stack:
-            node = stack.pop()
-            if node is None or node.done or node in self._known:
-                continue
-            self._known.add(node)
-            found.append(node)
-            stack.extend(version for _, version in node.deps)
-            for record in node.writes if self._readers else ():
-                stack.extend(self._readers_before(node, record))
-        return sorted(found, key=_turn)
-
-    def _readers_before(self, writer: Node, record: Record) -> list[Operation]:
-        """Live unexecuted nodes that have to read ``record`` before ``writer`` changes it and were not told before."""
-        told = self._told.get(record, 0)
-        if record.readers is None or writer.seq <= told:
-            return []
-        self._told[record] = writer.seq
-        live = self._live.get(record)
-        if live is None:
-            live = self._live[record] = sorted(live_readers(record), key=_turn)
-        new = live[bisect.bisect(live, told, key=_turn) : bisect.bisect_left(live, writer.seq, key=_turn)]
-        return [node for node in new if not all(target in self._supplied for target in node.writes)]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.deferred.replay import Replay, replays
-from weightlift.deferred.tape import Record, needed
+from weightlift.deferred.replay import Replay, needed, replays
+from weightlift.deferred.tape import Record
 from weightlift.distributed.kept import hand_over
 from weightlift.distributed.layout import Box
 from weightlift.distributed.shapes import Home, place

@@ -23,8 +23,8 @@ from weightlift.deferred.inventory import (
     storage_address,
     users_of,
 )
-from weightlift.deferred.replay import label_samples, replays
-from weightlift.deferred.tape import Record, needed
+from weightlift.deferred.replay import label_samples, needed, replays
+from weightlift.deferred.tape import Record
 from weightlift.errors import Problem, TransferError
 from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of

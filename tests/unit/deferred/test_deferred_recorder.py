@@ -12,9 +12,9 @@ from torch import nn
 from weightlift.deferred.construct import CurrentLoad, construct
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.replay import label_samples, replays
+from weightlift.deferred.replay import label_samples, needed, replays
 from weightlift.deferred.seeding import SeedWatch
-from weightlift.deferred.tape import TensorRef, generator_for, needed
+from weightlift.deferred.tape import TensorRef, generator_for
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from torch import nn
 import weightlift as wl
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.recorder import Recorder
-from weightlift.deferred.replay import label_samples
-from weightlift.deferred.tape import Walk, live_readers, needed
+from weightlift.deferred.replay import Walk, label_samples, needed
+from weightlift.deferred.tape import live_readers
 
 MANY = 5000  # more than is calculated at once
 
