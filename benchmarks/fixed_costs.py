@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 import tempfile
@@ -43,6 +44,16 @@ class WithTable(nn.Linear):
         self.register_buffer("table", torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
+class ByNumbers(nn.Linear):
+    """With a table that is written number by number."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("table", torch.zeros(8, 8))
+        for row, column in itertools.product(range(8), range(8)):
+            self.table[row, column] = math.sin(row / 10 ** (column / 8))
+
+
 class Overriding(nn.Linear):
     """With code of its own for the state dict."""
 
@@ -64,6 +75,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
     "a table": WithTable,
+    "a table by numbers": ByNumbers,
     "its own loading": Overriding,
 }
 

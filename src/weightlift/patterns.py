@@ -48,6 +48,11 @@ def prefixes(name: str) -> Iterator[str]:
         yield name
 
 
+def is_wild(text: str) -> bool:
+    """Whether anything in a pattern stands for something else."""
+    return _WILD.search(text) is not None
+
+
 def _head(pattern: str) -> str:
     """The parts of names that a pattern begins with, as far as they are whole and nothing in them is wild."""
     wild = _WILD.search(pattern)

@@ -23,7 +23,7 @@ from weightlift.capture.regions import region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
-from weightlift.capture.template import Template, choose
+from weightlift.capture.template import Template, choose, steady
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
 from weightlift.capture.values import recipe_of
 from weightlift.errors import CaptureError, Problem
@@ -236,11 +236,6 @@ def run(
     return output, entries
 
 
-def _lasts(tap: Tap) -> bool:
-    """Whether a tap means the same as long as the model's modules are the same: a predicate may look at anything."""
-    return isinstance(tap, Declared) or isinstance(tap.select, str | type | nn.Module)
-
-
 def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
     built = state.built
     if built.regions is not None and not built.stands():
@@ -256,6 +251,6 @@ def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
     output = None
     opened = Capture(state.model, state.taps, state.template)
     with opened as got:
-        state.template = opened.template if all(map(_lasts, state.taps.values())) else None
+        state.template = opened.template if all(map(steady, state.taps.values())) else None
         output = state.model(*args, **kwargs)
     return output, got

@@ -18,11 +18,11 @@ from torch.jit import ScriptModule
 
 from weightlift.capture.taps import OWN_TAPS
 from weightlift.errors import CaptureError, Problem
+from weightlift.patterns import is_wild
 
 _KEPT = 32  # resolved selectors per model
 _COMPARED = 4000
 _FEW = 8
-_WILD = re.compile(r"[*?[]").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +326,7 @@ def _expand(
     prefix = f"{item.fqn}." if item.fqn else ""
     kids = children(item.module)
     here = {segments[place] for place in reached if place < len(segments)}
-    if len(here) == 1 and not any(map(_WILD, here)):  # looked up: it may be one of thousands of layers
+    if len(here) == 1 and not any(map(is_wild, here)):  # looked up: it may be one of thousands of layers
         kids = {name: kids[name] for name in here if name in kids}
     for name, child in list(kids.items()):
         if child is not None:

@@ -201,3 +201,9 @@ def lasting(tap: Any) -> bool:
     if isinstance(tap, Output):
         return isinstance(tap.select, str | type) and not callable(tap.index) and tap.replace is None
     return isinstance(tap, Declared)
+
+
+def steady(tap: Tap) -> bool:
+    """Whether a tap means the same as long as the model's modules are the same: a predicate may look at anything, and
+    a list may change."""
+    return isinstance(tap, Declared) or isinstance(tap.select, str | type | nn.Module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +113,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         elif isinstance(item, dict):
             stack.extend(item.values())
     return found
+
+
+def may_grow(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a pointwise call on small tensors may give a large one, as a table comes of two vectors."""
+    return len({tensor.shape for tensor in tensors if not tensor.is_nested and tensor.dim()}) > 1
 
 
 def _gives_tensors(kind: Any) -> bool:

@@ -28,6 +28,7 @@ from weightlift.deferred.calls import (
     Kind,
     call_of,
     is_plain_birth,
+    may_grow,
     seeded_variant,
     tensors_in,
 )
@@ -299,7 +300,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._samples_now(call, kwargs) or (call.random and seeded_variant(func) is None):
             return self._now(func, call, args, kwargs)
         small = not call.random and not pending and elements <= _EAGER_ELEMENTS
-        if small and call.pointwise and tensors and not _may_grow(tensors):
+        if small and call.pointwise and tensors and not may_grow(tensors):
             return self._run(func, args, kwargs, tensors)
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
             return self._run(func, args, kwargs, tensors)
@@ -405,8 +406,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def sampling_now(self) -> bool:
         """True when the constructor has seeded the process's generator: from there on it samples as it goes."""
         return self._seeding.seeded()
-
-
-def _may_grow(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a pointwise call on small tensors may give a large one, as a table comes of two vectors."""
-    return len({tensor.shape for tensor in tensors if not tensor.is_nested and tensor.dim()}) > 1

@@ -217,7 +217,7 @@ def test_torch_is_asked_once_about_calls_that_layers_repeat(monkeypatch):
     assert len(asked) == 1
 
 
-def test_torch_is_asked_again_about_operators_of_others(monkeypatch):
+def test_torch_is_asked_again_about_operators_of_others():
     """Whose shapes may depend on anything."""
     dtypes = [torch.float32]
 

@@ -69,4 +69,3 @@ def refuse_state_hooks(model: nn.Module, *, loads: bool) -> None:
         else:
             continue
         _refuse(f"{type(module).__name__}: {what}")
-
