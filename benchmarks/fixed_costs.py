@@ -49,9 +49,9 @@ class ByNumbers(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(4, 4)
-        self.register_buffer("table", torch.zeros(8, 8))
-        for row, column in itertools.product(range(8), range(8)):
-            self.table[row, column] = math.sin(row / 10 ** (column / 8))
+        self.register_buffer("table", torch.zeros(32, 32))
+        for row, column in itertools.product(range(32), range(32)):
+            self.table[row, column] = math.sin(row / 10 ** (column / 32))
 
 
 class Overriding(nn.Linear):

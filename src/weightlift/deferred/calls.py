@@ -100,18 +100,21 @@ def seeded_variant(func: Any) -> Any:
     return None
 
 
+_WITHOUT_TENSORS = {int, float, bool, str, type(None), torch.dtype, torch.device}
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Every tensor among the arguments of a call, lists and mappings included."""
     found: list[torch.Tensor] = []
-    stack = [value]
-    while stack:
-        item = stack.pop()
+    waiting = [value]
+    for item in waiting:  # which grows meanwhile
         if isinstance(item, torch.Tensor):
             found.append(item)
-        elif isinstance(item, (tuple, list)):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
+        elif type(item) not in _WITHOUT_TENSORS:
+            if isinstance(item, (tuple, list)):
+                waiting += item
+            elif isinstance(item, dict):
+                waiting += item.values()
     return found
 
 

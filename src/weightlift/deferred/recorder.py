@@ -34,6 +34,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
+from weightlift.deferred.piecemeal import is_time_to_ask, pieces
 from weightlift.deferred.refusals import Trials
 from weightlift.deferred.replay import Walk, needed
 from weightlift.deferred.reserve import Reservations
@@ -162,6 +163,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 outer.give_up([tensor], "a load within the constructor")
         return record
 
+    def takes_writes(self, tensor: torch.Tensor) -> bool:
+        """Whether a write to it can be made at once, with nothing to run before."""
+        record = self.record_of(tensor)
+        return record is not None and record.pinned and record.opened and not record.pending
+
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
         self.force_tensors(tensors_in((args, kwargs)), func)
@@ -244,6 +250,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ref = TensorRef(record, tensor)
         deps = () if overwrites and ref.covers() else ((record, record.last),)
         record.last = Operation(self._seq, func, (ref, *values), {}, (record,), deps, None, random)
+        if deps:
+            self._changed_a_part(record, func)
 
     def record_alone(
         self, func: Any, tensor: torch.Tensor, values: tuple[Any, ...], *, random: bool, overwrites: bool = True
@@ -285,7 +293,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.random:
             frozen_kwargs.pop("generator", None)
         self._append(func, frozen_args, frozen_kwargs, writes, tuple(reads.items()), None, call.random)
+        for record in writes:
+            if record in reads:
+                self._changed_a_part(record, func)
         return result_of(func, targets)
+
+    def _changed_a_part(self, record: Record, why: Any) -> None:
+        """Counts a recorded call. Where very many change one storage, they are run, and later ones not put off."""
+        if is_time_to_ask(record) and (nodes := pieces(record)):
+            self._execute(nodes, why)
+            self._pin(record, why)
 
     def _samples_now(self, call: Call, kwargs: Any) -> bool:
         return call.random and (kwargs.get("generator") is not None or self._seeding.seeded())
@@ -300,15 +317,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._samples_now(call, kwargs) or (call.random and seeded_variant(func) is None):
             return self._now(func, call, args, kwargs)
         small = not call.random and not pending and elements <= _EAGER_ELEMENTS
-        if small and call.pointwise and tensors and not may_grow(tensors):
-            return self._run(func, args, kwargs, tensors)
+        if small and call.pointwise and tensors and (len(tensors) == 1 or not may_grow(tensors)):
+            return self._run(func, call, args, kwargs, tensors)
         if not tensors and not call.random and is_short_range(func, args, _EAGER_ELEMENTS):
-            return self._run(func, args, kwargs, tensors)
+            return self._run(func, call, args, kwargs, tensors)
         outputs = infer(func, args, kwargs)
         if outputs is None or any(out.nbytes == 0 or out.dtype not in DTYPES for out in outputs):
             return self._now(func, call, args, kwargs)
         if not pending and not call.random and sum(out.nbytes for out in outputs) <= _EAGER_BYTES:
-            return self._run(func, args, kwargs, tensors)
+            return self._run(func, call, args, kwargs, tensors)
         if not call.random and not self.trials.are_taken(func, args, kwargs):
             return self._now(func, call, args, kwargs)
         return self._defer_results(func, call, args, kwargs, outputs)
@@ -339,38 +356,47 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             variant = seeded_variant(func)
             if variant is not None:
                 func, kwargs = variant, {**kwargs, "generator": generator_for(self.seed, self._next_read_label())}
-        result = self._run(func, args, kwargs, tensors)
+        result = self._run(func, call, args, kwargs, tensors)
         if call.random:
             self._note(func, sum(tensor.nbytes for tensor in tensors_in(result) if tensor.layout is torch.strided))
         return result
 
-    def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+    def _run(self, func: Any, call: Call, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+        lazily = False
         for tensor in tensors:
-            if (record := self.record_of(tensor)) is not None:
+            record = self.record_of(tensor)
+            if record is not None and not record.opened:
                 record.memory()
-        for name in call_of(func).written:
+            lazily = lazily or tensor.is_complex()
+        for name in call.written:
             target = kwargs.get(name) if isinstance(name, str) else args[name]
             for tensor in tensors_in(target):
                 self.settle_readers(tensor, func)
-        if any(tensor.is_complex() for tensor in tensors):  # within the call there may be lazy views, too
+        if lazily:  # within the call there may be lazy views, too
             with lazy_views_as_they_are():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
         """Run what has to read this memory before it is changed at once."""
-        record = self.record_of(tensor)
-        if record is not None and (readers := live_readers(record)):
+        if (record := self.record_of(tensor)) is not None:
+            self._settle_readers(record, why)
+
+    def _settle_readers(self, record: Record, why: Any) -> None:
+        if readers := live_readers(record):
             self._execute(Walk().needed_by(readers), why)
 
     def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
         """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
         self.force_tensors(tensors, why)
         for tensor in tensors:
-            record = self.record_of(tensor)
-            if record is not None:
-                self.settle_readers(tensor, why)  # before somebody writes there
-                record.pinned = True
+            if (record := self.record_of(tensor)) is not None:
+                self._pin(record, why)
+
+    def _pin(self, record: Record, why: Any) -> None:
+        """No later write to it is put off, so what has to read it as it is now does."""
+        self._settle_readers(record, why)
+        record.pinned = True
 
     def _next_read_label(self) -> str:
         self._sampled_reads += 1

@@ -41,6 +41,7 @@ _LARGE = 1e9
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _dispatch_mode = torch._C._get_dispatch_stack_at
 _function_modes = torch._C._len_torch_function_stack
+_NoDispatch = torch._C._DisableTorchDispatch  # of this thread, for as long as the object lives
 _transforming = torch._C._are_functorch_transforms_active
 _tracing = torch._C._is_tracing
 
@@ -119,6 +120,29 @@ class Shortcuts:
             and self._recorder.record_alone(op, tensor, values, random=random)
         )
 
+    def _set_item(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``table[position, column] = number`` in memory that is written to at once: the calls it is made of take
+        several times as long where a mode sees them."""
+        if kwargs or len(args) != 3:
+            return func(*args, **kwargs)
+        tensor, index, value = args
+        recorder = self._recorder
+        if (
+            type(tensor) in _PLAIN
+            and type(value) in _NUMBERS
+            and (type(index) is int or (type(index) is tuple and all(type(item) is int for item in index)))
+            and _dispatch_modes() == 1
+            and _dispatch_mode(0) is recorder
+            and not is_watched()
+            and recorder.takes_writes(tensor)
+        ):
+            guard = _NoDispatch()
+            try:
+                return func(*args)
+            finally:
+                del guard
+        return func(*args)
+
     # -- torch.nn.init, which calls a mode with everything by name and runs without autograd --------------------------
 
     def _uniform(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -167,7 +191,7 @@ def handlers() -> dict[Any, Handler]:
     """What handles which torch function, now."""
     functions: dict[Any, Handler] = {
         torch.empty: Shortcuts._empty, torch.zeros: Shortcuts._empty, torch.ones: Shortcuts._ones,
-        **dict.fromkeys(FILLS, Shortcuts.fill),
+        _Tensor.__setitem__: Shortcuts._set_item, **dict.fromkeys(FILLS, Shortcuts.fill),
     }  # fmt: skip
     for name, handler in _INITIALISERS:
         function = getattr(nn.init, name)

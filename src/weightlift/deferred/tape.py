@@ -32,7 +32,9 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     Without any node the storage holds zeros, which is also what ``torch.empty`` is taken to give.
     """
 
-    __slots__ = ("block", "key", "label", "last", "nbytes", "offset", "opened", "pinned", "readers", "scratch")
+    __slots__ = (
+        "block", "key", "label", "last", "nbytes", "offset", "opened", "pieces", "pinned", "readers", "scratch",
+    )  # fmt: skip
 
     key: int
     nbytes: int
@@ -41,6 +43,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     last: Node | None
     readers: Readers | None
     pinned: bool
+    pieces: int
     opened: bool
     label: str | None
     scratch: memoryview | None
@@ -116,6 +119,7 @@ def new_record(
     record.offset = offset
     record.opened = not (block.sealed or block.piecewise)
     record.pinned = False
+    record.pieces = 0
     record.last = record.readers = record.label = record.scratch = None
     return record
 
