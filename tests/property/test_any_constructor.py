@@ -60,6 +60,25 @@ CHANGES: list[Callable[[torch.Tensor, torch.Tensor], object]] = [
     lambda a, b: a.zero_(),
     lambda a, b: a.add_(b) if a.shape == b.shape else a,
 ]
+
+
+def by_pieces(table: torch.Tensor) -> None:
+    """More writes to parts of it than are put off."""
+    for place in range(70 if table.dim() and len(table) else 0):
+        row = table[place % len(table)]
+        if row.dim() and row.numel():
+            table[place % len(table), place % len(row)] = place
+        else:
+            row.fill_(place)
+
+
+def out_of_pieces(table: torch.Tensor, other: torch.Tensor) -> None:
+    """The same out of what another one is by then."""
+    for place in range(70 if table.dim() and table.shape == other.shape and len(table) else 0):
+        table[place % len(table)] = other[(place + 1) % len(table)]
+
+
+CHANGES += [lambda a, b: by_pieces(a), out_of_pieces]
 LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(4, 4),
     lambda: nn.LayerNorm(4),
@@ -254,13 +273,17 @@ def test_a_load_that_casts_gives_what_torch_gives_cast(program, lacking, is_exis
     assert {pair for pair in shared(loaded) if not any(name.startswith("held") for name in pair)} == named
 
 
+SAMPLELESS = {
+    "new": [at for at in range(len(FILLS)) if at in (2, 3)],
+    "calculate": range(len(CALCULATIONS) - 1),
+    "change": [at for at in range(len(CHANGES)) if at != 3],
+}
+
+
 def without_samples(program):
-    plain = {"new": 1, "calculate": 2, "change": 2}
     for name, *numbers in program:
-        if name in plain:
-            place = plain[name]
-            many = {"new": 2, "calculate": 7, "change": 3}[name]
-            numbers[place] = numbers[place] % many + (2 if name == "new" else 0)
+        if name in SAMPLELESS:
+            numbers[-1] = SAMPLELESS[name][numbers[-1] % len(SAMPLELESS[name])]
         if name != "layer":
             yield (name, *numbers)
 
