@@ -109,6 +109,9 @@ class Target:
         if watch is not None:
             watch.on = True
         try:
+            if self.name in ("zip", "legacy"):
+                with contextlib.suppress(CheckpointError):
+                    open_checkpoint(self.path, within="state_dict")
             opened = open_checkpoint(self.path) if self.name != "dduf" else open_dduf(self.path)
             for key in opened:
                 if opened[key].nbytes <= 1 << 20 and opened[key].end - opened[key].start <= len(self.path.read_bytes()):

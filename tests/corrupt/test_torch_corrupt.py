@@ -184,12 +184,12 @@ def entangled() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "fragments"),
     [
-        ({"state_dict": {"w": torch.ones(1)}, "epoch": 3}, ["is nested", "under 'state_dict'", "loaded['state_dict']"]),
+        ({"state_dict": {"w": torch.ones(1)}, "epoch": 3}, ["is nested", "under 'state_dict'", "within='state_dict'"]),
         ({"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, ["under 'model', 'ema'"]),
         ({"a": {"b": {"w": torch.ones(1)}}}, ["under 'a'"]),
-        ({"step": torch.ones(1), "model": {"w": torch.ones(1), "b": torch.ones(1)}}, ["under 'model'", "['model']"]),
-        ({"step": torch.ones(1), "a": {"b": {"w": torch.ones(1), "v": torch.ones(1)}}}, ["under 'a'", "['a']['b']"]),
-        (entangled(), ["under 'again'", "loaded['again']['model']"]),
+        ({"step": torch.ones(1), "model": {"w": torch.ones(1), "b": torch.ones(1)}}, ["'model'", "within='model'"]),
+        ({"step": torch.ones(1), "a": {"b": {"w": torch.ones(1), "v": torch.ones(1)}}}, ["'a'", "within=('a', 'b')"]),
+        (entangled(), ["under 'again'", "within=('again', 'model')"]),
         ({"epoch": 3, "loss": [1.0]}, ["holds no tensor", "2 values, none of them a tensor"]),
         ({}, ["holds no tensor", "an empty mapping"]),
         ([torch.ones(1)], ["is not a state dict", "found a list"]),

@@ -10,6 +10,7 @@ from weightlift.checkpoint.dduf import member_at, read_member
 from weightlift.checkpoint.entry import ShardContents, TensorEntry
 from weightlift.checkpoint.files import sniff_file
 from weightlift.checkpoint.index import Index, read_index
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.safetensors import read_safetensors
 from weightlift.checkpoint.torch_legacy import read_torch_legacy
 from weightlift.checkpoint.torch_zip import read_torch_zip
@@ -38,8 +39,9 @@ class Gathered:
         return {name: value for item in reversed(found) for name, value in item.items()} if found else None
 
 
-def gather(paths: tuple[Path, ...], *, is_index: bool, within: str | None = None) -> Gathered:
-    """Read the headers of the files, or of those that the one index names. Raises nothing that it can note."""
+def gather(paths: tuple[Path, ...], *, is_index: bool, part: Part = WHOLE) -> Gathered:
+    """Read the headers of the files, or of those that the one index names; of pickles ``part``. Raises nothing that it
+    can note."""
     gathered = Gathered()
     index: Index | None = None
     try:
@@ -51,7 +53,7 @@ def gather(paths: tuple[Path, ...], *, is_index: bool, within: str | None = None
         return gathered
     for path in paths:
         try:
-            gathered.contents.append(read_file(path, within))
+            gathered.contents.append(read_file(path, part))
         except CheckpointError as error:
             _note(gathered, error)
     _merge(gathered, index)
@@ -63,9 +65,13 @@ def _note(gathered: Gathered, error: CheckpointError) -> None:
     gathered.missing = gathered.missing or isinstance(error, CheckpointNotFound)
 
 
-def read_file(path: Path, within: str | None = None) -> ShardContents:
+def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
     """The header of one file, by its suffix if that is ``.safetensors``, else by its content."""
     member = member_at(path)
+    if part.is_amid_others and (member is not None or path.suffix == ".safetensors"):
+        expected = f"a file of torch.save, by {part.call}"
+        problem = Problem("holds tensors and no mappings", file=path, expected=expected)
+        raise CheckpointError("no such part", [problem])
     if member is not None:
         return read_member(member)
     if path.suffix == ".safetensors":
@@ -77,9 +83,9 @@ def read_file(path: Path, within: str | None = None) -> ShardContents:
     sniffed, size = sniff_file(path)
     kind = sniffed.kind if sniffed is not None else None
     if kind == "zip":
-        return read_torch_zip(path, within)
+        return read_torch_zip(path, part)
     if kind == "pickle":
-        return read_torch_legacy(path, within)
+        return read_torch_legacy(path, part)
     found = sniffed.found if sniffed is not None else f"{size} bytes of something else" if size else "an empty file"
     hint = sniffed.hint if sniffed is not None else "is the download complete?"
     problem = Problem("is not a file of torch.save", file=path, expected="a zip or a pickle", found=found, hint=hint)

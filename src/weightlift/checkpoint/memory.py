@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.torch_state import flat_problem, versions
 from weightlift.errors import CheckpointError, Problem
 from weightlift.unstrided import MKLDNN, unstrided
@@ -18,17 +19,19 @@ _SUMMARY = "not a valid mapping of tensors"
 
 
 def read_mapping(
-    source: Mapping[Any, Any],
+    whole: Mapping[Any, Any],
+    part: Part = WHOLE,
 ) -> tuple[
     dict[str, TensorEntry], dict[str, torch.Tensor], dict[str, object], Mapping[str, Mapping[str, object]] | None
 ]:
     """Entries, tensors, other values (uninitialised tensors among them), and ``_metadata`` of a mapping such as
-    ``module.state_dict()``.
+    ``module.state_dict()``, which is ``part`` of ``whole``.
 
     Raises `CheckpointError` for nested mappings, keys that are no strings, and tensors without plain values: sparse,
     quantised and meta ones, DTensors and other wrappers.
     """
-    problem = flat_problem(source, SOURCE, lambda value: isinstance(value, torch.Tensor)) if source else None
+    source = part.find(whole, SOURCE)
+    problem = flat_problem(source, SOURCE, lambda value: isinstance(value, torch.Tensor), part) if source else None
     if problem is not None:
         raise CheckpointError(_SUMMARY, [problem])
     problems: list[Problem] = []

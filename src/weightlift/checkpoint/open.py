@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from weightlift.checkpoint.gather import gather
 from weightlift.checkpoint.integrity import require_content
 from weightlift.checkpoint.locate import choose_in
 from weightlift.checkpoint.memory import SOURCE, read_mapping
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
 
@@ -24,6 +25,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
     verify: bool = False,
+    within: str | Sequence[str] | None = None,
 ) -> Checkpoint:
     """Read the headers of a checkpoint; no tensor byte (unless ``verify``), and nothing stays open.
 
@@ -32,36 +34,42 @@ def open_checkpoint(
     that do ``revision``, ``token`` and ``local_files_only`` matter. ``verify`` reads every byte, here and now, and
     compares with the hashes that are written down (docs/checkpoints.md); tensors in memory have none, and need none.
 
+    ``within`` names the state dict in what a trainer saved: ``"state_dict"`` for ``{"state_dict": …, "epoch": …}``, a
+    tuple of names for one that lies deeper. What lies beside it may be anything, code included, which is passed over:
+    no byte of an optimiser's tensors is read, and nothing is run.
+
     Raises `CheckpointNotFound` when there is nothing at that place, `CheckpointCorrupt` when the content is not what
     its hash says, `CheckpointError` with every problem otherwise, also when no hash is known.
     Thread-safe.
     """
+    part = Part.of(within)
     if isinstance(source, Checkpoint):
+        if part.names:
+            raise TypeError("within: expected no Checkpoint, which has been opened; give it to the call that opens")
         if verify:
             require_content(source.files, source.index)
         return source
     if isinstance(source, Mapping):
-        entries, tensors, values, versions = read_mapping(source)
+        entries, tensors, values, versions = read_mapping(source, part)
         return Checkpoint(SOURCE, entries, tensors=tensors, extras=values, state_dict_metadata=versions)
     if not isinstance(source, (str, os.PathLike)):
         expected = "a path, a hub id, a mapping of tensors or a Checkpoint"
         raise TypeError(f"cannot open a checkpoint from {type(source).__name__}; expected {expected}")
     paths, is_index, name = resolve(source, revision=revision, token=token, local_files_only=local_files_only)
-    opened = open_files(paths, name=name, is_index=is_index)
+    opened = open_files(paths, name=name, is_index=is_index, part=part)
     if verify:
         require_content(opened.files, opened.index)
     return opened
 
 
 def open_files(
-    paths: tuple[Path, ...], *, name: str, is_index: bool = False, within: str | None = None
+    paths: tuple[Path, ...], *, name: str, is_index: bool = False, part: Part = WHOLE
 ) -> Checkpoint:
-    """Read the headers of these absolute paths, or of the files that the one index names. Where a pickle's mapping has
-    another one under the name ``within``, that one is the checkpoint.
+    """Read the headers of these absolute paths, or of the files that the one index names; of pickles ``part``.
 
     Raises `CheckpointNotFound` when one is missing, `CheckpointError` with every problem otherwise.
     """
-    gathered = gather(paths, is_index=is_index, within=within)
+    gathered = gather(paths, is_index=is_index, part=part)
     if gathered.problems:
         kind = CheckpointNotFound if gathered.missing else CheckpointError
         raise kind(f"cannot open the checkpoint {name}", gathered.problems)

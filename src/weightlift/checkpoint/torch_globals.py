@@ -248,6 +248,7 @@ def find(module: str, name: str) -> Any:
 
 
 def reduce(function: Any, args: Any) -> Any:
+    """The inert stand-in for what a call makes, of the stand-ins of a function and its arguments."""
     if not isinstance(function, Global) or type(args) is not tuple:
         raise BrokenPickleError("a call of something that is not a function")
     if function.name in _OPAQUE:

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_pickle import PickleReader
-from weightlift.checkpoint.torch_state import SUMMARY, StateDict, inner, unpickle, versions
+from weightlift.checkpoint.torch_state import SUMMARY, StateDict, reader_for, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -41,32 +42,37 @@ class _Bounded(io.RawIOBase):
     def tell(self) -> int:
         return self._stream.tell()
 
+    def back_to(self, position: int) -> _Bounded:
+        """This stream, from there again."""
+        self._stream.seek(position)
+        return self
+
     def release(self) -> None:
         """Let go of the file without closing it: its owner does."""
         self._stream.detach()
 
 
-def read_torch_legacy(path: Path, within: str | None = None) -> ShardContents:
+def read_torch_legacy(path: Path, part: Part = WHOLE) -> ShardContents:
     """The records of a legacy file, in the order of its state dict. Takes and raises what `read_torch_zip` does."""
     with opened(path) as (stream, status):
         bounded = _Bounded(stream, status.st_size)
-        reader = PickleReader()
+        reader = reader_for(part)
         try:
             _require(path, "the magic number", unpickle(PickleReader(), bounded, path), _MAGIC)
             _require(path, "the protocol version", unpickle(PickleReader(), bounded, path), _PROTOCOL)
             system = unpickle(PickleReader(), bounded, path)  # byte order and sizes of the writer: no longer used
             if not isinstance(system, dict):
                 raise CheckpointError(SUMMARY, [Problem("its notes on the writer are not a mapping", file=path)])
-            root = unpickle(reader, bounded, path)
+            begin = bounded.tell()
+            whole = unpickle(reader, bounded, path, again=lambda: bounded.back_to(begin))
             keys = unpickle(PickleReader(), bounded, path)
             position = bounded.tell()
         finally:
             bounded.release()
         places = _Places(path, reader.storages)
         places.walk(stream, keys, position, status.st_size)
-        state = StateDict(path, places.place)
-        root = inner(root, within)
-        state.convert(root)
+        state = StateDict(path, places.place, part)
+        root = state.convert(whole)
         attributes = reader.attributes(root)
         return ShardContents(
             shard_file(path, "torch-legacy", status), tuple(state.entries), state.extras, versions(attributes)

@@ -3,8 +3,9 @@
 What ``torch.load(weights_only=True)`` stands for, and stricter in how: nothing named in the pickle is ever imported
 or called. Opcodes come from ``pickletools.genops``; names become inert records, and the few rebuild functions of the
 weights-only list become records of what they would build: `TensorRef`, `Opaque` for tensors that have no plain bytes.
-Any other global is an error, also one that a program has allowed with ``torch.serialization.add_safe_globals``.
-torch's own unpickler isn't used, since it builds what it reads, and keeps a list of sparse tensors for the process.
+Any other global is an error, also one that a program has allowed with ``torch.serialization.add_safe_globals`` (in
+`weightlift.checkpoint.torch_lenient` it is passed over). torch's own unpickler isn't used, since it builds what it
+reads, and keeps a list of sparse tensors for the process.
 
 Protocols 2 to 5 are read. No state is shared; safe in any thread.
 """
@@ -30,6 +31,7 @@ from weightlift.checkpoint.torch_globals import (
 )
 
 _MARK = object()
+Handler = Callable[[Any, Any], None]  # of a reader and the argument of an opcode
 
 
 class PickleReader:
@@ -37,6 +39,8 @@ class PickleReader:
 
     After `read`, `attributes` tells what the pickle set on an OrderedDict (``_metadata`` of a state dict).
     """
+
+    _handlers: Mapping[str, Handler]
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -57,7 +61,7 @@ class PickleReader:
                     if root is _MARK or self._stack:
                         raise BrokenPickleError("it ends before it is whole")
                     return root
-                handler = _HANDLERS.get(opcode.name)
+                handler = self._handlers.get(opcode.name)
                 if handler is None:
                     raise BrokenPickleError(f"the opcode {opcode.name}, which state dicts do not use")
                 handler(self, argument)
@@ -99,21 +103,29 @@ class PickleReader:
 
     def _global(self, argument: Any) -> None:
         module, _, name = argument.partition(" ")
-        self._push(find(module, name))
+        self._push(self._find(module, name))
+
+    def _find(self, module: str, name: str) -> Any:
+        return find(module, name)
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
             raise BrokenPickleError("a global whose name is not text")
-        self._push(find(module, name))
+        self._push(self._find(module, name))
 
     def _call(self, _: Any) -> None:
         args, function = self._stack.pop(), self._stack.pop()
-        self._push(reduce(function, args))
+        self._push(self._reduced(function, args))
+
+    def _reduced(self, function: Any, args: Any) -> Any:
+        return reduce(function, args)
 
     def _build(self, _: Any) -> None:
         state = self._stack.pop()
-        target = self._stack[-1]
+        self._set_state(self._stack[-1], state)
+
+    def _set_state(self, target: Any, state: Any) -> None:
         if isinstance(target, OrderedDict) and isinstance(state, dict):
             self._owners.append(target)  # keeps its id from being given to another
             self._attributes.setdefault(id(target), {}).update(state)
@@ -149,7 +161,9 @@ class PickleReader:
         self._push(argument.encode("latin1").decode("utf-8"))
 
     def _persistent(self, _: Any) -> None:
-        pid = self._stack.pop()
+        self._push(self._stored(self._stack.pop()))
+
+    def _stored(self, pid: Any) -> Any:
         if type(pid) is not tuple or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
             if type(pid) is tuple and pid and pid[0] == "module":
                 raise ForbiddenGlobalError("a module with its source code")
@@ -167,12 +181,12 @@ class PickleReader:
             if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= numel:
                 raise BrokenPickleError(f"a view of the storage {key} that is not within it")
             storage = StorageRef(storage.key, storage.dtype, numel, first)
-        self._push(storage)
+        return storage
 
 
-def _handlers() -> dict[str, Callable[[PickleReader, Any], None]]:
+def _handlers() -> dict[str, Handler]:
     reader = PickleReader
-    made: dict[str, Callable[[PickleReader, Any], None]] = {
+    made: dict[str, Handler] = {
         "PROTO": lambda r, a: None,
         "FRAME": lambda r, a: None,
         "MARK": lambda r, a: r._push(_MARK),
@@ -213,4 +227,4 @@ def _handlers() -> dict[str, Callable[[PickleReader, Any], None]]:
     return made
 
 
-_HANDLERS: Mapping[str, Callable[[PickleReader, Any], None]] = MappingProxyType(_handlers())
+PickleReader._handlers = MappingProxyType(_handlers())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.torch_globals import (
     BrokenPickleError,
     ForbiddenGlobalError,
@@ -20,11 +21,13 @@ from weightlift.checkpoint.torch_globals import (
     StorageType,
     TensorRef,
 )
+from weightlift.checkpoint.torch_lenient import LenientReader
 from weightlift.checkpoint.torch_pickle import PickleReader
 from weightlift.errors import CheckpointError, Problem
 from weightlift.strides import interval, is_row_major
 
 SUMMARY = "not a valid torch checkpoint"
+_AMID = "the weights are inside: {} reads them alone"
 _MAX_DEPTH = 100
 _USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 
@@ -32,17 +35,24 @@ Place = Callable[[StorageRef], "tuple[int, int] | Problem"]
 """Gives the half-open byte range of a storage in the file, or what is wrong with it."""
 
 
-def unpickle(reader: PickleReader, stream: Any, path: Path) -> Any:
-    """`PickleReader.read`, its refusals as `CheckpointError`."""
+def reader_for(part: Part) -> PickleReader:
+    """What reads the pickle that holds ``part``."""
+    return LenientReader() if part.is_amid_others else PickleReader()
+
+
+def unpickle(reader: PickleReader, stream: Any, path: Path, again: Callable[[], Any] | None = None) -> Any:
+    """`PickleReader.read`, its refusals as `CheckpointError`. ``again`` gives the stream as it was, to look what else
+    there is beside code."""
     try:
         return reader.read(stream)
     except ForbiddenGlobalError as error:
+        inside = None if again is None else _weights_amid_code(again())
         problem = Problem(
             "the pickle holds code, which weightlift never runs",
             file=path,
             expected="a state dict of tensors",
             found=str(error),
-            hint="have somebody you trust save the state dict again, best as safetensors",
+            hint=inside or "have somebody you trust save the state dict again, best as safetensors",
         )
         raise CheckpointError(SUMMARY, [problem]) from None
     except BrokenPickleError as error:
@@ -52,29 +62,37 @@ def unpickle(reader: PickleReader, stream: Any, path: Path) -> Any:
         raise CheckpointError(SUMMARY, [problem]) from None
 
 
-def inner(root: Any, within: str | None) -> Any:
-    """What lies under the name ``within`` in an unpickled mapping, and again in that; the object itself without one."""
-    for _ in range(_MAX_DEPTH):
-        if within is None or not isinstance(root, Mapping) or not isinstance(root.get(within), Mapping):
-            return root
-        root = root[within]
-    return root
+def _weights_amid_code(stream: Any) -> str | None:
+    """Where in a pickle with code weights lie; None if nowhere to be told."""
+    try:
+        root = LenientReader().read(stream)
+    except BrokenPickleError:
+        return None
+    nested = _nested(root, _is_record) if isinstance(root, Mapping) else {}
+    names = _weights_in(nested, _is_record, set())
+    return _AMID.format(Part(names).call) if names else None
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, TensorRef)
 
 
 class StateDict:
-    """The conversion of one unpickled object. Collects every problem, then raises once."""
+    """The conversion of one unpickled object, or a part of it. Collects every problem, then raises once."""
 
-    def __init__(self, path: Path, place: Place) -> None:
+    def __init__(self, path: Path, place: Place, part: Part = WHOLE) -> None:
         self.path = path
+        self._part = part
         self.entries: list[TensorEntry] = []
         self.extras: dict[str, object] = {}
         self.problems: list[Problem] = []
         self._place = place
         self._placed: dict[StorageRef, tuple[int, int] | Problem] = {}
 
-    def convert(self, root: Any) -> None:
-        """Fill ``entries`` and ``extras`` from ``root``, or raise `CheckpointError`."""
-        problem = flat_problem(root, self.path, lambda value: isinstance(value, (TensorRef, Opaque)))
+    def convert(self, whole: Any) -> Any:
+        """Fill ``entries`` and ``extras`` from the part of ``whole``, which is returned, or raise `CheckpointError`."""
+        root = self._part.find(whole, self.path)
+        problem = flat_problem(root, self.path, _is_tensor, self._part)
         if problem is not None:
             raise CheckpointError(SUMMARY, [problem])
         for key, value in root.items():
@@ -89,6 +107,7 @@ class StateDict:
                 self.extras[key] = self._extra(key, value, {}, 0)
         if self.problems:
             raise CheckpointError(SUMMARY, self.problems)
+        return root
 
     def _problem(self, key: str, what: str, **more: Any) -> None:
         self.problems.append(Problem(what, key=key, file=self.path, **more))
@@ -159,7 +178,13 @@ class StateDict:
         return made
 
 
-def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) -> Problem | None:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (TensorRef, Opaque))
+
+
+def flat_problem(
+    root: Any, file: Path | str, is_tensor: Callable[[Any], bool], part: Part = WHOLE
+) -> Problem | None:
     """What keeps ``root`` from being a flat mapping of names to tensors; None if nothing does.
 
     Values that are no tensors are allowed beside tensors, and ``…_extra_state`` may hold tensors (as modules make it).
@@ -173,28 +198,33 @@ def flat_problem(root: Any, file: Path | str, is_tensor: Callable[[Any], bool]) 
     if odd:
         found = f"the key {odd[0]!r:.100}" if not isinstance(odd[0], tuple) else "a tuple"
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
-    direct = sum(map(is_tensor, root.values()))
-    nested = {
-        key: value
-        for key, value in root.items()
-        if not key.endswith("_extra_state") and isinstance(value, Mapping) and _most(value, is_tensor) > direct
-    }
+    nested = _nested(root, is_tensor)
     if nested:
-        names = ", ".join(map(repr, nested))
-        path = _weights_in(nested, is_tensor, set()) or f"[{next(iter(nested))!r}]"
-        hint = f"the weights are inside: pass the mapping that holds them, as in given{path}"
+        names = _weights_in(nested, is_tensor, set())
+        inside = Part((*part.names, *names))
+        hint = f"the weights are inside: pass the mapping that holds them, as in given{inside.path}"
         if isinstance(file, Path):
-            hint = (
-                f"the weights are inside: load the file with torch.load(…, weights_only=True) and pass the mapping "
-                f"itself, e.g. loaded{path}"
-            )
-        return Problem(
-            "the state dict is nested", file=file, expected=expected, found=f"mappings under {names}", hint=hint
-        )
+            hint = _AMID.format(inside.call)
+        found = f"mappings under {', '.join(map(repr, nested))}"
+        what = "the state dict is nested"
+        return Problem(what, file=file, expected=expected, found=found, hint=hint if names else None)
     if not any(is_tensor(value) or key.endswith("_extra_state") for key, value in root.items()):
         found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
         return Problem("holds no tensor", file=file, expected=expected, found=found)
     return None
+
+
+def _nested(root: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
+    """The mappings within it that have more tensors than it has itself."""
+    direct = sum(map(is_tensor, root.values()))
+    return {
+        key: value
+        for key, value in root.items()
+        if type(key) is str
+        and not key.endswith("_extra_state")
+        and isinstance(value, Mapping)
+        and _most(value, is_tensor) > direct
+    }
 
 
 def _most(outer: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> int:
@@ -209,20 +239,22 @@ def _most(outer: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> int:
     return most
 
 
-def _weights_in(mappings: Mapping[str, Any], is_tensor: Callable[[Any], bool], seen: set[int]) -> str:
+def _weights_in(
+    mappings: Mapping[str, Any], is_tensor: Callable[[Any], bool], seen: set[int]
+) -> tuple[str, ...]:
     """The most likely way to a model's weights: by a usual name, else to a mapping of tensors; what optimisers and
     averages hold lies deeper, or comes after. Empty where none was found."""
     flat = [key for key in mappings if any(map(is_tensor, mappings[key].values()))]
     for key in dict.fromkeys((*(key for key in _USUAL if key in mappings), *flat, *mappings)):
         within = mappings[key]
         if key in flat:
-            return f"[{key!r}]"
+            return (key,)
         if id(within) not in seen and len(seen) < _MAX_DEPTH:
             seen.add(id(within))
             deeper = {name: item for name, item in within.items() if type(name) is str and isinstance(item, Mapping)}
-            if path := _weights_in(deeper, is_tensor, seen):
-                return f"[{key!r}]{path}"
-    return ""
+            if names := _weights_in(deeper, is_tensor, seen):
+                return key, *names
+    return ()
 
 
 def versions(attributes: Mapping[str, Any]) -> Mapping[str, Mapping[str, object]] | None:

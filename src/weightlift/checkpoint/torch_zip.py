@@ -6,15 +6,16 @@ Tensor bytes are not read: each record is stored uncompressed, so a tensor is a 
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, shard_file
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.sniff import FROM_NUMPY
 from weightlift.checkpoint.stored_zip import StoredZip, damage_told
 from weightlift.checkpoint.torch_globals import StorageRef
-from weightlift.checkpoint.torch_pickle import PickleReader
-from weightlift.checkpoint.torch_state import SUMMARY, StateDict, inner, unpickle, versions
+from weightlift.checkpoint.torch_state import SUMMARY, StateDict, reader_for, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
 
 _VERSIONS = range(1, 11)
@@ -22,9 +23,9 @@ _TEXTS = ("byteorder", ".data/serialization_id")
 _NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")
 
 
-def read_torch_zip(path: Path, within: str | None = None) -> ShardContents:
-    """The records of a file that ``torch.save`` wrote, in the order of its state dict; where the file's mapping has one
-    under the name ``within``, of that.
+def read_torch_zip(path: Path, part: Part = WHOLE) -> ShardContents:
+    """The records of a file that ``torch.save`` wrote, in the order of its state dict, which is ``part`` of what lies
+    there.
 
     Strided views keep their stride; tied tensors share their byte range. Raises `CheckpointError` (code in the pickle,
     compressed or missing records, big-endian data, a nested mapping, sparse or quantised tensors, damage).
@@ -40,10 +41,10 @@ def read_torch_zip(path: Path, within: str | None = None) -> ShardContents:
                 found=str(order, "latin1")[:20],
                 hint="load it with torch on any machine and save it again",
             )
-        reader = PickleReader()
-        root = inner(unpickle(reader, io.BytesIO(archive.read("data.pkl")), path), within)
-        state = StateDict(path, archive.place)
-        state.convert(root)
+        reader = reader_for(part)
+        pickled = partial(io.BytesIO, archive.read("data.pkl"))
+        state = StateDict(path, archive.place, part)
+        root = state.convert(unpickle(reader, pickled(), path, again=pickled))
         attributes = reader.attributes(root)
         return ShardContents(
             shard_file(path, "torch", status), tuple(state.entries), state.extras, versions(attributes)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightlift import Checkpoint
 
 
 class UsageError(Exception):
@@ -16,9 +19,20 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", help="a .safetensors, .pt or .bin file, an index, a folder, or a hub id"
     )
+    add_within(parser)
     hub = parser.add_argument_group("where PATH is a hub id")
     hub.add_argument("--revision", help="branch, tag or commit")
     hub.add_argument("--local-files-only", action="store_true", help="ask no network, only the cache")
+
+
+def add_within(parser: argparse.ArgumentParser) -> None:
+    """--within, for what `weightlift.open_checkpoint` takes as ``within``."""
+    parser.add_argument(
+        "--within",
+        action="append",
+        metavar="NAME",
+        help="the state dict is what lies under this name in what a trainer saved; repeat it to go deeper",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -89,8 +103,20 @@ def mesh(text: str) -> dict[str, int]:
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `weightlift.open_checkpoint`."""
+    """The keyword arguments of `weightlift.plan` for a hub id."""
     return {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
+
+
+def opened(arguments: argparse.Namespace) -> Checkpoint:
+    """PATH, its headers read."""
+    from weightlift import open_checkpoint
+
+    return open_checkpoint(arguments.path, within=arguments.within, **hub_options(arguments))
+
+
+def source(arguments: argparse.Namespace) -> str | Checkpoint:
+    """PATH as `weightlift.plan` takes it."""
+    return arguments.path if arguments.within is None else opened(arguments)
 
 
 def load_options(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:

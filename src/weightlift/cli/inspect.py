@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from weightlift.cli.arguments import add_checkpoint, hub_options, positive
+from weightlift.cli.arguments import add_checkpoint, opened, positive
 from weightlift.visible import visible
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, or JSON."""
-    import weightlift as wl
-
-    found = wl.open_checkpoint(arguments.path, **hub_options(arguments))
+    found = opened(arguments)
     if arguments.json:
         print(json.dumps(_as_json(found, arguments.depth), indent=2))
     else:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive
+from weightlift.cli.arguments import add_checkpoint, add_model, load_options, positive, source
 from weightlift.visible import visible
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     build = builder(arguments.model)
     start = time.perf_counter()
     with heard("load") as notes:
-        made = wl.plan(build, arguments.path, **options)
+        made = wl.plan(build, source(arguments), **options)
         planned = time.perf_counter()
         made.execute()
     done = time.perf_counter()

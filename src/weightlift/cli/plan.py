@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, hub_options, load_options, mesh
+from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, load_options, mesh, opened, source
 from weightlift.cli.streams import complain
 
 
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlift.cli.wording import as_flags
 
     with heard("plan") as notes:
-        made = wl.plan(builder(arguments.model), arguments.path, mesh_shape=arguments.mesh, **load_options(arguments))
+        options = load_options(arguments)
+        made = wl.plan(builder(arguments.model), source(arguments), mesh_shape=arguments.mesh, **options)
     tell("plan", notes)
     if arguments.json:
         print(made.to_json(indent=2))
@@ -50,11 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _without_model(arguments: argparse.Namespace) -> int:
     """The checkpoint's own tensors on a mesh."""
-    import weightlift as wl
     from weightlift.distributed.paper import on_mesh_alone
 
-    checkpoint = wl.open_checkpoint(arguments.path, **hub_options(arguments))
-    report = on_mesh_alone(checkpoint, arguments.mesh)
+    report = on_mesh_alone(opened(arguments), arguments.mesh)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
     return 0
 

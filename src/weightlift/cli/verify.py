@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 
+from weightlift.cli.arguments import add_within
 from weightlift.cli.streams import complain
 
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hash", action="store_true", help="read every byte as well, and compare with the hashes that are written down"
     )
+    add_within(parser)
     parser.add_argument("--json", action="store_true", help="print the problems as JSON")
 
 
@@ -23,9 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
     import weightlift as wl
     from weightlift.checkpoint import verify
     from weightlift.cli.output import console
+    from weightlift.cli.wording import as_flags
     from weightlift.plan.report import human_bytes
 
-    problems = verify(arguments.path, content=arguments.hash)
+    problems = verify(arguments.path, content=arguments.hash, within=arguments.within)
     if arguments.json:
         listed = [
             {
@@ -38,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"path": arguments.path, "valid": not problems, "problems": listed}, indent=2))
     elif problems:
         for problem in problems:
-            print(f"- {problem}")
+            print(f"- {as_flags(str(problem))}")
     else:
-        found = wl.open_checkpoint(arguments.path, local_files_only=True)
+        found = wl.open_checkpoint(arguments.path, local_files_only=True, within=arguments.within)
         files = f"{len(found.files)} file{'s' * (len(found.files) != 1)}"
         hashed = ", content as hashed" if arguments.hash else ""
         size = human_bytes(found.total_bytes)

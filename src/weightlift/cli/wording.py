@@ -29,9 +29,22 @@ _KNOWN = re.compile("|".join(rf"(?<![\w-]){re.escape(words)}(?!\w)" for words in
 _MAPPING = re.compile(r"""key_mapping=(\{(?:r?(?:"[^"]*"|'[^']*')[:,]? ?)+\})""")
 
 
+# A part of what a trainer saved, likewise.
+_WITHIN = re.compile(r"""open_checkpoint\(…, within=(\(.*?\)|'[^']*'|"[^"]*")\)""")
+
+
 def as_flags(text: str) -> str:
     """A message in the command line's words. What has no flag stays as it is."""
-    return _KNOWN.sub(lambda match: _FLAGS[match[0]], _MAPPING.sub(_renames, text))
+    text = _WITHIN.sub(_within, _MAPPING.sub(_renames, text))
+    return _KNOWN.sub(lambda match: _FLAGS[match[0]], text)
+
+
+def _within(match: re.Match[str]) -> str:
+    try:
+        names: str | tuple[str, ...] = ast.literal_eval(match[1])
+    except (ValueError, SyntaxError):
+        return match[0]
+    return " ".join(f"--within {shlex.quote(name)}" for name in ((names,) if isinstance(names, str) else names))
 
 
 def _renames(match: re.Match[str]) -> str:

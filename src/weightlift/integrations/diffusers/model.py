@@ -23,6 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_files
+from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.deferred.inventory import Inventory
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
@@ -95,14 +96,14 @@ def headers(checkpoint_file: str | os.PathLike[str], disable_mmap: bool = False)
     return {**{key: (key, checkpoint) for key in checkpoint.extras}, **{key: (key, checkpoint) for key in checkpoint}}
 
 
-def opened(files: Iterable[str | os.PathLike[str]], *, within: str | None = None) -> Checkpoint:
-    """The headers of files that Diffusers has found; ``within`` as `open_files` takes it. Raises `Damaged`, and
+def opened(files: Iterable[str | os.PathLike[str]], *, part: Part = WHOLE) -> Checkpoint:
+    """The headers of files that Diffusers has found; ``part`` as `open_files` takes it. Raises `Damaged`, and
     `CheckpointNotFound`, which is an OSError as well."""
     paths = tuple(Path(file).absolute() for file in files)
     if any(path.suffix == ".gguf" for path in paths):
         raise NotNative("a GGUF file", "the format holds quantised blocks, which Diffusers decodes")
     try:
-        return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), within=within)
+        return open_files(paths, name=str(paths[0] if len(paths) == 1 else paths[0].parent), part=part)
     except CheckpointNotFound:
         raise
     except CheckpointError as error:

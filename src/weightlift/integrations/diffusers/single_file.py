@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_model, single_file_utils
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from torch.utils._pytree import tree_map
 
+from weightlift.checkpoint.part import Part
 from weightlift.deferred.inventory import Inventory
 from weightlift.errors import CheckpointError
 from weightlift.integrations.constructors import Built
@@ -145,7 +146,7 @@ def lazy_checkpoint(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _lazy(file: str | os.PathLike[str], disable_mmap: bool = False) -> dict[str, Any]:
-    return lazy_state_dict(opened([file], within="state_dict"))
+    return lazy_state_dict(opened([file], part=Part(("state_dict",), optional=True)))
 
 
 def _guarded(classes: Mapping[str, Any]) -> dict[str, Any]:

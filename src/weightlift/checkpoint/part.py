@@ -1,0 +1,85 @@
+"""Which part of an unpickled object is the state dict: the object itself, or a mapping within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightlift.errors import CheckpointError, Problem
+
+_MAX_DEPTH = 100
+_MANY = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``names`` lead to it, each to a mapping within the one before; what lies beside it may be anything.
+
+    ``optional``: there may be no such, and then the object itself is the state dict; where there is, it may hold
+    another of the name, which it is then.
+    """
+
+    names: tuple[str, ...] = ()
+    optional: bool = False
+
+    @classmethod
+    def of(cls, within: str | Sequence[str] | None) -> Part:
+        """What a user names. Raises TypeError for what is no name and no names."""
+        if isinstance(within, str):
+            return cls((within,))
+        if within is not None and not isinstance(within, (tuple, list)):
+            raise TypeError(f"within: expected a name or a tuple of names, found {within!r:.100}")
+        names = tuple(within or ())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"within: expected names, found {within!r:.100}")
+        return cls(names)
+
+    @property
+    def is_amid_others(self) -> bool:
+        """Whether the rest of the object is nobody's business."""
+        return bool(self.names) and not self.optional
+
+    def find(self, root: Any, file: Path | str) -> Any:
+        """The part of ``root``, an object of ``file``. Raises `CheckpointError` where there is none."""
+        if self.optional:
+            return self._unwrapped(root)
+        for at, name in enumerate(self.names):
+            within = root.get(name) if isinstance(root, Mapping) else None
+            if not isinstance(within, Mapping):
+                raise CheckpointError("no such state dict", [self._absent(root, at, file)])
+            root = within
+        return root
+
+    def _unwrapped(self, root: Any) -> Any:
+        (name,) = self.names
+        for _ in range(_MAX_DEPTH):
+            if not isinstance(root, Mapping) or not isinstance(root.get(name), Mapping):
+                break
+            root = root[name]
+        return root
+
+    def _absent(self, root: Any, at: int, file: Path | str) -> Problem:
+        where = f"given{Part(self.names[:at]).path}"
+        found = f"{where} is a {type(root).__name__}"
+        if isinstance(root, Mapping):
+            held = [key for key, value in root.items() if type(key) is str and isinstance(value, Mapping)]
+            listed = ", ".join(map(repr, held[:_MANY])) + (" …" if len(held) > _MANY else "")
+            found = f"mappings under {listed}" if held else "no mapping within it"
+        expected = f"a mapping there, by {self.call}"
+        return Problem("holds no such mapping", file=file, expected=expected, found=found)
+
+    @property
+    def path(self) -> str:
+        """How Python comes from the object to it."""
+        return "".join(f"[{name!r}]" for name in self.names)
+
+    @property
+    def call(self) -> str:
+        """How it is asked for."""
+        return f"open_checkpoint(…, within={(self.names[0] if len(self.names) == 1 else self.names)!r})"
+
+
+WHOLE = Part()
+"""The object itself."""
