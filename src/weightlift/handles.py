@@ -33,7 +33,7 @@ from weightlift.transfer import trace_page
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.settle import settle_small
-from weightlift.transfer.subject import Bytes, Given, Subject
+from weightlift.transfer.subject import Bytes, Given, Load, Subject
 from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
 from weightlift.unstrided import bytes_of
@@ -171,10 +171,11 @@ class LoadPlan(Generic[_Module]):
         """Apply; the trace is written also of a load that fails, which is when one looks at it."""
         trace = self._trace
         carry_out = apply if self._together is None else self._together.execute
+        load = Load(final, subject, self._source, self._options, trace)
         if trace is None or self._options.trace is None:
-            return carry_out(final, subject, self._source, self._options)
+            return carry_out(load)
         try:
-            return carry_out(final, subject, self._source, self._options, trace)
+            return carry_out(load)
         finally:
             trace.sample()
             title = f"{self.decisions.source} into {self.decisions.module}"

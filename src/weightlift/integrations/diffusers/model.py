@@ -42,7 +42,7 @@ from weightlift.plan.records import Action, Decisions, Offer, Row
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.share import of_this_load
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 from weightlift.transfer.ties import settled
 
 ORIGINAL: Any = original(ModelMixin, "from_pretrained")
@@ -276,7 +276,7 @@ class Filling:
         source = Bytes(checkpoint.files, {**checkpoint.tensors, **self._offered.computed}, checkpoint.extras)
         with outside_modes():
             decisions = settled(decisions, source, self._options)
-        apply(decisions, self._subject, source, self._options)
+        apply(Load(decisions, self._subject, source, self._options))
 
     def _unexpected(self, loaded_keys: list[str]) -> list[str]:
         found = [key for key in loaded_keys if key not in self._state]
