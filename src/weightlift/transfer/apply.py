@@ -33,8 +33,9 @@ from weightlift.transfer import headroom
 from weightlift.transfer.adopt import adopt, fill, holds_its_bytes, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
-from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order, new_memory
+from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order
 from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
+from weightlift.transfer.memory import new_memory
 from weightlift.transfer.settle import settle_small
 from weightlift.transfer.subject import Load, Subject
 

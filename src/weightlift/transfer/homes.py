@@ -13,13 +13,12 @@ import torch
 
 from weightlift.deferred.inventory import Slot, is_lazy
 from weightlift.deferred.tape import Record
-from weightlift.errors import Problem, TransferError
 from weightlift.lazy_views import shown, shown_as
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.adopt import holds_its_bytes
-from weightlift.transfer.memory import new_tensor
+from weightlift.transfer.memory import new_memory
 
 
 class Member(NamedTuple):
@@ -58,15 +57,6 @@ def fits(row: Row, tensor: torch.Tensor) -> bool:
     if is_lazy(tensor) or tensor.dtype != row.dtype:
         return False
     return same_device(tensor.device, torch.device(row.device))
-
-
-def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised and contiguous. Raises TransferError where the system has no more memory."""
-    try:
-        return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError) as error:
-        problem = Problem(f"no memory for a tensor of shape {list(shape)}: {error}")
-        raise TransferError("loading failed", [problem]) from error
 
 
 def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
