@@ -26,7 +26,6 @@ from weightlift.strides import row_major
 from weightlift.transfer.reuse import take
 
 _HUGE_FROM_BYTES = 2 << 20
-_LARGEST_ELEMENT_BYTES = 16
 
 # Dtypes that ATen copies; the others (fp4, sub-byte integers) travel as integers of the same size.
 _COPYABLE = frozenset({
@@ -197,7 +196,7 @@ class StagingPool:
     """
 
     def __init__(self, block_bytes: int, count: int, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
-        self.block_bytes = -(-block_bytes // _LARGEST_ELEMENT_BYTES) * _LARGEST_ELEMENT_BYTES
+        self.block_bytes = -(-block_bytes // dtypes.LARGEST_ELEMENT_BYTES) * dtypes.LARGEST_ELEMENT_BYTES
         self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
         self._left = count
         self._free: list[Staging] = []
