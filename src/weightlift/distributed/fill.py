@@ -25,7 +25,7 @@ from weightlift.plan.regions import Region, whole
 from weightlift.strides import is_row_major
 from weightlift.transfer.budget import Budget
 from weightlift.transfer.engine import run
-from weightlift.transfer.jobs import Job, Task, initialise
+from weightlift.transfer.jobs import Job, Task, initialise, one_entry
 from weightlift.transfer.memory import new_tensor
 from weightlift.transfer.subject import Load, Subject
 
@@ -134,10 +134,8 @@ def row_parts(row: Row) -> tuple[Part, ...]:
     """What makes a loaded row, as parts of its whole tensor."""
     if row.parts:
         return row.parts
-    assert row.offer is not None
-    entry = row.offer.entry
-    if entry.shape != row.shape:
-        entry = replace(entry, shape=row.shape, stride=None)  # a one-element vector for a scalar
+    entry = one_entry(row)
+    assert entry is not None
     return (part(entry, whole(row.shape)),)
 
 
