@@ -33,7 +33,7 @@ from weightlift.transfer import headroom
 from weightlift.transfer.adopt import adopt, fill, holds_its_bytes, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
-from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order
+from weightlift.transfer.homes import Member, NewHome, fits, homes, in_its_order
 from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
 from weightlift.transfer.memory import new_memory
 from weightlift.transfer.settle import settle_small
@@ -205,7 +205,7 @@ class _Application:
         others = address in self._shared or address in self._watched
         return row.untied or (others and not row.in_place and not slot.tensor.is_meta)
 
-    def _home(self, member: Member) -> Home | None:
+    def _home(self, member: Member) -> NewHome | None:
         return None if not self._homes or self._parts(member) else self._homes.get(member.address)
 
     def _place(self, member: Member) -> torch.Tensor | None:
@@ -250,8 +250,8 @@ class _Application:
         if not self._homes:
             return []
         read = {row.fqn: slot.tensor.numel() for row, slot, *_ in loaded}
-        filled: list[Home] = []
-        moving: list[Home] = []
+        filled: list[NewHome] = []
+        moving: list[NewHome] = []
         for home in self._homes.values():
             whole = any(read.get(member.row.fqn) == home.flat.numel() for member in home.members)
             (filled if whole else moving).append(home)

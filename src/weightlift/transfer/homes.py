@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class NewHome:
     """New memory for the elements from ``start`` on of a storage; ``members`` are the rows that move in."""
 
     flat: torch.Tensor
@@ -70,7 +70,7 @@ def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
     return new_memory((tensor.numel(),), row.dtype, torch.device(row.device)).as_strided(row.shape, stride)
 
 
-def homes(members: Iterable[Member]) -> dict[int, Home]:
+def homes(members: Iterable[Member]) -> dict[int, NewHome]:
     """A new home, by address, for every storage that more than one of ``members`` share and whose tensors do not fit.
 
     Tensors that the plan gives different dtypes or devices part, as they must.
@@ -88,5 +88,5 @@ def homes(members: Iterable[Member]) -> dict[int, Home]:
         start = min((int(tensor.storage_offset()) for tensor in tensors), default=0)
         ends = (int(tensor.storage_offset()) + span_elements(tensor.size(), tensor.stride()) for tensor in tensors)
         size = max(ends, default=start) - start
-        found[address] = Home(new_memory((size,), row.dtype, torch.device(row.device)), start, tuple(group))
+        found[address] = NewHome(new_memory((size,), row.dtype, torch.device(row.device)), start, tuple(group))
     return found
