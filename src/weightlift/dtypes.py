@@ -70,6 +70,9 @@ TORCH: Mapping[str, torch.dtype] = MappingProxyType(
 
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in TORCH.items()})
 
+LARGEST_ELEMENT_BYTES = torch.complex128.itemsize
+"""No dtype has larger ones: a block whose size is a multiple of it holds whole elements of any dtype."""
+
 
 def safetensors_name(dtype: torch.dtype) -> str | None:
     """The safetensors name of ``dtype``; None when the format has none for it (``complex128``, for one)."""

@@ -33,7 +33,7 @@ from weightlift.transfer import trace_page
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.settle import settle_small
-from weightlift.transfer.subject import Bytes, Given, Subject
+from weightlift.transfer.subject import Given, Load, Subject
 from weightlift.transfer.ties import settled
 from weightlift.transfer.trace import Trace, timed
 from weightlift.unstrided import bytes_of
@@ -62,21 +62,15 @@ class LoadPlan(Generic[_Module]):
 
     def __init__(
         self,
-        decisions: Decisions,
-        subject: Subject,
-        source: Bytes,
-        options: LoadOptions,
+        load: Load,
+        *,
         take: Callable[[], Subject] | None = None,
-        trace: Trace | None = None,
         together: Together | None = None,
         given: Given | None = None,
     ) -> None:
-        self.decisions = decisions
-        self._subject: Subject | None = subject
-        self._source = source
-        self._options = options
+        self.decisions = load.decisions
+        self._load: Load | None = load
         self._take = take  # uses up the handle that the plan was made from
-        self._trace = trace
         self._together = together  # what there is to do besides when the module is spread over ranks
         self._given = given  # a user's module, as it was planned for
         self.ranks: MeshReport | None = None
@@ -118,21 +112,23 @@ class LoadPlan(Generic[_Module]):
             raise PlanError(
                 f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
             )
-        subject, together = self._peek(), self._together
+        load, together = self._peek(), self._together
         with contextlib.nullcontext() if together is None else together.loading():
             self._refuse_stale()
-            with outside_modes(), timed(self._trace, "check", "devices and tied names"):
+            with outside_modes(), timed(load.trace, "check", "devices and tied names"):
                 # Both may refuse; until then nothing is used up, so that the plan can be executed again.
                 require_devices(self.decisions)
                 settle = settled if together is None else together.settled
-                final = settle(self.decisions, self._source, self._options)
-            with self._as_it_was(), contextlib.nullcontext() if together is None else together.spread(final, subject):
-                module = self._apply(final, self._used())
+                final = settle(load.decisions, load.source, load.options)
+            spread = contextlib.nullcontext() if together is None else together.spread(final, load.subject)
+            with self._as_it_was(load.options), spread:
+                self._use()
+                module = self._apply(replace(load, decisions=final))
         self._final = final
         if self._given is not None:
             self._given = Given.of(module)
-            self._subject = replace(subject, inventory=subject.inventory.renewed())
-        _log_outcome(final, self._options)
+            self._load = replace(load, subject=replace(load.subject, inventory=load.subject.inventory.renewed()))
+        _log_outcome(final, load.options)
         return module  # type: ignore[return-value]
 
     def _refuse_stale(self) -> None:
@@ -143,45 +139,44 @@ class LoadPlan(Generic[_Module]):
             raise PlanError(f"{self.decisions.module} is not what was planned for; nothing was changed", stale)
 
     @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _as_it_was(self, options: LoadOptions) -> Iterator[None]:
         """Around what fails with a user's tensors back in their places, if not under the same names as before."""
         try:
             yield
         except BaseException:
-            if self._given is not None and self._options.parallelize is not None:
+            if self._given is not None and options.parallelize is not None:
                 self._given = Given.of(self._given.module)
             raise
 
-    def _peek(self) -> Subject:
-        if self._subject is None:
+    def _peek(self) -> Load:
+        load = self._load  # read once: another thread may use it up at any moment
+        if load is None:
             raise RuntimeError("this plan was executed already: its module has its values")
-        return self._subject
+        return load
 
-    def _used(self) -> Subject:
-        """The module, for this execution alone if it was built for the plan."""
+    def _use(self) -> None:
+        """From here on a module that was built for the plan is this execution's alone."""
         with self._once:
-            subject = self._peek()
-            if not subject.existing:
-                self._subject = None
+            if not self._peek().subject.existing:
+                self._load = None
         if self._take is not None:
             self._take()
-        return subject
 
-    def _apply(self, final: Decisions, subject: Subject) -> nn.Module:
+    def _apply(self, load: Load) -> nn.Module:
         """Apply; the trace is written also of a load that fails, which is when one looks at it."""
-        trace = self._trace
+        trace, path = load.trace, load.options.trace
         carry_out = apply if self._together is None else self._together.execute
-        if trace is None or self._options.trace is None:
-            return carry_out(final, subject, self._source, self._options)
+        if trace is None or path is None:
+            return carry_out(load)
         try:
-            return carry_out(final, subject, self._source, self._options, trace)
+            return carry_out(load)
         finally:
             trace.sample()
             title = f"{self.decisions.source} into {self.decisions.module}"
             try:
-                trace_page.write(trace, self._options.trace, title=title)
+                trace_page.write(trace, path, title=title)
             except OSError as error:  # no reason to lose the module, nor what the load itself raises
-                _log.warning("the trace of %s could not be written to %s: %s", title, self._options.trace, error)
+                _log.warning("the trace of %s could not be written to %s: %s", title, path, error)
 
 
 class Deferred(Generic[_Module]):
@@ -312,13 +307,11 @@ def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] |
     checkpoint, options, trace = opening.checkpoint, opening.options, opening.trace
     given = Given.of(subject.inventory.module) if subject.existing else None
     with timed(trace, "plan", "headers against names"):
-        supplied = decide(subject, checkpoint, options)
-    decisions, subject = supplied.decisions, supplied.subject
+        load = decide(subject, checkpoint, options)
     digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
-    source = replace(supplied.source, digests=digests)
-    spread = opening.together.settle(decisions, subject)
-    together = opening.together if spread else None
-    return LoadPlan(decisions, subject, source, options, take, trace, together, given)
+    load = replace(load, source=replace(load.source, digests=digests), trace=trace)
+    together = opening.together if opening.together.settle(load.decisions, load.subject) else None
+    return LoadPlan(load, take=take, together=together, given=given)
 
 
 def _log_outcome(decisions: Decisions, options: LoadOptions) -> None:

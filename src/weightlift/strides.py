@@ -24,6 +24,12 @@ def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def can_fill(shape: tuple[int, ...], place: tuple[int, ...]) -> bool:
+    """Whether a value of ``shape`` goes into a place of that shape. A vector of one element does into a scalar: torch
+    itself accepts that, from checkpoints of version 0.3."""
+    return shape == place or (place == () and shape == (1,))
+
+
 def has_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether two elements may share memory (expanded and sliding-window views)."""
     if 0 in shape:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ from weightlift.plan.keys import extras_of, metadata_of, offers_of, renamed
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer, Unexpected
 from weightlift.strides import row_major
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
@@ -44,15 +44,6 @@ _INSTEAD = (
     " run, or key_mapping; where it has to be called: module = wl.defer(build).materialize(),"
     " then module.load_state_dict(…)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Supplied:
-    """A module and a checkpoint brought together: what was decided, for which slots, and where the values are."""
-
-    decisions: Decisions
-    subject: Subject
-    source: Bytes
 
 
 class _Made(Mapping[str, _Value], Generic[_Item, _Value]):
@@ -76,7 +67,7 @@ def _called(maker: Callable[[], Any]) -> Any:
     return maker()
 
 
-def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Supplied:
+def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Load:
     """Decide what a load does. Reads what state-dict hooks look at, nothing else; what they raise comes through."""
     for recorder in recording():  # within a constructor, whose tensors may have no values yet
         tensors = [*(slot.tensor for slot in subject.inventory.slots), *checkpoint.tensors.values()]
@@ -89,7 +80,7 @@ def decide(subject: Subject, checkpoint: Checkpoint, options: LoadOptions) -> Su
     if decisions.problems and is_bypassed(subject.inventory.module):
         decisions = _with_hint(decisions, f"{_not_called(subject.inventory.module)}{_INSTEAD}")
     source = Bytes(checkpoint.files, {**checkpoint.tensors, **matching.early}, matching.extras, matching.changes)
-    return Supplied(decisions, replace(subject, inventory=matching.inventory), source)
+    return Load(decisions, replace(subject, inventory=matching.inventory), source, options)
 
 
 def _not_called(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from weightlift.plan import regions
 from weightlift.plan.match import Supply, match
 from weightlift.plan.parts import composed, part
 from weightlift.plan.regions import whole
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 
 EXPERTS, WIDE, DEEP = 3, 6, 10
 
@@ -50,7 +50,7 @@ def load_merged(ckpt, **options):
     with together.planning():
         assert together.settle(decisions, subject)
     with together.loading(), together.spread(decisions, subject):
-        return together.execute(decisions, subject, source, made)
+        return together.execute(Load(decisions, subject, source, made))
 
 
 def _offers(entries):

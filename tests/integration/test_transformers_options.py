@@ -364,9 +364,9 @@ def test_variables_say_how_many_threads_read(
     workers = []
     apply = transformers_model.apply
 
-    def noted(decisions: Any, subject: Any, source: Any, options: Any) -> Any:
-        workers.append(options.workers)
-        return apply(decisions, subject, source, options)
+    def noted(load: Any) -> Any:
+        workers.append(load.options.workers)
+        return apply(load)
 
     monkeypatch.setattr(transformers_model, "apply", noted)
     (ours, _), (theirs, _) = both(LlamaForCausalLM, llama)

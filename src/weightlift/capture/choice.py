@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightlift.capture.declared import Wanted, enclosing
+from weightlift.capture.declared import Resolved, enclosing
 from weightlift.capture.select import Selected
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.errors import CaptureError, Problem
@@ -18,7 +18,7 @@ class Choice:
 
     taps: tuple[tuple[str, Tap], ...]
     modules: Mapping[int, list[Selected]]
-    declared: Wanted | None
+    declared: Resolved | None
 
     def fqns(self) -> set[str]:
         """The names of all modules that are looked at."""

@@ -64,7 +64,7 @@ class Provider(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Resolved:
     """Declared taps resolved: for each scope, which of its keys goes to which tap; and the modules by name."""
 
     scopes: tuple[tuple[Scope, tuple[tuple[str, int], ...]], ...]
@@ -83,7 +83,7 @@ def declaration_of(model: nn.Module) -> Declaration | None:
     return None
 
 
-def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: list[Watch]) -> Wanted:
+def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: list[Watch]) -> Resolved:
     """The scopes and sites for the numbered ``taps``.
 
     Raises:
@@ -118,7 +118,7 @@ def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: lis
     sites = tuple(
         site for site in declared.sites if site.key in used and any((site.fqn + ".").startswith(p) for p in inside)
     )
-    return Wanted(scopes, sites, {item.fqn: item.module for item in selected})
+    return Resolved(scopes, sites, {item.fqn: item.module for item in selected})
 
 
 def _find(model: nn.Module, keys: tuple[str, ...]) -> Found:

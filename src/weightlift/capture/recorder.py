@@ -43,7 +43,7 @@ def refusals() -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Built:
+class Setup:
     """What a recorder works with until the model's structure changes; replaced as a whole."""
 
     left: dict[tuple[int, str], int] | None  # with ``stop``: calls of each module until the forward is left
@@ -71,7 +71,7 @@ class Built:
             twin = self.eval_twin
         return twin if twin is not None and twin.stands() else None
 
-    def mixed(self) -> Built:
+    def mixed(self) -> Setup:
         twin = self.remake()
         flags = tuple([module.training for module in self.train_twin.originals])
         return replace(self, mixed_twin=twin, mixed_flags=flags)
@@ -108,7 +108,7 @@ class State:
                 self.built = built.mixed() if built.train_twin.stands() and built.eval_twin.stands() else self.build()
         return True
 
-    def look_again(self) -> Built:
+    def look_again(self) -> Setup:
         """What there is, if the same is still wanted; else built anew. Under the lock."""
         if not self.built.stands():
             watches: list[Watch] = []
@@ -117,7 +117,7 @@ class State:
             self.built = replace(self.built, watches=tuple(watches)) if same else self.build()
         return self.built
 
-    def build(self) -> Built:
+    def build(self) -> Setup:
         watches: list[Watch] = []
         choice = choose(self.model, list(self.taps.items()), watches)
         counts = choice.awaited()
@@ -129,7 +129,7 @@ class State:
         remake = functools.partial(build_twin, self.model, sites, self.cell, None)
         eval_twin = build_twin(self.model, sites, self.cell, False)
         flags = tuple([module.training for module in eval_twin.originals])
-        return Built(
+        return Setup(
             counts,
             tuple(
                 (n, name, tap, tuple(item.fqn for item in choice.modules.get(n, ())))
@@ -216,7 +216,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
 
 
 def run(
-    state: State, built: Built, twin: Twin | None, forward: Callable[..., Any] | None, args: Any, kwargs: Any
+    state: State, built: Setup, twin: Twin | None, forward: Callable[..., Any] | None, args: Any, kwargs: Any
 ) -> tuple[Any, list[Any]]:
     """One call through a twin. Everything it records is made, filled and returned here."""
     assert twin is not None, "the model changed while it ran"

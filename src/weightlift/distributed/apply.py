@@ -25,9 +25,8 @@ from weightlift.options import LoadOptions
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row
 from weightlift.transfer.apply import apply
 from weightlift.transfer.memory import new_tensor
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 from weightlift.transfer.ties import conflicts_of
-from weightlift.transfer.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +43,26 @@ class Ranks:
         return self.stream is not None and self.team.rank != self.leader
 
 
-def apply_sharded(
-    decisions: Decisions,
-    homes: Homes,
-    subject: Subject,
-    source: Bytes,
-    options: LoadOptions,
-    ranks: Ranks | None,
-    trace: Trace | None = None,
-) -> nn.Module:
+def apply_sharded(load: Load, homes: Homes, ranks: Ranks | None) -> nn.Module:
     """Carry a plan out on this rank. Raises as `weightlift.transfer.apply.apply`, and RanksError."""
     with outside_modes():
-        label_samples(subject.records())  # by the names of the whole module, as a single process does
-        placed = [_placed(home, homes, options) for home in homes.homes]
+        label_samples(load.subject.records())  # by the names of the whole module, as a single process does
+        placed = [_placed(home, homes, load.options) for home in homes.homes]
         whole = [home for home in placed if home.layout is None]
         sharded = [home for home in placed if home.layout is not None]
         shards = locals_of(sharded, lambda home: torch.device(home.row.device))
-        offered = loaded_rows(decisions.rows)
+        offered = loaded_rows(load.decisions.rows)
         rest = _whole_rows(offered, whole)
         receives = ranks is not None and ranks.receives
         if ranks is not None and ranks.stream is not None:
-            rest, source = _stream(ranks, ranks.stream, shards, rest, offered, source)
-            options = replace(options, progress=False) if receives else options
-        kept = _records(whole, subject)
-        read_locals(shards, offered, kept, subject, source, options, trace, read=not receives)
+            rest, source = _stream(ranks, ranks.stream, shards, rest, offered, load.source)
+            options = replace(load.options, progress=False) if receives else load.options
+            load = replace(load, source=source, options=options)
+        read_locals(load, shards, offered, _records(whole, load.subject), read=not receives)
         assign_locals(shards)
         inventory = replace(homes.inventory, slots=tuple(home.slot for home in whole))
-        left = replace(decisions, rows=rest, checks=())
-        hashed = replace(source, digests={})
-        apply(left, Subject(inventory, subject.recorder), hashed, replace(options, progress=False), trace)
+        left = load.of_rows(rest, Subject(inventory, load.subject.recorder))
+        apply(replace(left, source=replace(load.source, digests={})))  # by now the files are hashed
         for home in whole:
             if home.left is not None and (tensor := home.slot.now()) is not None:
                 hand_over(home.left, tensor)

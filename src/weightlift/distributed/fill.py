@@ -25,10 +25,9 @@ from weightlift.plan.regions import Region, whole
 from weightlift.strides import is_row_major
 from weightlift.transfer.budget import Budget
 from weightlift.transfer.engine import run
-from weightlift.transfer.jobs import Job, Task, initialise
+from weightlift.transfer.jobs import Job, Task, initialise, one_entry
 from weightlift.transfer.memory import new_tensor
-from weightlift.transfer.subject import Bytes, Subject
-from weightlift.transfer.trace import Trace
+from weightlift.transfer.subject import Load, Subject
 
 
 @dataclass(slots=True)
@@ -81,13 +80,10 @@ def locals_of(homes: Iterable[Home], device: Callable[[Home], torch.device]) -> 
 
 
 def read_locals(
+    load: Load,
     shards: list[Local],
     offered: Mapping[int, Row],
     kept: Collection[Record],
-    subject: Subject,
-    source: Bytes,
-    options: LoadOptions,
-    trace: Trace | None = None,
     *,
     read: bool = True,
 ) -> None:
@@ -113,10 +109,10 @@ def read_locals(
             jobs += made
     values = run(
         jobs,
-        _initialisers(missing, shards, offered, kept, subject, options),
-        source=source,
-        options=options,
-        trace=trace,
+        _initialisers(missing, shards, offered, kept, load.subject, load.options),
+        source=load.source,
+        options=load.options,
+        trace=load.trace,
         reserved_bytes=reserved_bytes,
     )
     for shard, index in mapped:
@@ -138,10 +134,8 @@ def row_parts(row: Row) -> tuple[Part, ...]:
     """What makes a loaded row, as parts of its whole tensor."""
     if row.parts:
         return row.parts
-    assert row.offer is not None
-    entry = row.offer.entry
-    if entry.shape != row.shape:
-        entry = replace(entry, shape=row.shape, stride=None)  # a one-element vector for a scalar
+    entry = one_entry(row)
+    assert entry is not None
     return (part(entry, whole(row.shape)),)
 
 

@@ -22,9 +22,8 @@ from weightlift.errors import RanksError
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Decisions
 from weightlift.transfer.apply import apply
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 from weightlift.transfer.ties import settled
-from weightlift.transfer.trace import Trace
 
 if TYPE_CHECKING:
     from weightlift.distributed.wire import Wire
@@ -147,29 +146,20 @@ class Together:
         rows, left_out = changed
         return replace(decisions, rows=rows, left_out=left_out)
 
-    def execute(
-        self,
-        decisions: Decisions,
-        subject: Subject,
-        source: Bytes,
-        options: LoadOptions,
-        trace: Trace | None = None,
-    ) -> nn.Module:
+    def execute(self, load: Load) -> nn.Module:
         """Carry the plan out on this rank, and wait until every rank has. Raises as `weightlift.load` does."""
-        module = self._execute(decisions, subject, source, options, trace)
+        module = self._execute(load)
         if self._team is not None:
             self._team.all_done()
         return module
 
-    def _execute(
-        self, decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions, trace: Trace | None
-    ) -> nn.Module:
+    def _execute(self, load: Load) -> nn.Module:
         team = self._team
         if self._homes is not None:
-            return apply_sharded(decisions, self._homes, subject, source, options, self._ranks, trace)
-        if team is not None and options.source_rank is not None and team.rank != self._leader:
-            return leave_unfilled(decisions, subject, source, options)
-        return apply(decisions, subject, source, options, trace)
+            return apply_sharded(load, self._homes, self._ranks)
+        if team is not None and load.options.source_rank is not None and team.rank != self._leader:
+            return leave_unfilled(replace(load, trace=None))
+        return apply(load)
 
     @property
     def _ranks(self) -> Ranks | None:

@@ -15,21 +15,21 @@ from torch import nn
 from weightlift.ambient import outside_modes
 from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.reserve import Reservations, open_range
-from weightlift.options import LoadOptions
-from weightlift.plan.records import Action, Decisions, Row
+from weightlift.plan.records import Action, Row
 from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.apply import apply
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Load, Subject
 from weightlift.unstrided import unstrided
 
 
-def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
+def leave_unfilled(load: Load) -> nn.Module:
     """The module of a rank that opens no file: buffers computed, parameters of the planned dtype and without values.
 
     What was not built deferred, such as a user's module, keeps its values, in the dtype and on the device of the plan.
     """
+    decisions, subject = load.decisions, load.subject
     if subject.recorder is None:
-        return _converted(decisions, subject, source, options)
+        return _converted(load)
     with outside_modes():
         untouched, untied = Reservations(), dict[int, nn.Parameter]()
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
@@ -40,11 +40,11 @@ def leave_unfilled(decisions: Decisions, subject: Subject, source: Bytes, option
         rows = tuple(_computed(row) for row in decisions.rows if row.kind == "buffer")
         slots = tuple(slot for slot in subject.inventory.slots if slot.kind == "buffer")
         inventory = replace(subject.inventory, slots=slots)
-        left = replace(decisions, rows=rows, checks=())
-        return apply(left, replace(subject, inventory=inventory), source, replace(options, progress=False))
+        return apply(load.of_rows(rows, replace(subject, inventory=inventory)))
 
 
-def _converted(decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions) -> nn.Module:
+def _converted(load: Load) -> nn.Module:
+    decisions, subject = load.decisions, load.subject
     slots, untied = [], dict[int, nn.Parameter]()
     with outside_modes():
         for slot, row in zip(subject.inventory.slots, decisions.rows, strict=True):
@@ -54,9 +54,8 @@ def _converted(decisions: Decisions, subject: Subject, source: Bytes, options: L
                 slot.put(new)
                 slot = slot._replace(tensor=new)
             slots.append(slot)
-        left = replace(decisions, rows=tuple(map(_computed, decisions.rows)), checks=())
-        subject = replace(subject, inventory=replace(subject.inventory, slots=tuple(slots)))
-        return apply(left, subject, source, replace(options, progress=False))
+        rows = tuple(map(_computed, decisions.rows))
+        return apply(load.of_rows(rows, replace(subject, inventory=replace(subject.inventory, slots=tuple(slots)))))
 
 
 def _another(tensor: torch.Tensor, row: Row, untouched: Reservations) -> nn.Parameter:

@@ -29,10 +29,10 @@ class Lazy(Traced):
 
     @staticmethod
     def over(traced: Traced, checkpoint: Checkpoint) -> Lazy:
-        """The lazy tensor of the same boxes."""
+        """The lazy tensor of the same tiles."""
         shape, dtype = traced.form
         made: Any = torch.Tensor._make_wrapper_subclass(Lazy, shape, dtype=dtype, device=torch.device("cpu"))
-        made.boxes, made.form, made.checkpoint = traced.boxes, traced.form, checkpoint
+        made.tiles, made.form, made.checkpoint = traced.tiles, traced.form, checkpoint
         return made  # type: ignore[no-any-return]
 
     @classmethod
@@ -55,9 +55,9 @@ class Lazy(Traced):
         """The tensor, read. Raises as `Checkpoint.read` does."""
         shape, dtype = self.form
         made = torch.empty(shape, dtype=dtype, device="cpu")
-        for box in self.boxes:
-            place = tuple(slice(first, first + size) for first, size in zip(box.start, box.size, strict=True))
-            made[place] = _read(self.checkpoint, box.entry)
+        for tile in self.tiles:
+            place = tuple(slice(first, first + size) for first, size in zip(tile.start, tile.size, strict=True))
+            made[place] = _read(self.checkpoint, tile.entry)
         return made
 
 

@@ -1,6 +1,6 @@
 """Following what an operation does with tensors that nobody has read: which elements of which entries end up where.
 
-A `Traced` tensor has a shape, a dtype and boxes instead of values. Each box says that one rectangular piece of it is a
+A `Traced` tensor has a shape, a dtype and tiles instead of values. Each tile says that one rectangular piece of it is a
 view of an entry of the checkpoint. Calls that only move elements (slices, transpositions, reshapes, concatenations,
 stacks) give traced tensors again; any other call raises `NotTraceable`. So operations of other libraries are taken as
 they are and come out as `Part`s, for the engine to put each byte in its place.
@@ -29,11 +29,11 @@ class NotTraceable(Exception):
     """An operation did more than move elements."""
 
 
-class Box:
+class Tile:
     """A rectangular piece of a traced tensor, from ``start`` on and of ``size``, and the view of an entry that it is.
 
-    ``origin`` has the shape of ``size`` but for dimensions of extent 1. So stacking makes no entry anew: there is a box
-    for every expert of every layer.
+    ``origin`` has the shape of ``size`` but for dimensions of extent 1. So stacking makes no entry anew: there is a
+    tile for every expert of every layer.
     """
 
     __slots__ = ("origin", "size", "start")
@@ -45,26 +45,26 @@ class Box:
 
     @property
     def entry(self) -> TensorEntry:
-        """The view, in the shape of the box."""
+        """The view, in the shape of the tile."""
         return self.origin if self.origin.shape == self.size else _shaped(self.origin, self.size)
 
 
-def _box(start: tuple[int, ...], entry: TensorEntry) -> Box:
-    return Box(start, entry.shape, entry)
+def _tile(start: tuple[int, ...], entry: TensorEntry) -> Tile:
+    return Tile(start, entry.shape, entry)
 
 
 class Traced(torch.Tensor):
-    """A tensor without values; ``boxes`` tile it."""
+    """A tensor without values; ``tiles`` tile it."""
 
-    boxes: Sequence[Box]
+    tiles: Sequence[Tile]
     form: tuple[tuple[int, ...], torch.dtype]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[Box]) -> Traced:
+    def of(shape: Sequence[int], dtype: torch.dtype, tiles: Sequence[Tile]) -> Traced:
         """A traced tensor of ``shape``."""
         made: Any = torch.Tensor._make_wrapper_subclass(Traced, tuple(shape), dtype=dtype, device=_CPU)
-        made.boxes = boxes
+        made.tiles = tiles
         made.form = tuple(shape), dtype
         return made  # type: ignore[no-any-return]
 
@@ -78,21 +78,21 @@ class Traced(torch.Tensor):
     def offer(self, name: str) -> Offer:
         """What a checkpoint offers under ``name``, by this tensor. Raises ValueError when the dtypes differ."""
         shape = self.form[0]
-        if len(self.boxes) == 1 and self.boxes[0].entry.stride is None:
-            entry = self.boxes[0].entry
+        if len(self.tiles) == 1 and self.tiles[0].entry.stride is None:
+            entry = self.tiles[0].entry
             return Offer(name, entry.key, entry)
         steps = row_major(shape)
         shared: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         parts = []
-        for box in self.boxes:
-            known = box.size, box.origin.shape
+        for tile in self.tiles:
+            known = tile.size, tile.origin.shape
             shape_and_stride = shared.get(known)
             if shape_and_stride is None:
-                shape_and_stride = shared[known] = box.origin.shape, _without_ones(*known, steps)
+                shape_and_stride = shared[known] = tile.origin.shape, _without_ones(*known, steps)
             offset = 0
-            for first, step in zip(box.start, steps):
+            for first, step in zip(tile.start, steps):
                 offset += first * step
-            parts.append(Part(box.origin.key, box.origin, *shape_and_stride, offset))
+            parts.append(Part(tile.origin.key, tile.origin, *shape_and_stride, offset))
         return composed(name, shape, parts)
 
 
@@ -115,12 +115,12 @@ class Wholes:
         """A tensor of the checkpoint. Raises NotTraceable for one without elements."""
         if 0 in entry.shape:
             raise NotTraceable(f"{entry.key} is empty")
-        boxes = (_box((0,) * len(entry.shape), entry),)
+        tiles = (_tile((0,) * len(entry.shape), entry),)
         free = self._free.get((entry.shape, entry.dtype))
         if not free:
-            return Traced.of(entry.shape, entry.dtype, boxes)
+            return Traced.of(entry.shape, entry.dtype, tiles)
         made = free.pop()
-        made.boxes = boxes
+        made.tiles = tiles
         return made
 
     def give(self, tensors: list[Traced]) -> None:
@@ -128,7 +128,7 @@ class Wholes:
         while tensors:
             tensor = tensors.pop()
             if sys.getrefcount(tensor) == _HELD_HERE_ALONE:
-                tensor.boxes = ()
+                tensor.tiles = ()
                 self._free.setdefault(tensor.form, []).append(tensor)
 
 
@@ -145,7 +145,7 @@ _HELD_HERE_ALONE = _references()
 
 
 def _same(tensor: Traced, *_: Any, **__: Any) -> Traced:
-    return Traced.of(tensor.shape, tensor.dtype, tensor.boxes)
+    return Traced.of(tensor.shape, tensor.dtype, tensor.tiles)
 
 
 def _cast(tensor: Traced, *, dtype: Any = None, device: Any = None, **_: Any) -> Traced:
@@ -160,23 +160,23 @@ def _slice(tensor: Traced, dim: int = 0, start: int | None = None, end: int | No
     if step != 1 or stride != 1 or high <= low:
         raise NotTraceable("a slice with a step, or an empty one")
     shape = (*tensor.shape[:dim], high - low, *tensor.shape[dim + 1 :])
-    boxes = []
-    for box in tensor.boxes:
-        first, last = max(low, box.start[dim]), min(high, box.start[dim] + box.size[dim])
+    tiles = []
+    for tile in tensor.tiles:
+        first, last = max(low, tile.start[dim]), min(high, tile.start[dim] + tile.size[dim])
         if first < last:
-            entry = narrow(box.entry, dim, first - box.start[dim], last - first)
-            boxes.append(_box((*box.start[:dim], first - low, *box.start[dim + 1 :]), entry))
-    return Traced.of(shape, tensor.dtype, boxes)
+            entry = narrow(tile.entry, dim, first - tile.start[dim], last - first)
+            tiles.append(_tile((*tile.start[:dim], first - low, *tile.start[dim + 1 :]), entry))
+    return Traced.of(shape, tensor.dtype, tiles)
 
 
 def _without(tensor: Traced, dim: int) -> Traced:
     """Drop a dimension of extent 1."""
     shape = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
-    boxes = [
-        Box((*box.start[:dim], *box.start[dim + 1 :]), (*box.size[:dim], *box.size[dim + 1 :]), box.origin)
-        for box in tensor.boxes
+    tiles = [
+        Tile((*tile.start[:dim], *tile.start[dim + 1 :]), (*tile.size[:dim], *tile.size[dim + 1 :]), tile.origin)
+        for tile in tensor.tiles
     ]
-    return Traced.of(shape, tensor.dtype, boxes)
+    return Traced.of(shape, tensor.dtype, tiles)
 
 
 def _select(tensor: Traced, dim: int, index: int) -> Traced:
@@ -204,8 +204,8 @@ def _split(tensor: Traced, size: int, dim: int = 0) -> list[Traced]:
 
 def _permute(tensor: Traced, dims: Sequence[int]) -> Traced:
     order = [dim % tensor.dim() for dim in dims]
-    boxes = [_box(tuple(box.start[dim] for dim in order), permute(box.entry, order)) for box in tensor.boxes]
-    return Traced.of([tensor.shape[dim] for dim in order], tensor.dtype, boxes)
+    tiles = [_tile(tuple(tile.start[dim] for dim in order), permute(tile.entry, order)) for tile in tensor.tiles]
+    return Traced.of([tensor.shape[dim] for dim in order], tensor.dtype, tiles)
 
 
 def _transpose(tensor: Traced, first: int, second: int) -> Traced:
@@ -232,7 +232,7 @@ def _squeeze(tensor: Traced, dim: Any = None) -> Traced:
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     shape, dtype = tensors[0].form
-    boxes: list[Box] = []
+    tiles: list[Tile] = []
     low = 0
     if any(len(tensor.form[0]) != len(shape) or tensor.form[1] != dtype for tensor in tensors):
         raise NotTraceable("a concatenation of several dtypes")
@@ -242,13 +242,13 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
         if own[:dim] != shape[:dim] or own[dim + 1 :] != shape[dim + 1 :]:
             raise RuntimeError(f"sizes of tensors to concatenate differ: {[list(item.shape) for item in tensors]}")
         if low == 0:
-            boxes += tensor.boxes
+            tiles += tensor.tiles
         else:
-            for box in tensor.boxes:
-                start = box.start
-                boxes.append(Box((*start[:dim], start[dim] + low, *start[dim + 1 :]), box.size, box.origin))
+            for tile in tensor.tiles:
+                start = tile.start
+                tiles.append(Tile((*start[:dim], start[dim] + low, *start[dim + 1 :]), tile.size, tile.origin))
         low += own[dim]
-    return Traced.of((*shape[:dim], low, *shape[dim + 1 :]), dtype, boxes)
+    return Traced.of((*shape[:dim], low, *shape[dim + 1 :]), dtype, tiles)
 
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
@@ -258,13 +258,13 @@ def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     shape, dtype = form
     dim %= len(shape) + 1
     whole = (*shape[:dim], 1, *shape[dim:])
-    boxes = []
+    tiles = []
     for index, tensor in enumerate(tensors):
-        for box in tensor.boxes:
-            start, size = box.start, box.size
+        for tile in tensor.tiles:
+            start, size = tile.start, tile.size
             size = whole if size == shape else (*size[:dim], 1, *size[dim:])
-            boxes.append(Box((*start[:dim], index, *start[dim:]), size, box.origin))
-    return Traced.of((*shape[:dim], len(tensors), *shape[dim:]), dtype, boxes)
+            tiles.append(Tile((*start[:dim], index, *start[dim:]), size, tile.origin))
+    return Traced.of((*shape[:dim], len(tensors), *shape[dim:]), dtype, tiles)
 
 
 # -- reshapes ---------------------------------------------------------------------------------------------------------
@@ -274,13 +274,13 @@ def _view(tensor: Traced, shape: Sequence[int], *_: Any) -> Traced:
     wanted = list(shape)
     if -1 in wanted:
         wanted[wanted.index(-1)] = tensor.numel() // -prod(wanted)
-    boxes = list(tensor.boxes)
+    tiles = list(tensor.tiles)
     done = 0
     for old, new in _groups(tuple(tensor.shape), tuple(wanted)):
         if old != new:
-            boxes = [made for box in boxes for made in _regrouped(box, done, old, new)]
+            tiles = [made for tile in tiles for made in _regrouped(tile, done, old, new)]
         done += len(new)
-    return Traced.of(wanted, tensor.dtype, boxes)
+    return Traced.of(wanted, tensor.dtype, tiles)
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -297,21 +297,21 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[tuple[
         yield old[first:i], new[second:j]
 
 
-def _regrouped(box: Box, at: int, old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[Box]:
-    """The boxes that one becomes when its dimensions ``old``, the first of them number ``at``, become ``new``."""
+def _regrouped(tile: Tile, at: int, old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[Tile]:
+    """The tiles that one becomes when its dimensions ``old``, the first of them number ``at``, become ``new``."""
     count = len(old)
-    for begin, length, entry in _runs(box.entry, box.start[at : at + count], at, old):
+    for begin, length, entry in _runs(tile.entry, tile.start[at : at + count], at, old):
         for start, size in _rectangles(begin, length, new):
             low = sum(first * step for first, step in zip(start, row_major(new), strict=True)) - begin
             cut = narrow(entry, at, low, prod(size))
             shaped = _shaped(cut, (*cut.shape[:at], *size, *cut.shape[at + 1 :]))
-            yield _box((*box.start[:at], *start, *box.start[at + count :]), shaped)
+            yield _tile((*tile.start[:at], *start, *tile.start[at + count :]), shaped)
 
 
 def _runs(
     entry: TensorEntry, start: tuple[int, ...], at: int, extents: tuple[int, ...]
 ) -> Iterator[tuple[int, int, TensorEntry]]:
-    """Pieces of a box that are consecutive in the group's flat order: their first place, length, and flat entry."""
+    """Pieces of a tile that are consecutive in the group's flat order: their first place, length, and flat entry."""
     size = entry.shape[at : at + len(extents)]
     outer = next((i for i, extent in enumerate(size) if extent > 1), len(size))
     # Consecutive when only the outermost dimension that it extends in is cut.
@@ -329,7 +329,7 @@ def _runs(
 def _rectangles(
     begin: int, length: int, extents: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes (start, size) of ``extents`` that make the flat range ``[begin, begin + length)``."""
+    """Rectangles (start, size) of ``extents`` that make the flat range ``[begin, begin + length)``."""
     if not extents:
         yield (), ()
         return

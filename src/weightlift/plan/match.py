@@ -17,7 +17,7 @@ from weightlift.plan.placement import device_of, dtype_of
 from weightlift.plan.prefixes import in_short
 from weightlift.plan.problems import lacking, mismatched, unfillable, unfit, unplaced, without_value
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
-from weightlift.strides import has_overlap, is_expanded
+from weightlift.strides import can_fill, has_overlap, is_expanded
 from weightlift.unstrided import MKLDNN
 
 
@@ -186,8 +186,7 @@ def _covering(group: list[TensorSpec], offers: Mapping[str, Offer]) -> TensorSpe
 
 
 def _fits(item: TensorSpec, offer: Offer) -> bool:
-    # A one-element vector for a scalar: what torch itself accepts from checkpoints of version 0.3.
-    return item.lazy or offer.entry.shape == item.shape or (item.shape == () and offer.entry.shape == (1,))
+    return item.lazy or can_fill(offer.entry.shape, item.shape)
 
 
 def _fitting(ties: Sequence[Sequence[TensorSpec]], offers: Mapping[str, Offer]) -> dict[int, tuple[TensorSpec, Offer]]:

@@ -26,28 +26,26 @@ from weightlift.deferred.inventory import (
 from weightlift.deferred.replay import label_samples, needed, replays
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem, TransferError
-from weightlift.options import LoadOptions
 from weightlift.plan.parts import fault_of
-from weightlift.plan.records import Action, Decisions, Row
+from weightlift.plan.records import Action, Row
 from weightlift.strides import has_overlap
 from weightlift.transfer import headroom
 from weightlift.transfer.adopt import adopt, fill, holds_its_bytes, replaced, wraps_others
 from weightlift.transfer.engine import run
 from weightlift.transfer.finish import finish
-from weightlift.transfer.homes import Home, Member, fits, homes, in_its_order, new_memory
+from weightlift.transfer.homes import Member, NewHome, fits, homes, in_its_order
 from weightlift.transfer.jobs import Job, Task, entry_in_files, initialise, one_entry
+from weightlift.transfer.memory import new_memory
 from weightlift.transfer.settle import settle_small
-from weightlift.transfer.subject import Bytes, Subject
-from weightlift.transfer.trace import Trace
+from weightlift.transfer.subject import Load, Subject
 
 
-def apply(
-    decisions: Decisions, subject: Subject, source: Bytes, options: LoadOptions, trace: Trace | None = None
-) -> nn.Module:
-    """Carry out decisions that `weightlift.transfer.ties` has settled. Raises TransferError, LoadCancelled."""
+def apply(load: Load) -> nn.Module:
+    """Carry out a load whose ties `weightlift.transfer.ties` has settled. Raises TransferError, LoadCancelled."""
+    decisions, subject, source = load.decisions, load.subject, load.source
     with outside_modes():
         extras = {name: source.extras[name] for name in decisions.extra_state}
-        _Application(decisions, subject, source, options, trace).run()
+        _Application(load).run()
     inventory = subject.inventory
     # A walk that finds nothing to do is left out; what a state-dict hook changed may have hooks of its own.
     hooked = subject.post_hooks and any(module._load_state_dict_post_hooks for module in inventory.modules)
@@ -74,20 +72,14 @@ def _cpu_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class _Application:
-    """One execution of a plan."""
+    """One load, carried out."""
 
-    def __init__(
-        self,
-        decisions: Decisions,
-        subject: Subject,
-        source: Bytes,
-        options: LoadOptions,
-        trace: Trace | None,
-    ) -> None:
+    def __init__(self, load: Load) -> None:
+        decisions, subject = load.decisions, load.subject
         self._subject = subject
-        self._source = source
-        self._options = options
-        self._trace = trace
+        self._source = load.source
+        self._options = load.options
+        self._trace = load.trace
         slots = subject.inventory.slots
         addresses = [storage_address(slot.tensor) for slot in slots]
         users = users_of(slots, addresses)
@@ -213,7 +205,7 @@ class _Application:
         others = address in self._shared or address in self._watched
         return row.untied or (others and not row.in_place and not slot.tensor.is_meta)
 
-    def _home(self, member: Member) -> Home | None:
+    def _home(self, member: Member) -> NewHome | None:
         return None if not self._homes or self._parts(member) else self._homes.get(member.address)
 
     def _place(self, member: Member) -> torch.Tensor | None:
@@ -258,8 +250,8 @@ class _Application:
         if not self._homes:
             return []
         read = {row.fqn: slot.tensor.numel() for row, slot, *_ in loaded}
-        filled: list[Home] = []
-        moving: list[Home] = []
+        filled: list[NewHome] = []
+        moving: list[NewHome] = []
         for home in self._homes.values():
             whole = any(read.get(member.row.fqn) == home.flat.numel() for member in home.members)
             (filled if whole else moving).append(home)

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from weightlift.dtypes import LARGEST_ELEMENT_BYTES
 from weightlift.strides import row_major, span_elements
 from weightlift.transfer.combs import has_gaps, ranges_of
 
@@ -31,7 +32,6 @@ _MIN_BLOCK_BYTES = 16 << 10
 # aligned to its element needs a second place while it is converted.
 _BLOCKS_PER_WORKER = 3
 _MAX_DIRECT_BYTES = 16 * _MIB
-_LARGEST_ELEMENT_BYTES = 16
 _PIECES_PER_WORKER = 4
 _ONE = (1,)
 
@@ -136,7 +136,7 @@ def limits(total_bytes: int, workers: int, budget_bytes: int) -> Limits:
     """
     share = -(-total_bytes // (workers * _PIECES_PER_WORKER))
     most = min(max(share, _SMALL_BYTES), budget_bytes // (_BLOCKS_PER_WORKER * workers))
-    block = max(min(most, _MAX_BLOCK_BYTES) // _LARGEST_ELEMENT_BYTES * _LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
+    block = max(min(most, _MAX_BLOCK_BYTES) // LARGEST_ELEMENT_BYTES * LARGEST_ELEMENT_BYTES, _MIN_BLOCK_BYTES)
     # A power of two: torch rounds pinned memory up to one.
     upload = max(1 << min(most, _MAX_UPLOAD_BYTES).bit_length() >> 1, _MIN_BLOCK_BYTES)
     # Whole huge pages, so that two workers do not fault the same one.

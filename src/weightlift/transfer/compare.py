@@ -13,6 +13,7 @@ import torch
 from weightlift import strides
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.dtypes import LARGEST_ELEMENT_BYTES
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
 from weightlift.lazy_views import shown_as
 from weightlift.options import LoadOptions
@@ -24,7 +25,6 @@ from weightlift.transfer.sources import FileSource, OpenFiles, Source
 from weightlift.transfer.subject import Bytes
 
 _PLAIN = (False, False)
-_LARGEST_ELEMENT_BYTES = 16
 _UNIT_BYTES = 32 << 20
 _WIDE = torch.int64
 
@@ -151,8 +151,8 @@ class _Reader:
         """Read both, a part at a time, until they differ."""
         a, b, _ = pair
         # Converting to a common dtype makes up to 16 bytes of an element.
-        spread = 1 if a.dtype == b.dtype else _LARGEST_ELEMENT_BYTES // min(a.dtype.itemsize, b.dtype.itemsize)
-        block_bytes = max(self._block_bytes // spread, _LARGEST_ELEMENT_BYTES)
+        spread = 1 if a.dtype == b.dtype else LARGEST_ELEMENT_BYTES // min(a.dtype.itemsize, b.dtype.itemsize)
+        block_bytes = max(self._block_bytes // spread, LARGEST_ELEMENT_BYTES)
         blocks = self._staging.take(), self._staging.take()
         try:
             equal = all(self._same_part(pair, blocks, *part) for part in _parts(a, b, block_bytes))

@@ -20,7 +20,7 @@ from weightlift.transfer.apart import apart
 from weightlift.transfer.execute import Executor, Target, Work
 from weightlift.transfer.hashing import Hashing
 from weightlift.transfer.jobs import Job, Task
-from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, memory_of, new_tensor
+from weightlift.transfer.memory import FileMapping, alias, carrier, in_memory, memory_of, new_memory
 from weightlift.transfer.pool import Pool
 from weightlift.transfer.progress import Reporter
 from weightlift.transfer.requests import requests_of
@@ -329,11 +329,7 @@ class _Run:
                 self._backend(job.device)
             return job.into
         if job.device.type == "cpu":
-            try:
-                return new_tensor(job.entry.shape, job.dtype)
-            except (RuntimeError, MemoryError) as error:
-                problem = Problem(f"no memory for the tensor: {error}", fqn=job.fqn, key=job.entry.key)
-                raise TransferError("loading failed", [problem]) from error
+            return new_memory(job.entry.shape, job.dtype, job.device, fqn=job.fqn, key=job.entry.key)
         return self._backend(job.device).empty(job.entry.shape, job.dtype)
 
     def _backend(self, device: torch.device) -> Backend:

@@ -13,13 +13,12 @@ import torch
 
 from weightlift.deferred.inventory import Slot, is_lazy
 from weightlift.deferred.tape import Record
-from weightlift.errors import Problem, TransferError
 from weightlift.lazy_views import shown, shown_as
 from weightlift.plan.records import Row
 from weightlift.strides import span_elements
 from weightlift.transfer.accelerator import same_device
 from weightlift.transfer.adopt import holds_its_bytes
-from weightlift.transfer.memory import new_tensor
+from weightlift.transfer.memory import new_memory
 
 
 class Member(NamedTuple):
@@ -33,7 +32,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class NewHome:
     """New memory for the elements from ``start`` on of a storage; ``members`` are the rows that move in."""
 
     flat: torch.Tensor
@@ -60,15 +59,6 @@ def fits(row: Row, tensor: torch.Tensor) -> bool:
     return same_device(tensor.device, torch.device(row.device))
 
 
-def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised and contiguous. Raises TransferError where the system has no more memory."""
-    try:
-        return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError) as error:
-        problem = Problem(f"no memory for a tensor of shape {list(shape)}: {error}")
-        raise TransferError("loading failed", [problem]) from error
-
-
 def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
     """New memory for a value that is cast or moved, in the order of the tensor that it is for, as ``tensor.to`` keeps
     it; None where that is row-major, or where the value belongs somewhere else."""
@@ -80,7 +70,7 @@ def in_its_order(row: Row, tensor: torch.Tensor) -> torch.Tensor | None:
     return new_memory((tensor.numel(),), row.dtype, torch.device(row.device)).as_strided(row.shape, stride)
 
 
-def homes(members: Iterable[Member]) -> dict[int, Home]:
+def homes(members: Iterable[Member]) -> dict[int, NewHome]:
     """A new home, by address, for every storage that more than one of ``members`` share and whose tensors do not fit.
 
     Tensors that the plan gives different dtypes or devices part, as they must.
@@ -98,5 +88,5 @@ def homes(members: Iterable[Member]) -> dict[int, Home]:
         start = min((int(tensor.storage_offset()) for tensor in tensors), default=0)
         ends = (int(tensor.storage_offset()) + span_elements(tensor.size(), tensor.stride()) for tensor in tensors)
         size = max(ends, default=start) - start
-        found[address] = Home(new_memory((size,), row.dtype, torch.device(row.device)), start, tuple(group))
+        found[address] = NewHome(new_memory((size,), row.dtype, torch.device(row.device)), start, tuple(group))
     return found

@@ -83,4 +83,4 @@ def one_entry(row: Row) -> TensorEntry | None:
         entry = row.offer.entry
     if entry.shape == row.shape:
         return entry
-    return replace(entry, shape=row.shape, stride=None)  # also a one-element vector for a scalar
+    return replace(entry, shape=row.shape, stride=None)  # also a vector of one element, which `can_fill` a scalar

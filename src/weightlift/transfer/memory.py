@@ -21,11 +21,11 @@ import torch
 
 from weightlift import dtypes, pages
 from weightlift.checkpoint.entry import TensorEntry
+from weightlift.errors import Problem, TransferError
 from weightlift.strides import row_major
 from weightlift.transfer.reuse import take
 
 _HUGE_FROM_BYTES = 2 << 20
-_LARGEST_ELEMENT_BYTES = 16
 
 # Dtypes that ATen copies; the others (fp4, sub-byte integers) travel as integers of the same size.
 _COPYABLE = frozenset({
@@ -103,6 +103,18 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if memory is not None:
             return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def new_memory(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, fqn: str | None = None, key: str | None = None
+) -> torch.Tensor:
+    """Uninitialised and contiguous, on any device; on the CPU as `new_tensor`. Raises TransferError where there is no
+    more memory; ``fqn`` and ``key`` are for its message."""
+    try:
+        return new_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        problem = Problem(f"no memory for a tensor of shape {list(shape)}: {error}", fqn=fqn, key=key)
+        raise TransferError("loading failed", [problem]) from error
 
 
 def _address(block: mmap.mmap | ctypes.Array[ctypes.c_char]) -> int:
@@ -184,7 +196,7 @@ class StagingPool:
     """
 
     def __init__(self, block_bytes: int, count: int, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
-        self.block_bytes = -(-block_bytes // _LARGEST_ELEMENT_BYTES) * _LARGEST_ELEMENT_BYTES
+        self.block_bytes = -(-block_bytes // dtypes.LARGEST_ELEMENT_BYTES) * dtypes.LARGEST_ELEMENT_BYTES
         self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
         self._left = count
         self._free: list[Staging] = []

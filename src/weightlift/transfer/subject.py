@@ -1,9 +1,9 @@
-"""What a load works on: the module with its tapes, and where values come from."""
+"""What a load works on: the module with its tapes, where values come from, and all that belongs to it as one record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from weightlift.deferred.inventory import Inventory, is_lazy, tensors_of
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
 from weightlift.errors import Problem
+from weightlift.options import LoadOptions
+from weightlift.plan.records import Decisions, Row
+from weightlift.transfer.trace import Trace
 from weightlift.unstrided import shape_of
 
 _Form = tuple[torch.dtype, tuple[int, ...] | None]  # None: uninitialised
@@ -97,3 +100,25 @@ class Bytes:
     extras: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
     digests: Mapping[Path, Digest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load that is ready to be carried out: what was decided, for which module, where the values are, and how it is
+    to be done. ``trace`` is None where nobody asked for one.
+    """
+
+    decisions: Decisions
+    subject: Subject
+    source: Bytes
+    options: LoadOptions
+    trace: Trace | None = None
+
+    def of_rows(self, rows: tuple[Row, ...], subject: Subject) -> Load:
+        """The same for ``rows`` of ``subject`` alone, without what is done once for the whole: its checks, its bar."""
+        return replace(
+            self,
+            decisions=replace(self.decisions, rows=rows, checks=()),
+            subject=subject,
+            options=replace(self.options, progress=False),
+        )

@@ -20,7 +20,7 @@ from weightlift.plan.regions import whole
 from weightlift.plan.report import as_json, report, table
 from weightlift.transfer.apply import apply
 from weightlift.transfer.jobs import Job
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def offers(entries, experts=3, wide=6, deep=4):
 
 
 def planned(module, ckpt, made=None, **options):
-    """Decisions for offers with parts, and what `apply` needs beside."""
+    """A load of offers with parts."""
     from weightlift.deferred.construct import CurrentLoad, construct
     from weightlift.deferred.inventory import Inventory
 
@@ -88,7 +88,7 @@ def planned(module, ckpt, made=None, **options):
     subject = Subject(Inventory.of(module), recorder)
     spec = subject.inventory.spec(subject.record_at)
     decisions = match(spec, Supply(ckpt.source, made or offers(ckpt), ckpt.files), options)
-    return decisions, subject, Bytes(ckpt.files, ckpt.tensors, {}), options
+    return Load(decisions, subject, Bytes(ckpt.files, ckpt.tensors, {}), options)
 
 
 @pytest.fixture(params=["file", "mapping"])
@@ -107,9 +107,9 @@ def test_a_module_of_parts(source, options, existing):
     module = Fused()
     names = dict(module.named_parameters())
     pointers = {name: tensor.data_ptr() for name, tensor in names.items()}
-    decisions, *rest = planned(module if existing else Fused, ckpt, **options)
-    assert decisions.problems == ()
-    made = apply(decisions, *rest)
+    load = planned(module if existing else Fused, ckpt, **options)
+    assert load.decisions.problems == ()
+    made = apply(load)
     for name, want in expected(state).items():
         got = made.get_parameter(name)
         assert torch.equal(got, want.to(options.get("dtype", torch.float32))), name
@@ -124,15 +124,14 @@ def test_an_existing_tensor_with_strides_of_its_own(source):
     module = Fused()
     module.gate_up.data = module.gate_up.data.transpose(0, 2).contiguous().transpose(0, 2)
     pointer, stride = module.gate_up.data_ptr(), module.gate_up.stride()
-    apply(*planned(module, ckpt))
+    apply(planned(module, ckpt))
     assert (module.gate_up.data_ptr(), module.gate_up.stride()) == (pointer, stride)
     assert torch.equal(module.gate_up, expected(state)["gate_up"])
 
 
 def test_one_whole_part_is_mapped_or_shared(source):
     state, ckpt = source
-    decisions, subject, data, options = planned(Fused, ckpt)
-    made = apply(decisions, subject, data, options)
+    made = apply(planned(Fused, ckpt))
     if ckpt.files:
         # A mapping begins where the file's bytes do, in a page; memory of its own begins where torch aligns it.
         entry = ckpt["p"]
@@ -143,7 +142,7 @@ def test_one_whole_part_is_mapped_or_shared(source):
 
 def test_what_the_plan_says(source):
     _, ckpt = source
-    decisions, *_ = planned(Fused, ckpt)
+    decisions = planned(Fused, ckpt).decisions
     text = table(decisions)
     assert "6 parts: " in text and "as experts.0.gate" in text and "3 parts: " in text and "as q.weight" in text
     said = report(decisions)
@@ -153,12 +152,12 @@ def test_what_the_plan_says(source):
     assert [item["key"] for item in rows["qkv.bias"]["parts"]] == ["q.bias", "k.bias", "v.bias"]
     assert [item["offset"] for item in rows["qkv.bias"]["parts"]] == [0, 4, 8]
     assert rows["turned"]["parts"][0]["source_stride"] == [1, 4]
-    assert "bfloat16" in table(planned(Fused, ckpt, dtype=torch.bfloat16)[0])
+    assert "bfloat16" in table(planned(Fused, ckpt, dtype=torch.bfloat16).decisions)
 
 
 def test_parts_of_another_shape_are_mismatched(source):
     _, ckpt = source
-    decisions, *_ = planned(lambda: Fused(experts=2), ckpt)
+    decisions = planned(lambda: Fused(experts=2), ckpt).decisions
     assert [problem.fqn for problem in decisions.problems] == ["gate_up"]
 
 
@@ -180,7 +179,7 @@ def test_parts_that_do_not_fill_are_never_loaded(source, change):
     module = Fused()
     before = module.qkv.bias.detach().clone()
     with pytest.raises(AssertionError, match=r"qkv\.bias"):
-        apply(*planned(module, ckpt, made))
+        apply(planned(module, ckpt, made))
     assert torch.equal(module.qkv.bias, before)
 
 

@@ -43,7 +43,7 @@ from weightlift.plan.records import Action, Decisions, Offer, Row
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.share import of_this_load
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 from weightlift.transfer.ties import settled
 
 ORIGINAL: Any = original(ModelMixin, "from_pretrained")
@@ -112,7 +112,7 @@ def opened(files: Iterable[str | os.PathLike[str]], *, part: Part = WHOLE) -> Ch
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Wishes:
     """What the caller wants of the values, as Diffusers' own loading function gets it.
 
     ``assigns``: without ``low_cpu_mem_usage``, some files' tensors keep their dtype (`Filling`)."""
@@ -167,7 +167,7 @@ class StandIn:
             raise NotNative("offloading to disk", OFFLOAD)
         if not options["low_cpu_mem_usage"]:
             refuse_state_hooks(model, loads=False)
-        wanted = Wanted(
+        wishes = Wishes(
             str(name),
             options["dtype"],
             tuple(options["keep_in_fp32_modules"] or ()),
@@ -177,7 +177,7 @@ class StandIn:
             bool(options["disable_mmap"]),
         )
         checkpoint, offers = _offered(state_dict, files, loaded_keys)
-        filling = Filling(self._cls, self._built, Offered(checkpoint, offers), wanted)
+        filling = Filling(self._cls, self._built, Provided(checkpoint, offers), wishes)
         missing, unexpected, mismatched = filling.run(loaded_keys)
         return model, missing, unexpected, mismatched, None, []
 
@@ -206,7 +206,7 @@ def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Ch
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class Provided:
     """What there is to fill a model with: a checkpoint, offers of it by the model's names, and tensors in memory by the
     keys of the offers that mean them."""
 
@@ -218,32 +218,32 @@ class Offered:
 class Filling:
     """Gives one deferred model its values."""
 
-    def __init__(self, cls: Any, built: Built, offered: Offered, wanted: Wanted) -> None:
+    def __init__(self, cls: Any, built: Built, provided: Provided, wishes: Wishes) -> None:
         self._cls = cls
-        self._offered = offered
-        self._wanted = wanted
+        self._provided = provided
+        self._wishes = wishes
         progress = None if diffusers_logging.is_progress_bar_enabled() else False
         self._options = LoadOptions.create(
             strict=False,
             ignore_mismatched=True,
-            copy=wanted.copy,
+            copy=wishes.copy,
             seed=built.load.seed,
             **{"progress": progress, **of_this_load()},
         )
         inventory = Inventory.of(built.model)
         self._subject = Subject(inventory, built.recorder, post_hooks=False)  # those that count are refused before
         self._state = {slot.fqn: slot.tensor for slot in inventory.slots if slot.persistent}
-        offers = {name: offer for name, offer in offered.offers.items() if name in self._state}
-        assigns = wanted.assigns and not wanted.low_cpu_mem_usage
+        offers = {name: offer for name, offer in provided.offers.items() if name in self._state}
+        assigns = wishes.assigns and not wishes.low_cpu_mem_usage
         self._assigned = self._assigned_names(offers) if assigns else frozenset()
         self._offers = made_contiguous(offers, self._state, self._assigned)
 
     def run(self, loaded_keys: list[str]) -> tuple[list[str], list[str], list[Any]]:
         """Plan, report as Diffusers does, read. Returns missing, unexpected and mismatched keys."""
         mismatched = self._mismatched()
-        if mismatched and not self._wanted.ignore_mismatched:
+        if mismatched and not self._wishes.ignore_mismatched:
             raise DoesNotFit(self._refusal(), [shapes_differ(*each) for each in mismatched])
-        extras = self._offered.checkpoint.extras
+        extras = self._provided.checkpoint.extras
         others = [name for name in loaded_keys if name in self._state and name in extras]
         if others:
             raise DoesNotFit(self._refusal(), [no_tensor(name, name, extras[name]) for name in others])
@@ -273,11 +273,11 @@ class Filling:
     def _carry_out(self) -> None:
         decisions = self._decide()
         require_devices(decisions)
-        checkpoint = self._offered.checkpoint
-        source = Bytes(checkpoint.files, {**checkpoint.tensors, **self._offered.computed}, checkpoint.extras)
+        checkpoint = self._provided.checkpoint
+        source = Bytes(checkpoint.files, {**checkpoint.tensors, **self._provided.computed}, checkpoint.extras)
         with outside_modes():
             decisions = settled(decisions, source, self._options)
-        apply(decisions, self._subject, source, self._options)
+        apply(Load(decisions, self._subject, source, self._options))
 
     def _unexpected(self, loaded_keys: list[str]) -> list[str]:
         found = [key for key in loaded_keys if key not in self._state]
@@ -286,8 +286,8 @@ class Filling:
         return found
 
     def _decide(self) -> Decisions:
-        supply = Supply(self._offered.checkpoint.source, self._offers, self._offered.checkpoint.files)
-        emptied = self._wanted.low_cpu_mem_usage
+        supply = Supply(self._provided.checkpoint.source, self._offers, self._provided.checkpoint.files)
+        emptied = self._wishes.low_cpu_mem_usage
         replaced = {name: offer for name, offer in self._offers.items() if emptied or name in self._assigned}
         decisions = decide(self._subject, supply, self._options, replaced)
         read = {row.target: row for row in decisions.rows if row.action is Action.LOADED}
@@ -300,13 +300,13 @@ class Filling:
 
     def _dtype(self, row: Row, offer: Offer) -> torch.dtype:
         """The dtype of a value that is read."""
-        wanted, entry = self._wanted, offer.entry
-        if not wanted.low_cpu_mem_usage:
+        wishes, entry = self._wishes, offer.entry
+        if not wishes.low_cpu_mem_usage:
             return entry.dtype if row.fqn in self._assigned else row.own_dtype
-        if wanted.dtype is None or not entry.dtype.is_floating_point:
+        if wishes.dtype is None or not entry.dtype.is_floating_point:
             return row.own_dtype
-        kept = any(part in wanted.keep_in_fp32 for part in row.fqn.split("."))
-        return torch.float32 if kept else wanted.dtype
+        kept = any(part in wishes.keep_in_fp32 for part in row.fqn.split("."))
+        return torch.float32 if kept else wishes.dtype
 
     def _assigned_names(self, offers: Mapping[str, Offer]) -> frozenset[str]:
         """What Diffusers puts in its place as the file has it, in its dtype, where it doesn't save memory: all in the
@@ -321,7 +321,7 @@ class Filling:
 
     def _devices(self) -> dict[str, str]:
         """Where what the checkpoint can hold goes; accelerate moves the rest when it dispatches the model."""
-        places = self._wanted.device_map
+        places = self._wishes.device_map
         if places is None:
             return {}
         found = {}
@@ -343,11 +343,11 @@ class Filling:
         ]
 
     def _refusal(self) -> str:
-        return f"{self._wanted.name} does not fit {self._cls.__name__}; nothing was changed"
+        return f"{self._wishes.name} does not fit {self._cls.__name__}; nothing was changed"
 
     def _report(self, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
         """The warnings that Diffusers gives."""
-        cls, name = self._cls.__name__, self._wanted.name
+        cls, name = self._cls.__name__, self._wishes.name
         if unexpected:
             _logger.warning(
                 f"Some weights of the model checkpoint at {name} were not used when initializing {cls}: \n "

@@ -22,7 +22,7 @@ from weightlift.deferred.inventory import Inventory
 from weightlift.errors import CheckpointError
 from weightlift.integrations.constructors import Built
 from weightlift.integrations.diffusers.hooks import refuse_state_hooks
-from weightlift.integrations.diffusers.model import Filling, Offered, StandIn, Wanted, opened
+from weightlift.integrations.diffusers.model import Filling, Provided, StandIn, Wishes, opened
 from weightlift.integrations.diffusers.options import Quantisers, refuse
 from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.exclusive import NotNative, native_or_alone
@@ -90,7 +90,7 @@ class _SingleFile:
         empty = self._low_cpu_mem_usage
         if not empty:
             refuse_state_hooks(model, loads=True)
-        wanted = Wanted(
+        wishes = Wishes(
             source_of(state_dict).source,
             dtype,
             tuple(options["keep_in_fp32_modules"] or ()),
@@ -100,7 +100,7 @@ class _SingleFile:
             copy=bool(self._kwargs.get("disable_mmap")),
             assigns=False,
         )
-        self._stand_in.fill(state_dict, wanted, whole=empty)
+        self._stand_in.fill(state_dict, wishes, whole=empty)
 
 
 class SingleFileStandIn(StandIn):
@@ -123,17 +123,17 @@ class SingleFileStandIn(StandIn):
         if self._built is not None:
             self._built.model.__dict__.pop("state_dict", None)
 
-    def fill(self, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
+    def fill(self, state_dict: Mapping[str, Any], wishes: Wishes, *, whole: bool) -> None:
         """Give the model that was built last its values, out of a state dict under its own names."""
-        fill(self._cls, self._built, state_dict, wanted, whole=whole)
+        fill(self._cls, self._built, state_dict, wishes, whole=whole)
 
 
-def fill(cls: Any, built: Built | None, state_dict: Mapping[str, Any], wanted: Wanted, *, whole: bool) -> None:
+def fill(cls: Any, built: Built | None, state_dict: Mapping[str, Any], wishes: Wishes, *, whole: bool) -> None:
     """Give a deferred model its values, out of a state dict under its own names. Raises as `Filling.fill` does."""
     assert built is not None
     names = {slot.fqn: slot for slot in Inventory.of(built.model).slots if slot.persistent}
     offers, computed = offered(state_dict, names)
-    Filling(cls, built, Offered(source_of(state_dict), offers, computed), wanted).fill(whole=whole)
+    Filling(cls, built, Provided(source_of(state_dict), offers, computed), wishes).fill(whole=whole)
 
 
 # -- what Diffusers calls ---------------------------------------------------------------------------------------------

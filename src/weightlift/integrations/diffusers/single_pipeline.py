@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
 from weightlift.deferred.construct import CurrentLoad
 from weightlift.integrations.constructors import Built
-from weightlift.integrations.diffusers.model import Wanted
+from weightlift.integrations.diffusers.model import Wishes
 from weightlift.integrations.diffusers.options import refuse
 from weightlift.integrations.diffusers.originals import original, validated
 from weightlift.integrations.diffusers.pipeline import Loader, Loading
@@ -157,8 +157,8 @@ class TextStandIn:
     def fill(self, model: Any, state_dict: Mapping[str, Any], *, dtype: torch.dtype | None) -> None:
         """Give the model its values."""
         source = source_of(state_dict)
-        wanted = Wanted(
+        wishes = Wishes(
             source.source, dtype, (), None,
             low_cpu_mem_usage=True, ignore_mismatched=False, copy=self._copy, assigns=False,
         )  # fmt: skip
-        fill(self._cls, self._built, state_dict, wanted, whole=True)
+        fill(self._cls, self._built, state_dict, wishes, whole=True)

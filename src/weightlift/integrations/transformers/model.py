@@ -48,7 +48,7 @@ from weightlift.plan.records import Action, Decisions, Row
 from weightlift.transfer.accelerator import require_devices
 from weightlift.transfer.apply import apply
 from weightlift.transfer.share import of_this_load
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Bytes, Load, Subject
 from weightlift.transfer.ties import settled
 
 ORIGINAL: Any = PreTrainedModel.__dict__["from_pretrained"]
@@ -198,12 +198,13 @@ class Filling:
         source = Bytes(self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras))
         with outside_modes():
             decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
-        rest = (decisions, subject) if self._offload is None else self._offload.split(decisions, subject)
+        load = Load(decisions, subject, source, self._options)
+        rest = load if self._offload is None else self._offload.split(load)
         self._report(info)  # not before all that may leave the load to Transformers, which reports as well
         if self._offload is not None:
-            self._offload.write(decisions, subject, self._checkpoint, source, self._options)
+            self._offload.write(load, self._checkpoint)
         fill = leave_unfilled if self._unfilled else apply
-        fill(*rest, source, self._options)
+        fill(rest)
         if self._offload is not None:
             self._offload.leave()
         self._finish()

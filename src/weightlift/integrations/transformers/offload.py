@@ -20,10 +20,9 @@ from weightlift.checkpoint import Checkpoint
 from weightlift.deferred.inventory import Inventory, Slot
 from weightlift.errors import PlanError, Problem, TransferError
 from weightlift.integrations.exclusive import NotNative
-from weightlift.options import LoadOptions
-from weightlift.plan.records import Action, Decisions, Row
+from weightlift.plan.records import Action, Row
 from weightlift.transfer.apply import apply
-from weightlift.transfer.subject import Bytes, Subject
+from weightlift.transfer.subject import Load, Subject
 
 Group = list[tuple[Row, Slot]]
 
@@ -47,9 +46,9 @@ class Offload:
         )
         self._on_disk: list[Group] = []
 
-    def split(self, decisions: Decisions, subject: Subject) -> tuple[Decisions, Subject]:
+    def split(self, load: Load) -> Load:
         """What is to be loaded ordinarily. Raises NotNative where a tie would be half in memory."""
-        inventory = subject.inventory
+        decisions, inventory = load.decisions, load.subject.inventory
         places = expand_device_map(self._config.device_map, [row.fqn for row in decisions.rows])
         groups: dict[int, Group] = {}
         for row, slot in zip(decisions.rows, inventory.slots, strict=True):
@@ -63,14 +62,13 @@ class Offload:
         gone = {row.fqn for group in self._on_disk for row, _ in group}
         rows = tuple(row for row in decisions.rows if row.fqn not in gone)
         slots = tuple(slot for slot in inventory.slots if slot.fqn not in gone)
-        return replace(decisions, rows=rows), replace(subject, inventory=replace(inventory, slots=slots))
+        subject = replace(load.subject, inventory=replace(inventory, slots=slots))
+        return replace(load, decisions=replace(decisions, rows=rows), subject=subject)
 
     def _may_go(self, slot: Slot) -> bool:
         return slot.kind == "parameter" or (slot.persistent and bool(self._config.offload_buffers))
 
-    def write(
-        self, decisions: Decisions, subject: Subject, checkpoint: Checkpoint, source: Bytes, options: LoadOptions
-    ) -> None:
+    def write(self, load: Load, checkpoint: Checkpoint) -> None:
         """Bring everything that stays on disk into files that accelerate can read.
 
         Raises, before anything is written, NoFolder where none was named, and TransferError where its disk has no room.
@@ -82,13 +80,13 @@ class Offload:
             self._require_room(sum(written.values()))
         for group, name, lies in named:
             if not lies:
-                value = _value(decisions, group, subject, source, options)
+                value = _value(load, group)
                 offload_weight(value, name, self._config.disk_offload_folder, self.index)
             self.index[name]["dtype"] = str(group[0][0].dtype).removeprefix("torch.")
             for row, _ in group:
                 self.index[row.fqn] = self.index[name]
             for _, slot in group:
-                record = subject.record_of(slot.tensor)
+                record = load.subject.record_of(slot.tensor)
                 if record is not None:
                     record.last = None
 
@@ -140,9 +138,7 @@ def _as_it_lies(row: Row, checkpoint: Checkpoint) -> bool:
     return checkpoint[offer.key] == offer.entry
 
 
-def _value(
-    decisions: Decisions, group: Group, subject: Subject, source: Bytes, options: LoadOptions
-) -> torch.Tensor:
+def _value(load: Load, group: Group) -> torch.Tensor:
     """The value of one target, in memory of its own that the model does not hold."""
     row, slot = next((item for item in group if item[0].action is Action.LOADED), group[0])
     holder = nn.Module()
@@ -152,8 +148,8 @@ def _value(
         holder.register_buffer("value", slot.tensor)
     inventory = Inventory.of(holder)
     inventory = replace(inventory, slots=tuple(item._replace(fqn=row.fqn) for item in inventory.slots))
-    alone = replace(decisions, rows=(row,), checks=(), extra_state=())
-    apply(alone, Subject(inventory, subject.recorder), source, replace(options, progress=False))
+    alone = load.of_rows((row,), Subject(inventory, load.subject.recorder))
+    apply(replace(alone, decisions=replace(alone.decisions, extra_state=())))
     value: torch.Tensor = holder.state_dict()["value"].contiguous()
     slot.tensor.data = torch.empty(0, dtype=value.dtype)
     return value
