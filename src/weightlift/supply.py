@@ -31,6 +31,7 @@ from weightlift.plan.idle import idle_patterns
 from weightlift.plan.keys import extras_of, metadata_of, offers_of, renamed
 from weightlift.plan.match import Supply, match
 from weightlift.plan.records import Decisions, Offer, Unexpected
+from weightlift.plan.regions import reshape
 from weightlift.strides import row_major
 from weightlift.transfer.subject import Bytes, Load, Subject
 
@@ -214,8 +215,16 @@ class _Matching:
 
     def _after_hooks(self, done: Rewritten) -> Supply:
         self.inventory, self.changes = done.inventory, done.changes
-        final = {name: self._offer(name, offered) for name, offered in done.names.items()}
-        for name, value in done.values.items():
+        final, early = dict[str, Offer](), list(done.early)
+        computed = dict(done.values)
+        for name, offered in done.names.items():
+            offer = self._offer(name, offered)
+            if offer is None:
+                computed[name] = self._tensor(self._offers[offered.name].key)().reshape(offered.shape)
+                early.append(offered.name)
+            else:
+                final[name] = offer
+        for name, value in computed.items():
             key = f"{name} (computed by a state-dict hook)"
             self.early[key] = value
             final[name] = Offer(name, name, entry_of(key, value))
@@ -230,16 +239,20 @@ class _Matching:
             problems=(*self._problems, *problems),
             excused=frozenset(done.excused),
             extra_state=frozenset(done.extras),
-            early_keys=tuple(dict.fromkeys(self._offers[name].key for name in done.early)),
+            early_keys=tuple(dict.fromkeys(self._offers[name].key for name in early)),
             unexpected=tuple(self._unexpected(done.unexpected)),
             hook_missing=tuple(name for name in done.missing if name in final or name not in known),
         )
 
-    def _offer(self, name: str, offered: Offered) -> Offer:
+    def _offer(self, name: str, offered: Offered) -> Offer | None:
+        """A value in the shape that hooks gave it; None where its strides allow that of a copy only."""
         before = self._offers[offered.name]
         entry = before.entry
         if entry.shape != offered.shape:
-            entry = replace(entry, shape=offered.shape)
+            reshaped = reshape(entry, offered.shape)
+            if reshaped is None:
+                return None
+            entry = reshaped
         return Offer(name, before.key, entry)
 
     def _extra(self, value: Any) -> Callable[[], Any]:

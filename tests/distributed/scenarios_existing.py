@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -69,6 +70,19 @@ def another_engine_fills_modules_that_exist():
     assert_same_state(DistributedDataParallel(model).module, wl.load(Normed, path))
     ordinary = wl.load(Normed, mine, source_rank=0, dtype=torch.bfloat16, defer=False)
     assert_same_state(DistributedDataParallel(ordinary).module, wl.load(Normed, path, dtype=torch.bfloat16))
+
+
+def the_trace_of_a_rank_that_is_left_unfilled_has_its_work():
+    class Positioned(Tied):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("angles", torch.randn(300, 300), persistent=False)
+
+    path = _saved("traced.pt", checkpoint_of(Tied))
+    trace = Path(os.environ["SCENARIO_FOLDER"], f"trace{RANK}.json")
+    wl.load(Positioned, path if RANK == 0 else "/nowhere", source_rank=0, trace=trace)
+    events = {event["cat"] for event in json.loads(trace.read_text())["traceEvents"] if "cat" in event}
+    assert {"init", "assign"} <= events, events
 
 
 def a_module_that_exists_is_parallelised_and_filled():
@@ -196,6 +210,7 @@ SCENARIOS = {
     for run in (
         modules_whose_root_is_unsharded_after_a_forward,
         another_engine_fills_modules_that_exist,
+        the_trace_of_a_rank_that_is_left_unfilled_has_its_work,
         a_module_that_exists_is_parallelised_and_filled,
         a_module_that_exists_keeps_its_tensors_where_a_load_fails,
         a_deferred_module_that_could_not_be_parallelised_can_be_materialised,

@@ -38,7 +38,7 @@ from weightlift.deferred.walk import (
     slots_of,
     walk,
 )
-from weightlift.strides import is_expanded
+from weightlift.strides import can_fill, is_expanded
 from weightlift.unstrided import shape_of, unstrided
 
 _IncompatibleKeys: Any = torch.nn.modules.module._IncompatibleKeys
@@ -390,10 +390,9 @@ def _records(slots: Iterable[Slot], recorder: Recorder) -> list[Record]:
 
 
 def _can_hold(tensor: torch.Tensor, value: torch.Tensor) -> bool:
-    # A one-element vector for a scalar: what torch itself accepts from checkpoints of version 0.3.
     if unstrided(tensor) or is_expanded(tensor.shape, tensor.stride()):
         return False  # the plan says what that means
-    return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
+    return can_fill(value.shape, tensor.shape)
 
 
 def _alike(tensor: torch.Tensor, original: torch.Tensor) -> bool:

@@ -158,7 +158,7 @@ class Together:
         if self._homes is not None:
             return apply_sharded(load, self._homes, self._ranks)
         if team is not None and load.options.source_rank is not None and team.rank != self._leader:
-            return leave_unfilled(replace(load, trace=None))
+            return leave_unfilled(load)
         return apply(load)
 
     @property

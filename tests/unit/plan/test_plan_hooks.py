@@ -752,3 +752,37 @@ def test_lazy_without_its_weight(tmp_path):
     want = nn.LazyLinear(3)
     want.load_state_dict({"bias": torch.ones(3)}, strict=False)
     assert got.has_uninitialized_params() and torch.equal(got.bias, want.bias)
+
+
+LYING = {
+    "rows": torch.arange(24.0).reshape(4, 6),
+    "transposed": torch.arange(24.0).reshape(6, 4).t(),
+    "permuted": torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
+    "every second": torch.arange(48.0).reshape(4, 12)[:, ::2],
+    "repeated": torch.arange(4.0)[:, None].expand(4, 6),
+}
+
+
+@pytest.mark.parametrize("shape", [(24,), (4, 6), (2, 2, 6), (6, 4), (4, 3, 2), (1, 24)])
+@pytest.mark.parametrize("lies", LYING)
+def test_a_hook_reshapes_what_lies_in_no_rows(tmp_path, lies, shape):
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(shape))
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].reshape(shape)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    state = {"weight": LYING[lies]}
+    wanted = Reshaping()
+    wanted.load_state_dict(state)
+    torch.save(state, tmp_path / "x.pt")
+    for source in (tmp_path / "x.pt", state):
+        assert torch.equal(wl.load(Reshaping, source).weight, wanted.weight)
+        existing = Reshaping()
+        wl.load(existing, source)
+        assert torch.equal(existing.weight, wanted.weight)
+    plan = wl.plan(Reshaping, {"weight": LYING["transposed"]})
+    assert plan.decisions.early_keys == (("weight",) if shape in [(24,), (6, 4), (1, 24)] else ())
