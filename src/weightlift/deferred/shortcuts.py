@@ -129,7 +129,7 @@ class Shortcuts:
         recorder = self._recorder
         if (
             type(tensor) in _PLAIN
-            and type(value) in _NUMBERS
+            and isinstance(value, (int, float))  # numpy's double is one
             and (type(index) is int or (type(index) is tuple and all(type(item) is int for item in index)))
             and _dispatch_modes() == 1
             and _dispatch_mode(0) is recorder

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -183,6 +184,8 @@ def test_every_index_means_what_it_means(recorder):
         each[0, True] = 3.5
         each[1] = 4
         each[2:5, 1] = 2.0
+        each[6, 1] = np.float64(0.1)
+        each[6, np.int64(2)] = np.float32(0.1)
         each[..., 0] = 9
     recorder.force_tensors([table, plain], "the test")
     with torch._C._DisableTorchDispatch():
