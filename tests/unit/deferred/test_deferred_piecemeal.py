@@ -185,7 +185,7 @@ def test_every_index_means_what_it_means(recorder):
         each[1] = 4
         each[2:5, 1] = 2.0
         each[6, 1] = np.float64(0.1)
-        each[6, np.int64(2)] = np.float32(0.1)
+        each[6, np.int64(2)] = np.float64(0.1)
         each[..., 0] = 9
     recorder.force_tensors([table, plain], "the test")
     with torch._C._DisableTorchDispatch():
