@@ -7,16 +7,19 @@ parameters are on the meta device, and afterwards they are what they were, or me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, get_hf_quantizer
+from transformers.utils.quantization_config import QuantizationMethod
 
 from weightlift.deferred.inventory import Inventory
 from weightlift.integrations.constructors import Built
 from weightlift.integrations.exclusive import NotNative
+from weightlift.plan.records import Offer
 
 _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
 
@@ -24,11 +27,24 @@ _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
 def quantiser(config: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of Transformers' ``get_hf_quantizer``, which logs and warns: what is left to Transformers is told from
     the checkpoint's configuration, before that."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = _written_method(config)
     if method in AUTO_QUANTIZATION_CONFIG_MAPPING:  # of others Transformers itself says that it has none
         _refuse_method(method)
     return get_hf_quantizer(config, given, *args, **kwargs)
+
+
+def _written_method(config: Any) -> Any:
+    """The method that a checkpoint's configuration names, as Transformers looks for it: the text model's counts too,
+    and bitsandbytes has two, told apart by what they load in."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if not isinstance(found, dict):
+        return None
+    for bits in ("4bit", "8bit"):
+        if found.get(f"load_in_{bits}"):
+            return f"{QuantizationMethod.BITS_AND_BYTES.value}_{bits}"
+    return found.get("quant_method")
 
 
 def refuse_quantised(config: Any) -> None:
@@ -43,6 +59,19 @@ def _refuse_method(method: Any) -> None:
     name = str(getattr(method, "value", method))
     if name != "compressed-tensors":
         raise NotNative(f"a model quantised by {name}", _WHY)
+
+
+def refuse_integers(
+    offers: Mapping[str, Offer], places: Mapping[str, torch.Tensor | None], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Raise `NotNative` for integers of a quantised checkpoint that fit but are of another dtype than their places,
+    which in Transformers take the integers' dtype."""
+    for name, offer in offers.items():
+        place, wanted, found = places[name], dtypes.get(name), offer.entry.dtype
+        if place is None or found.is_floating_point or offer.entry.shape != tuple(place.shape):
+            continue
+        if found != wanted:
+            raise NotNative(f"{name}, of {found} where the model has {wanted}", "the place becomes what the value is")
 
 
 class ShapesOnly:
