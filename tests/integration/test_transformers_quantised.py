@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import weightlift as wl
@@ -207,6 +208,18 @@ def test_a_quantiser_that_is_not_native_is_asked_once(base: Path, name: str, mon
     file = base / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": entry}))
     assert asked(monkeypatch, quantiser, LlamaForCausalLM, base) == [True]
+
+
+@pytest.mark.parametrize("entry", [{"dequantize": True}, {"run_compressed": False}], ids=str)
+def test_compressed_tensors_that_say_so_themselves(
+    base: Path, entry: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they are to be dequantised is in the checkpoint's configuration: it is left to Transformers at once."""
+    folder = compressed(base, "pack-quantized")
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "quantization_config": {**written["quantization_config"], **entry}}))
+    assert asked(monkeypatch, CompressedTensorsHfQuantizer, LlamaForCausalLM, folder) == [True]
 
 
 def test_the_quantiser_of_a_text_model_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

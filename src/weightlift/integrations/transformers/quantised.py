@@ -27,31 +27,39 @@ _WHY = "its quantiser makes tensors of its own from what the checkpoint holds"
 def quantiser(config: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of Transformers' ``get_hf_quantizer``, which logs and warns: what is left to Transformers is told from
     the checkpoint's configuration, before that."""
-    method = _written_method(config)
+    written = _written(config)
+    method = _method(written)
     if method in AUTO_QUANTIZATION_CONFIG_MAPPING:  # of others Transformers itself says that it has none
         _refuse_method(method)
+        _refuse_converted(written.get("dequantize") or written.get("run_compressed") is False)
     return get_hf_quantizer(config, given, *args, **kwargs)
 
 
-def _written_method(config: Any) -> Any:
-    """The method that a checkpoint's configuration names, as Transformers looks for it: the text model's counts too,
-    and bitsandbytes has two, told apart by what they load in."""
+def _written(config: Any) -> dict[str, Any]:
+    """What a checkpoint's configuration says of its quantiser; that of the text model within it counts, too."""
     found = getattr(config, "quantization_config", None)
     if not found:
         found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    if not isinstance(found, dict):
-        return None
+    return found if isinstance(found, dict) else {}
+
+
+def _method(written: dict[str, Any]) -> Any:
+    """bitsandbytes has two, told apart by what they load in, also where no method is named."""
     for bits in ("4bit", "8bit"):
-        if found.get(f"load_in_{bits}"):
+        if written.get(f"load_in_{bits}"):
             return f"{QuantizationMethod.BITS_AND_BYTES.value}_{bits}"
-    return found.get("quant_method")
+    return written.get("quant_method")
 
 
 def refuse_quantised(config: Any) -> None:
     """Raise `NotNative` unless the quantiser of a configuration only replaces modules."""
     found = getattr(config, "quantization_config", None)
     _refuse_method(getattr(found, "quant_method", None))
-    if getattr(found, "dequantize", False) or getattr(found, "use_optimized_inference", False):
+    _refuse_converted(getattr(found, "dequantize", False) or getattr(found, "use_optimized_inference", False))
+
+
+def _refuse_converted(converted: Any) -> None:
+    if converted:
         raise NotNative("compressed tensors that are converted while they load", _WHY)
 
 
