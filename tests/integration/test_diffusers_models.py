@@ -3,6 +3,7 @@ another shape is told as Diffusers tells it."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,30 @@ OPTIONS: list[dict[str, Any]] = [
     {"disable_mmap": True},
     {"latent_channels": 4, "scaling_factor": 0.5},
 ]
+
+
+@pytest.mark.parametrize("kind", ["whole", "missing", "unexpected"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_the_log(vae: Path, dtype: torch.dtype | None, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What Diffusers says of a load, and no more."""
+    if kind == "missing":
+        rewrite(vae, lambda state: state.pop("quant_conv.bias"))
+    elif kind == "unexpected":
+        rewrite(vae, lambda state: state.update(x=torch.zeros(1)))
+    logger = logging.getLogger("diffusers")
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = True
+    said = []
+    try:
+        for load in (ORIGINAL.__func__, wl.from_pretrained):
+            caplog.clear()
+            load(AutoencoderKL, vae, torch_dtype=dtype)
+            said.append([(item.levelname, item.getMessage()) for item in caplog.records if "diffusers" in item.name])
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagates
+    assert said[1] == said[0] != []
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

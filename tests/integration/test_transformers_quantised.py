@@ -5,7 +5,6 @@ Each test is skipped where its package is not installed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.concurrency import audit
 from tests.parity.compare import FellBack, both, differences, native_only
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import weightlift as wl
 from weightlift.deferred.tape import Node
+from weightlift.integrations.exclusive import LOADING
 
 TOKENS = torch.arange(5)[None]
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -107,6 +118,30 @@ def test_a_compressed_tensor_that_is_missing(base: Path) -> None:
     assert differences(ours, theirs, values=False) == []
 
 
+def test_compressed_tensors_on_disk(base: Path, tmp_path: Path) -> None:
+    """What stays in its file keeps the flags that the quantiser gave it."""
+    folder = compressed(base, "pack-quantized")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    options = {"device_map": {**places, "model.layers": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    (ours, info), (theirs, expected) = both(LlamaForCausalLM, folder, **options)
+    assert info == expected
+    assert differences(ours, theirs) == []
+
+
+def test_integers_where_the_model_has_another_dtype(base: Path) -> None:
+    """Transformers doesn't cast what is quantised: the model gets it as it is."""
+    folder = compressed(base, "pack-quantized")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    state[name] = torch.ones_like(state[name], dtype=torch.int32)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(FellBack, match=r"int32 where the model has torch\.float32"), native_only():
+        ours = wl.from_pretrained(LlamaForCausalLM, folder)
+    assert ours.get_parameter(name).dtype == torch.int32
+    assert differences(ours, theirs) == []
+
+
 def test_compressed_tensors_from_threads(base: Path) -> None:
     folder = compressed(base, "pack-quantized")
     theirs = LlamaForCausalLM.from_pretrained(folder)
@@ -144,15 +179,58 @@ def test_what_is_not_native_is_still_right(base: Path, package: str) -> None:
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
 
 
-def test_a_quantiser_that_is_not_native_is_asked_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it warns of comes once, too."""
+ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "fp8": (FineGrainedFP8HfQuantizer, {"quant_method": "fp8"}),
+    "4 bits": (Bnb4BitHfQuantizer, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "8 bits": (Bnb8BitHfQuantizer, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "no method": (Bnb4BitHfQuantizer, {"load_in_4bit": True}),
+}
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, quantiser: Any, cls: Any, folder: Path) -> list[bool]:
+    """Whether the load was alone in the process, each time that a quantiser was asked for. It lets none pass."""
+    alone = []
+
+    def refuse(self: Any, **_: Any) -> None:
+        alone.append(LOADING.writing)
+        raise ImportError("not in this environment")
+
+    monkeypatch.setattr(quantiser, "validate_environment", refuse)
+    with pytest.raises(ImportError, match="not in this environment"):
+        wl.from_pretrained(cls, folder)
+    return alone
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_quantiser_that_is_not_native_is_asked_once(base: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says comes once, too."""
+    quantiser, entry = ASKED[name]
     file = base / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "fp8"}}))
-    asked = []
-    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **_: asked.append(self))
-    with contextlib.suppress(Exception):
-        wl.from_pretrained(LlamaForCausalLM, base)
-    assert len(asked) == 1
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": entry}))
+    assert asked(monkeypatch, quantiser, LlamaForCausalLM, base) == [True]
+
+
+@pytest.mark.parametrize("entry", [{"dequantize": True}, {"run_compressed": False}], ids=str)
+def test_compressed_tensors_that_say_so_themselves(
+    base: Path, entry: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they are to be dequantised is in the checkpoint's configuration: it is left to Transformers at once."""
+    folder = compressed(base, "pack-quantized")
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "quantization_config": {**written["quantization_config"], **entry}}))
+    assert asked(monkeypatch, CompressedTensorsHfQuantizer, LlamaForCausalLM, folder) == [True]
+
+
+def test_the_quantiser_of_a_text_model_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**small, vocab_size=64, quantization_config={"quant_method": "fp8"})
+    vision = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())["text_config"]
+    found = asked(monkeypatch, FineGrainedFP8HfQuantizer, LlavaForConditionalGeneration, tmp_path)
+    assert found == [True]
 
 
 def test_compressed_tensors_that_are_dequantised_are_not_native(base: Path) -> None:
@@ -166,3 +244,47 @@ def test_compressed_tensors_that_are_dequantised_are_not_native(base: Path) -> N
     with pytest.raises(FellBack), native_only():
         ours = wl.from_pretrained(LlamaForCausalLM, folder, quantization_config=config)
     assert differences(ours, theirs) == []
+
+
+@pytest.fixture(params=["pack-quantized", "float-quantized"])
+def experts(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A mixture of experts, compressed by the library one expert after the other, as such models are published."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    weights = WEIGHTS[request.param]
+    group = {"targets": ["Linear"], "weights": weights, "format": request.param}
+    fields = {"quant_method": "compressed-tensors", "format": request.param, "quantization_status": "compressed",
+              "ignore": ["lm_head", "re:.*gate$"], "config_groups": {"group_0": group}}  # fmt: skip
+    config = QuantizationConfig.model_validate(fields)
+    compressor = BaseCompressor.get_value_from_registry(request.param)
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**small, num_key_value_heads=2, vocab_size=64, num_local_experts=2))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        if value.ndim != 2 or ".layers." not in name or name.endswith(".gate.weight"):
+            state[name] = value
+            continue
+        rows = value.reshape(len(value), -1, weights.get("group_size", value.shape[1]))
+        local = {"weight": value, "weight_scale": (rows.abs().amax(-1) / 7).float() * 1.001}  # not a bfloat16
+        made = compressor.compress(local, config.config_groups["group_0"])
+        state |= {f"{name.removesuffix('weight')}{key}": item.contiguous() for key, item in made.items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["quantization_config"] = json.loads(config.model_dump_json())
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compressed_experts(experts: Path, dtype: torch.dtype) -> None:
+    """They are unpacked while they load, as Transformers has them in one tensor: packed integers and scales are not
+    cast before, and what comes out is not cast either."""
+    (ours, info), (theirs, expected) = both(MixtralForCausalLM, experts, dtype=dtype)
+    assert info == expected
+    assert differences(ours, theirs) == []
+    if dtype is torch.bfloat16:
+        assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)

@@ -144,6 +144,7 @@ class StandIn:
             raise ValueError(
                 f"Can't instantiate {self.__name__} model under dtype={dtype} since it is not a floating point dtype"
             )
+        _logger.info(f"Instantiating {self.__name__} model under default dtype {dtype}.")
         self._dtype = dtype
 
     def from_config(self, config: Any, **kwargs: Any) -> Any:
@@ -346,18 +347,26 @@ class Filling:
         return f"{self._wishes.name} does not fit {self._cls.__name__}; nothing was changed"
 
     def _report(self, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
-        """The warnings that Diffusers gives."""
+        """What Diffusers logs."""
         cls, name = self._cls.__name__, self._wishes.name
         if unexpected:
             _logger.warning(
                 f"Some weights of the model checkpoint at {name} were not used when initializing {cls}: \n "
                 f"{[', '.join(unexpected)]}"
             )
+        else:
+            _logger.info(f"All model checkpoint weights were used when initializing {cls}.\n")
         if missing:
             _logger.warning(
                 f"Some weights of {cls} were not initialized from the model checkpoint at {name} and are newly "
                 f"initialized: {missing}\nYou should probably TRAIN this model on a down-stream task to be able to use "
                 "it for predictions and inference."
+            )
+        elif not mismatched:
+            _logger.info(
+                f"All the weights of {cls} were initialized from the model checkpoint at {name}.\nIf your task is "
+                f"similar to the task the model of the checkpoint was trained on, you can already use {cls} for "
+                "predictions without further training."
             )
         if mismatched:
             lines = "\n".join(

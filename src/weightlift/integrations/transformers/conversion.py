@@ -51,6 +51,21 @@ class _Group:
     keys: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """What Transformers makes of a checkpoint's tensor before it gives it to a converter's code."""
+
+    quantiser: Any
+    converter: Any
+    dtype: torch.dtype | None
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtype
+        if self.quantiser is not None:
+            dtype = self.quantiser.get_new_dtype(self.converter, tensor, dtype)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
 def convert(
     model: Any,
     checkpoint: Checkpoint,
@@ -58,9 +73,11 @@ def convert(
     expected: Mapping[str, torch.Tensor | None],
     dtypes: Mapping[str, torch.dtype],
     extra_state: Collection[str],
+    quantiser: Any = None,
 ) -> Conversion:
     """Name and convert all keys. ``expected`` are the model's state-dict names, ``extra_state`` those of them that are
-    given to ``set_extra_state``; ``dtypes`` what loaded ones become."""
+    given to ``set_extra_state``; ``dtypes`` what loaded ones become. A ``quantiser`` says what is cast to that before
+    a converter computes: packed integers are not."""
     renamings = [item for item in transforms if isinstance(item, core.WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, core.WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
@@ -87,7 +104,8 @@ def convert(
 
         wholes = Wholes()
     for name, group in groups.items():
-        _convert_group(model, checkpoint, name, group, dtypes, done, wholes)
+        cast = _Cast(quantiser, group.converter, dtypes.get(name))
+        _convert_group(model, checkpoint, name, group, cast, done, wholes)
     for name in [name for name in done.offers if name not in expected]:
         done.unexpected.add(name)
         del done.offers[name]
@@ -99,7 +117,7 @@ def _convert_group(
     checkpoint: Checkpoint,
     name: str,
     group: _Group,
-    dtypes: Mapping[str, torch.dtype],
+    cast: _Cast,
     done: Conversion,
     wholes: Wholes,
 ) -> None:
@@ -114,7 +132,7 @@ def _convert_group(
         done.errors[name] = traceback.format_exc()
         return
     try:
-        values = _computed(model, checkpoint, name, group, dtypes.get(name))
+        values = _computed(model, checkpoint, name, group, cast)
     except Exception as error:
         operations = ", ".join(type(item).__name__ for item in group.converter.operations)
         done.errors[name] = f"{traceback.format_exc()}{error}\nError: {operations} on tensors destined for {name}"
@@ -158,16 +176,9 @@ def _run(model: Any, converter: Any, name: str, tensors: Mapping[str, list[Any]]
 
 
 def _computed(
-    model: Any, checkpoint: Checkpoint, name: str, group: _Group, dtype: torch.dtype | None
+    model: Any, checkpoint: Checkpoint, name: str, group: _Group, cast: _Cast
 ) -> dict[str, torch.Tensor]:
     with outside_modes():
-        tensors = {
-            pattern: [_read(checkpoint, key, dtype) for key in keys] for pattern, keys in group.keys.items()
-        }
+        tensors = {pattern: [cast(checkpoint.read(key)) for key in keys] for pattern, keys in group.keys.items()}
         made = _run(model, group.converter, name, tensors)
         return {target: value.detach().contiguous() for target, value in made.items()}
-
-
-def _read(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = checkpoint.read(key)
-    return tensor if dtype is None else tensor.to(dtype)

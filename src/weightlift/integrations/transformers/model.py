@@ -41,7 +41,7 @@ from weightlift.integrations.transformers.hooks import refuse_hooks, refuse_part
 from weightlift.integrations.transformers.init import build, initialise, tie
 from weightlift.integrations.transformers.offload import Offload
 from weightlift.integrations.transformers.options import refuse, refuse_fusion
-from weightlift.integrations.transformers.quantised import ShapesOnly, quantiser, refuse_quantised
+from weightlift.integrations.transformers.quantised import ShapesOnly, quantiser, refuse_integers, refuse_quantised
 from weightlift.options import LoadOptions
 from weightlift.plan.match import Supply
 from weightlift.plan.records import Action, Decisions, Row
@@ -190,8 +190,9 @@ class Filling:
             self._report(info)
         supplied = set(self._state) if self._unfilled else supplied
         tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
-        for slot in self._slots:  # Transformers makes every parameter anew
-            if slot.kind == "parameter":
+        as_built = self._in_files(supplied)
+        for slot in self._slots:  # Transformers makes all the other parameters anew
+            if slot.kind == "parameter" and slot.fqn not in as_built:
                 slot.tensor.requires_grad_(slot.tensor.is_floating_point())
         self._built.extend(lambda: initialise(self._model, tensors))
         decisions, subject = self._decide(done)
@@ -218,7 +219,13 @@ class Filling:
             for name, tensor in self._state.items()
             if tensor is not None
         }
-        done = convert(self._model, self._checkpoint, transforms, expected, dtypes, self._extra_state)
+        quantiser = self._config.hf_quantizer
+        done = convert(self._model, self._checkpoint, transforms, expected, dtypes, self._extra_state, quantiser)
+        if quantiser is not None:
+            refuse_integers(done.offers, self._state, dtypes)
+        for name, offer in done.offers.items():
+            if offer.entry.key in done.computed:  # which becomes the model's as it is
+                self._plan_dtypes[name] = offer.entry.dtype
         self._model._weight_conversions = [item for item in transforms if item.was_used()]
         return done
 
@@ -313,6 +320,13 @@ class Filling:
             return {}
         places = expand_device_map(self._config.device_map, names)
         return {name: str(torch.device("cpu" if place == "disk" else place)) for name, place in places.items()}
+
+    def _in_files(self, supplied: set[str]) -> set[str]:
+        """The names whose values stay there."""
+        if self._offload is None:
+            return set()
+        places = expand_device_map(self._config.device_map, list(supplied))
+        return {name for name in supplied if places[name] == "disk"}
 
     def _finish(self) -> None:
         """The rest of what Transformers leaves behind: which ties turned out to be none."""
