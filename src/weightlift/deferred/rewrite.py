@@ -219,7 +219,7 @@ class _Rehearsal:
         if lazy or not self._doubles.stands_in(module):
             return
         if _can_hold(tensor, value):
-            tensor.copy_(value.reshape(tensor.shape))
+            tensor.copy_(value if value.shape == tensor.shape else value.reshape(tensor.shape))
             self._filled.note(key, tensor, offered=True)
 
     def _call_override(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:

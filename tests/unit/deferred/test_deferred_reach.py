@@ -17,6 +17,7 @@ import weightlift as wl
 from weightlift.deferred import rewrite as rewriting
 from weightlift.deferred.doubles import Doubles
 from weightlift.deferred.reach import needs_double
+from weightlift.deferred.recorder import Recorder
 
 Hook = Callable[..., Any]
 
@@ -167,6 +168,45 @@ def test_a_hook_of_the_state_alone_doubles_nothing(monkeypatch: pytest.MonkeyPat
     reaching.register_load_state_dict_pre_hook(of_module)
     got = wl.load(reaching, state).state_dict()
     assert all(torch.equal(got[key], wanted[key]) for key in wanted) and len(made) > 20
+
+
+class Tables(nn.Module):
+    def __init__(self, table: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2) for _ in range(20)])
+        for layer in self.layers:
+            layer.table = table
+        self.register_load_state_dict_pre_hook(of_module)
+
+
+def test_a_table_that_modules_share_is_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, mapped = 0, Doubles._map
+
+    def counted(self: Doubles, value: Any) -> Any:
+        nonlocal count
+        count += 1
+        return mapped(self, value)
+
+    module = Tables(tuple(range(1000)))
+    monkeypatch.setattr(Doubles, "_map", counted)
+    wl.load(module, {key: value + 1 for key, value in module.state_dict().items()})
+    assert 1000 < count < 3000
+
+
+def test_a_double_costs_few_calls_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, dispatch = 0, Recorder._dispatch
+
+    def counted(self: Recorder, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return dispatch(self, *args)
+
+    module = Tables(())
+    state = {key: value + 1 for key, value in module.state_dict().items()}
+    monkeypatch.setattr(Recorder, "_dispatch", counted)
+    wl.load(module, state)
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+    assert calls <= 2 * len(state)
 
 
 # -- torch's older spectral norm --------------------------------------------------------------------------------------
