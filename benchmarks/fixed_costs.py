@@ -64,6 +64,18 @@ class Overriding(nn.Linear):
         super()._load_from_state_dict(*args)  # type: ignore[arg-type]
 
 
+class Renaming(nn.Linear):
+    """With a hook for the state dict, which does not look at the module."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self._register_load_state_dict_pre_hook(self.rename)
+
+    def rename(self, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 4),
     "conv": lambda: nn.Conv2d(4, 4, 3),
@@ -77,6 +89,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "a table": WithTable,
     "a table by numbers": ByNumbers,
     "its own loading": Overriding,
+    "a renaming hook": Renaming,
 }
 
 

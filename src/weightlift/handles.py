@@ -25,8 +25,8 @@ from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
 from weightlift.options import LoadOptions, require_known
-from weightlift.plan.prefixes import find
 from weightlift.plan.records import Decisions
+from weightlift.plan.remedies import find
 from weightlift.plan.report import LoadReport, as_json, report, table
 from weightlift.supply import decide
 from weightlift.transfer import trace_page
@@ -318,9 +318,9 @@ def _log_outcome(decisions: Decisions, options: LoadOptions) -> None:
     """One record a load: INFO, or a warning that names what did not match. Of ties `settled` has told."""
     summary = report(decisions)
     warning = summary.warning()
-    prefix = find(decisions.rows, set(decisions.announced_unexpected)) if warning else None
-    if prefix is not None:
-        warning = f"{prefix}: {prefix.hint(options.key_mapping)}; {warning}"
+    remedy = find(decisions.rows, decisions.unexpected, {}, options.key_mapping) if warning else None
+    if remedy is not None:
+        warning = f"{remedy}: {remedy.hint(options.key_mapping)}; {warning}"
     _log.log(
         logging.WARNING if warning else logging.INFO,
         "%s into %s: %s", decisions.source, decisions.module, warning or summary.headline(),

@@ -71,6 +71,8 @@ class Doubles:
         self._on_extra_state = on_extra_state
         self._made: dict[int, tuple[Any, Any]] = {}  # id of an original → it and what stands for it
         self._originals: dict[int, Any] = {}  # id of what stands for something → the original
+        self._as_they_are: dict[int, tuple[Any, ...]] = {}  # id of a tuple in which nothing is made anew → it
+        self._unfinished = 0  # functions that are being made
         self._modules: list[_Pair] = []
         self._containers: list[_Pair] = []
         self._tensors: list[_Pair] = []
@@ -157,12 +159,16 @@ class Doubles:
         elif not isinstance(value, set):
             for number, item in enumerate(value):
                 made[number] = self._map(item)
-        self._containers.append(_Pair(value, made, made.copy()))
+        self._containers.append(_Pair(value, made, made.copy() if made else ()))
         return made
 
     def _map_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if id(value) in self._as_they_are:
+            return value
         made = tuple(self._map(item) for item in value)
         if all(new is old for new, old in zip(made, value)):
+            if not self._unfinished:
+                self._as_they_are[id(value)] = value  # there may be one large table that every module refers to
             return value
         self._remember(value, made)
         return made
@@ -207,12 +213,14 @@ class Doubles:
         cells = function.__closure__ or ()
         # A function may be in its own closure: it stands for itself until all that it holds is known.
         self._made[id(function)] = function, function
+        self._unfinished += 1
         held = [content_of(cell) for cell in cells]
         mapped = [self._map_held(item) for item in held]
         defaults = function.__defaults__ and tuple(self._map_held(item) for item in function.__defaults__)
         given = function.__kwdefaults__ or {}
         named = {name: self._map_held(item) for name, item in given.items()}
         del self._made[id(function)]
+        self._unfinished -= 1
         same = all(new is old for new, old in zip(mapped, held))
         same = same and all(new is old for new, old in zip(defaults or (), function.__defaults__ or ()))
         if same and all(given[name] is item for name, item in named.items()):
@@ -307,8 +315,9 @@ class Doubles:
         self._modules.clear()
         self._containers.clear()
         self._tensors.clear()
-        for held in (self._made, self._originals, self._marks, self._records):
-            held.clear()
+        held: tuple[dict[int, Any], ...] = self._made, self._originals, self._marks, self._records, self._as_they_are
+        for items in held:
+            items.clear()
 
 
 def content_of(cell: types.CellType) -> Any:

@@ -3,9 +3,9 @@ other.
 
 ``load_state_dict`` lets a module rename, split and upgrade what it is given, fit itself to it, and forgive or complain:
 pre-hooks, an overridden ``_load_from_state_dict``, ``_version``. Here the walk of ``load_state_dict`` is gone through
-with stand-ins for the checkpoint's values and doubles for the modules that have such code and for all that these refer
-to. A value that comes out under another name is a renaming and costs nothing; one that was computed, or looked at, is
-read then and there.
+with stand-ins for the checkpoint's values and doubles for the modules that such code can get at and for all that these
+refer to. A value that comes out under another name is a renaming and costs nothing; one that was computed, or looked
+at, is read then and there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from weightlift.deferred.doubles import Doubles
 from weightlift.deferred.filled import Filled
 from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.inventory import Inventory, Kind, Slot, has_extra_state, is_lazy, storage_address, users_of
+from weightlift.deferred.reach import needs_double
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import label_samples
 from weightlift.deferred.rewritten import Refit, Rewritten, State
@@ -31,7 +32,6 @@ from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
 from weightlift.deferred.walk import (
     does_nothing,
-    has_post_hooks,
     has_state_hooks,
     is_overridden,
     partition,
@@ -54,16 +54,17 @@ def rewrite(inventory: Inventory, state: State, recorder: Recorder | None, seed:
     named = zip(inventory.prefixes, inventory.modules)
     special = [(prefix, module) for prefix, module in named if has_state_hooks(module)]
     names = ChainMap[str, Any](state.tensors, state.extras)  # type: ignore[arg-type]
-    if all(does_nothing(module, prefix, names) for prefix, module in special):
+    if all(does_nothing(module, prefix, names, state.metadata or {}) for prefix, module in special):
         return None
-    with _Rehearsal(inventory, state, recorder, seed, [module for _, module in special]) as rehearsal:
+    doubled = [module for _, module in special if needs_double(module)]
+    with _Rehearsal(inventory, state, recorder, seed, doubled) as rehearsal:
         return rehearsal.outcome()
 
 
 def forgiven(inventory: Inventory, state: State, recorder: Recorder | None, seed: int) -> tuple[list[str], list[str]]:
     """The names that are missing and unexpected once the post hooks, too, have been asked; on doubles again."""
-    special = [module for module in inventory.modules if has_state_hooks(module) or has_post_hooks(module)]
-    with _Rehearsal(inventory, state, recorder, seed, special, post=True) as rehearsal:
+    doubled = [module for module in inventory.modules if needs_double(module, post=True)]
+    with _Rehearsal(inventory, state, recorder, seed, doubled, post=True) as rehearsal:
         return rehearsal.missing, rehearsal.unexpected
 
 
@@ -76,7 +77,7 @@ class _Rehearsal:
         state: State,
         recorder: Recorder | None,
         seed: int,
-        special: list[nn.Module],
+        doubled: list[nn.Module],
         *,
         post: bool = False,
     ) -> None:
@@ -87,7 +88,7 @@ class _Rehearsal:
         self._built_under = recorder
         self._recorder = Recorder(seed=seed) if recorder is None else recorder
         self._post = post
-        self._special = special
+        self._special = doubled
         self._metadata = {name: dict(item) for name, item in (state.metadata or {}).items()}
         self._functions = FunctionRecorder(self._recorder)  # for the module's code alone: ours does without
         self._stand_ins = StandIns(self._recorder, state.read, self._settle_own)
@@ -124,7 +125,7 @@ class _Rehearsal:
         self._visit(self._doubles.find(self._inventory.module), "", state)
 
     def _double_modules(self) -> None:
-        """Modules with code of their own, all that these refer to, and whatever shares memory with any of them."""
+        """Modules that code of theirs can get at, all that these refer to, and what shares memory with any of them."""
         more, slots = self._special, self._inventory.slots
         addresses = [storage_address(slot.tensor) for slot in slots]
         users = users_of(slots, addresses)
@@ -218,7 +219,7 @@ class _Rehearsal:
         if lazy or not self._doubles.stands_in(module):
             return
         if _can_hold(tensor, value):
-            tensor.copy_(value.reshape(tensor.shape))
+            tensor.copy_(value if value.shape == tensor.shape else value.reshape(tensor.shape))
             self._filled.note(key, tensor, offered=True)
 
     def _call_override(self, module: nn.Module, prefix: str, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ copying it elsewhere or handing it on runs nothing, and what became of it can be
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from weightlift.ambient import outside_modes
+from weightlift.deferred.calls import DTYPES
 from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.schema import is_plain
@@ -64,7 +66,11 @@ class StandIns:
 
     def offered(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A row-major tensor on the CPU for the value that the checkpoint offers as ``name``."""
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        numel = math.prod(shape)
+        if numel and dtype in DTYPES:
+            tensor = self._recorder.bear(shape, numel, dtype)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
         record = self._recorder.record_of(tensor)
         if record is None:  # nothing to put off in an empty tensor
             self._empty[id(tensor)] = tensor, name
@@ -113,9 +119,12 @@ class StandIns:
                 return self._own_values(tensor)
             self._storages[storage._cdata] = self._own_storage(tensor, storage)
         made = self._storages[storage._cdata].untyped_storage()
-        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-            made, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        # There is nothing to record in an empty tensor and where it is put, and the way through the mode is long.
+        guard = torch._C._DisableTorchDispatch()
+        shown = torch.empty(0, dtype=tensor.dtype, device="cpu")
+        shown.set_(made, tensor.storage_offset(), tensor.shape, tensor.stride())
+        del guard
+        return shown
 
     def _own_storage(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
         whole, record = self._recorder.reserve(storage.nbytes(), torch.uint8)

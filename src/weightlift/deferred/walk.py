@@ -3,13 +3,14 @@ each child's part of the state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from weightlift.deferred.inventory import Kind
 
@@ -19,7 +20,9 @@ def _loading_of(kind: type) -> list[object]:
     return [found for base in kind.__mro__ if (found := base.__dict__.get("_load_from_state_dict")) is not None]
 
 
+_PLAIN = _loading_of(nn.Module)
 _BATCH_NORM, _INSTANCE_NORM = _loading_of(_NormBase), _loading_of(_InstanceNorm)
+_SPECTRAL = SpectralNormLoadStateDictPreHook.__call__
 
 
 def is_overridden(module: nn.Module) -> bool:
@@ -43,17 +46,41 @@ def fills_in_a_count(module: nn.Module) -> bool:
     return "_load_from_state_dict" not in module.__dict__ and _loading_of(type(module)) == _BATCH_NORM
 
 
-def does_nothing(module: Any, prefix: str, names: Container[str]) -> bool:
-    """True when what a module has of its own does nothing for a state of these names, without regard to versions: that
-    of torch's norms has to do with names that files of old lack, or have."""
-    if module._load_state_dict_pre_hooks or "_load_from_state_dict" in module.__dict__:
+def does_nothing(
+    module: Any, prefix: str, names: Container[str], metadata: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """True when what a module has of its own does nothing for a state of these names and with this ``_metadata``: that
+    of torch's norms has to do with names that files of old lack, or have, whatever their version."""
+    if "_load_from_state_dict" in module.__dict__:
+        return False
+    local = metadata.get(prefix[:-1], {})
+    if not all(_is_up_to_date(hook, prefix, names, local) for hook in module._load_state_dict_pre_hooks.values()):
         return False
     loading = _loading_of(type(module))
+    if loading == _PLAIN:
+        return True
     if loading not in (_BATCH_NORM, _INSTANCE_NORM):
         return False
     if module.track_running_stats:
         return prefix + "num_batches_tracked" in names
     return not (loading == _INSTANCE_NORM and any(prefix + name in names for name in ("running_mean", "running_var")))
+
+
+def _is_up_to_date(hook: Any, prefix: str, names: Container[str], local: Mapping[str, Any]) -> bool:
+    """True for the hook of torch's older spectral norm where a state is as it saves it today."""
+    called = getattr(hook, "hook", None)
+    if type(called) is not SpectralNormLoadStateDictPreHook or type(called.fn) is not SpectralNorm or hook.with_module:
+        return False
+    if type(called).__call__ is not _SPECTRAL or type(called.fn.name) is not str:
+        return False
+    versions = local.get("spectral_norm", {})
+    if type(versions) is not dict:
+        return False
+    key = prefix + called.fn.name
+    version = versions.get(f"{called.fn.name}.version")
+    if version is None:
+        return key not in names and all(f"{key}_{part}" in names for part in ("orig", "u", "v"))
+    return type(version) is int and version >= 1
 
 
 def has_post_hooks(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,10 @@ from dataclasses import dataclass
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import Problem
 from weightlift.options import KeyMapping
+from weightlift.plan.heads import Names, has_whole_parts
 from weightlift.plan.records import Offer
+
+_MANY = 50  # patterns that are worth a look at the names first
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,22 @@ def renamed(keys: Iterable[str], key_mapping: KeyMapping) -> Renamed:
 
 def _by_patterns(keys: Sequence[str], key_mapping: Mapping[str, str]) -> Renamed:
     names, idle = list(keys), []
+    known = Names(names) if sum(map(has_whole_parts, key_mapping)) >= _MANY else None
     for text, replacement in key_mapping.items():
         pattern = re.compile(text)
-        after = [pattern.sub(replacement, name) for name in names]
+        places = range(len(names)) if known is None else known.matching(text)
+        before = names if len(places) == len(names) else [names[place] for place in places]
+        after = [pattern.sub(replacement, name) for name in before]
         # A name that does not match comes back as the same object, so that comparing costs next to nothing.
-        if after == names and keys and not any(map(pattern.search, names)):
-            idle.append(text)
-        names = after
+        if after == before:
+            if keys and not any(map(pattern.search, before)):
+                idle.append(text)
+        elif known is None:
+            names = after
+        else:
+            for number in itertools.compress(range(len(before)), map(operator.is_not, before, after)):
+                names[places[number]] = after[number]
+                known.add(places[number], after[number])
     return Renamed(dict(zip(keys, names, strict=True)), tuple(idle))
 
 

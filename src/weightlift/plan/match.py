@@ -14,9 +14,9 @@ from weightlift.errors import Problem
 from weightlift.options import LoadOptions
 from weightlift.plan.overlap import overlays, share_memory
 from weightlift.plan.placement import device_of, dtype_of
-from weightlift.plan.prefixes import in_short
 from weightlift.plan.problems import lacking, mismatched, unfillable, unfit, unplaced, without_value
 from weightlift.plan.records import Action, Check, Decisions, Offer, Row, Unexpected
+from weightlift.plan.remedies import in_short
 from weightlift.strides import can_fill, has_overlap, is_expanded
 from weightlift.unstrided import MKLDNN
 
@@ -42,6 +42,11 @@ class Supply:
     unexpected: tuple[Unexpected, ...] | None = None
     hook_missing: tuple[str, ...] = ()
 
+    def present(self) -> dict[str, str]:
+        """Key → name of all that is offered."""
+        others = {key: name for name, key in self.others.items()}
+        return {**{offer.key: name for name, offer in self.offers.items()}, **others}
+
 
 def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: bool = False) -> Decisions:
     """Decide what happens to every tensor of ``spec``. What speaks against the plan is in its problems, not raised.
@@ -65,7 +70,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
         extra = [(item, unplaced(item)) for item in unexpected]
-        problems += in_short(lacks, extra, rows, options.key_mapping)
+        problems += in_short(lacks, extra, rows, supply.present, options.key_mapping)
     problems += without_value(spec, rows, options)
     return Decisions(
         module=spec.name,

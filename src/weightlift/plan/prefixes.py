@@ -1,21 +1,17 @@
-"""A prefix on all names of a checkpoint, or of a module: what training frameworks wrap around a model. Told as one
-problem with its remedy, instead of as two for every tensor.
-"""
+"""A prefix on all names of a checkpoint, or of a module: what training frameworks wrap around a model."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from weightlift.errors import Problem
 from weightlift.options import KeyMapping
-from weightlift.plan.records import Row, Unexpected
+from weightlift.plan.records import Row
 
 _CANDIDATES = 100
-_MANY = 5  # fewer are better listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +34,7 @@ class Prefix:
         if given is not None and not isinstance(given, Mapping):
             return f"have key_mapping {'put it before every key' if self.add else 'take it off'}"
         pattern, replacement = ("^", self.text.replace("\\", r"\\")) if self.add else (f"^{re.escape(self.text)}", "")
-        pairs = [*(given or {}).items(), (pattern, replacement)]
-        return f"pass key_mapping={{{', '.join(f'{_quoted(key)}: {_quoted(value)}' for key, value in pairs)}}}"
+        return as_key_mapping(given, [(pattern, replacement)])
 
     def of_checkpoint(self, fqn: str) -> str | None:
         """The checkpoint's name for one of the module."""
@@ -48,7 +43,7 @@ class Prefix:
         return fqn.removeprefix(self.text) if fqn.startswith(self.text) else None
 
 
-def find(rows: Sequence[Row], unexpected: Collection[str]) -> Prefix | None:
+def find_prefix(rows: Sequence[Row], unexpected: Collection[str]) -> Prefix | None:
     """The one prefix that keeps every missing name of ``rows`` from its value among the ``unexpected`` names, if there
     is one and its change leaves what is loaded as it is."""
     if not unexpected:
@@ -86,46 +81,23 @@ def _candidates(names: Iterable[str], unexpected: Collection[str]) -> Iterator[t
                 yield name[: dot.end()], True
 
 
-def in_short(
-    missing: Sequence[Problem],
-    unexpected: Sequence[tuple[Unexpected, Problem]],
-    rows: Sequence[Row],
-    key_mapping: KeyMapping | None,
-) -> list[Problem]:
-    """The problems of names that do not meet; where a prefix is behind them, one that says so before those that follow
-    from it."""
-    extra = {item.name for item, _ in unexpected}
-    prefix = find(rows, extra) if missing else None
-    if prefix is None:
-        beside = None if missing or key_mapping is not None else _beside([item.name for item, _ in unexpected], rows)
-        problems = [problem if beside is None else replace(problem, implied=True) for _, problem in unexpected]
-        return [*missing, *([] if beside is None else [beside]), *problems]
-    known = {row.fqn for row in rows}.union(problem.fqn for problem in missing if problem.fqn is not None)
-    ours = {prefix.of_checkpoint(fqn) for fqn in known}
-    told = Problem(str(prefix), hint=prefix.hint(key_mapping))
-    met = [
-        problem.fqn in prefix.names or (problem.fqn is not None and prefix.of_checkpoint(problem.fqn) in extra)
-        for problem in missing
-    ]
-    return [
-        told,
-        *(replace(problem, implied=implied) for problem, implied in zip(missing, met, strict=True)),
-        *(replace(problem, implied=item.name in ours) for item, problem in unexpected),
-    ]
+def as_key_mapping(given: Mapping[str, str] | None, pairs: Iterable[tuple[str, str]]) -> str:
+    """The ``pairs`` after those of a user's mapping, ready to be passed."""
+    items = with_pairs(given or {}, pairs).items()
+    return f"pass key_mapping={{{', '.join(f'{quoted(pattern)}: {quoted(name)}' for pattern, name in items)}}}"
 
 
-def _beside(names: Sequence[str], rows: Sequence[Row]) -> Problem | None:
-    """Where nothing is missing, and all that is too much lies under one part that the module has not: averaged weights
-    beside the others, an optimiser's state."""
-    first = names[0].partition(".")[0] + "." if len(names) >= _MANY else ""
-    if not first or not all(name.startswith(first) for name in names) or any(row.fqn.startswith(first) for row in rows):
-        return None
-    drop = f"key_mapping=lambda key: None if key.startswith({_quoted(first)}) else key"
-    what = f"all {len(names)} keys that the module has no place for begin with {first!r}"
-    return Problem(what, hint=f"pass strict=False to leave them out, or drop them: {drop}")
+def with_pairs(given: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """A key mapping with further ``pairs`` at its end."""
+    found = dict(given)
+    for pattern, name in pairs:
+        while pattern in found:  # twice in turn takes two ways to write it
+            pattern = f"(?:{pattern})"
+        found[pattern] = name
+    return found
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """As a user would write it in Python."""
     if '"' in text or text.endswith("\\") or not text.isprintable():
         return repr(text)
