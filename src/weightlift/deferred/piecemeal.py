@@ -1,8 +1,8 @@
 """Storages that a constructor fills piece by piece: a table of positions, written number by number.
 
 Recording a call costs several times what a small one takes, and some 0.6 kB. A storage that keeps being written to is
-therefore given its values after all, and changed at once from there on, as soon as it is small beside the number of
-the calls.
+therefore given its values after all, as soon as it is small beside the number of the calls, and changed at once from
+there on: as long as nothing waits that has to be run for it, so that no sample is ever drawn for its sake.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from __future__ import annotations
 from torch._ops import OpOverload
 
 from weightlift.deferred.replay import needed
-from weightlift.deferred.tape import Node, Record
+from weightlift.deferred.tape import Node, Record, live_readers
 
 _FIRST = 64  # calls; asked again whenever there are twice as many, so that asking stays linear
+_PIECE_BYTES = 64 << 10
 _BYTES_A_CALL = 16 << 10  # so that few calls on a large weight, as ``dirac_`` makes them, commit no memory for it
+
+
+def is_ready(record: Record) -> bool:
+    """Whether a part of it can be written to at once."""
+    return record.at_once and record.opened and not record.pending and not live_readers(record)
 
 
 def is_time_to_ask(record: Record) -> bool:
@@ -29,7 +35,15 @@ def pieces(record: Record) -> list[Node]:
     It does where samples are among them, which are seeded by the name that they are for, or what reads a checkpoint.
     """
     nodes = needed([record])
+    return nodes if _are_cheap(nodes, record.pieces * _BYTES_A_CALL) else []
+
+
+def may_run(records: list[Record]) -> bool:
+    """Whether what a piece is made of can have its values for it now."""
+    return not records or _are_cheap(needed(records), _PIECE_BYTES)
+
+
+def _are_cheap(nodes: list[Node], most: int) -> bool:
     if any(node.random or not isinstance(node.func, OpOverload) for node in nodes):
-        return []
-    nbytes = sum(written.nbytes for written in {written for node in nodes for written in node.writes})
-    return nodes if nbytes <= record.pieces * _BYTES_A_CALL else []
+        return False
+    return sum(written.nbytes for written in {written for node in nodes for written in node.writes}) <= most

@@ -34,7 +34,7 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
-from weightlift.deferred.piecemeal import is_time_to_ask, pieces
+from weightlift.deferred.piecemeal import is_ready, is_time_to_ask, may_run, pieces
 from weightlift.deferred.refusals import Trials
 from weightlift.deferred.replay import Walk, needed
 from weightlift.deferred.reserve import Reservations
@@ -164,9 +164,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return record
 
     def takes_writes(self, tensor: torch.Tensor) -> bool:
-        """Whether a write to it can be made at once, with nothing to run before."""
+        """Whether a part of it can be written to at once, with nothing to run before: then it is taken to be."""
         record = self.record_of(tensor)
-        return record is not None and record.pinned and record.opened and not record.pending
+        if record is None or not is_ready(record):
+            return False
+        record.pieces += 1
+        return True
 
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
@@ -262,6 +265,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record = self.record_of(tensor)
         if record is None or record.pinned or (random and self._seeding.seeded()):
             return False
+        if record.at_once and not random and not (overwrites and TensorRef(record, tensor).covers()):
+            return False
         self.trials.make(func, tensor, values, random=random)
         self.append_alone(func, record, tensor, values, overwrites, random)
         return True
@@ -278,6 +283,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         targets = [target for item in named for target in (item if type(item) is list else (item,))]
         records = [self.record_of(target) for target in targets]
         if any(record is None or record.pinned for record in records) or self._samples_now(call, kwargs):
+            return self._now(func, call, args, kwargs)
+        if records[0] is not None and records[0].at_once and self._is_piece(call, targets, args, kwargs):
             return self._now(func, call, args, kwargs)
         beside = [tensor for tensor in tensors_in((args, kwargs)) if self.record_of(tensor) is records[0]]
         if not self.trials.may_wait(func, call, targets, args, kwargs, beside):
@@ -298,11 +305,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._changed_a_part(record, func)
         return result_of(func, targets)
 
+    def _is_piece(self, call: Call, targets: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
+        """Whether a call writes to a part of a storage that is written to at once, and needs nothing that waits."""
+        record = self.record_of(targets[0])
+        if len(targets) != 1 or call.random or record is None or not is_ready(record):
+            return False
+        if call.overwrites and TensorRef(record, targets[0]).covers():
+            return False
+        found = map(self.record_of, tensors_in((args, kwargs)))
+        return may_run([other for other in found if other is not None and other.pending])
+
     def _changed_a_part(self, record: Record, why: Any) -> None:
         """Counts a recorded call. Where very many change one storage, they are run, and later ones not put off."""
         if is_time_to_ask(record) and (nodes := pieces(record)):
-            self._execute(nodes, why)
-            self._pin(record, why)
+            with contextlib.suppress(Exception):  # what then waits raises where its values are asked for
+                self._execute(nodes, why)
+                record.memory()
+                record.at_once = True
 
     def _samples_now(self, call: Call, kwargs: Any) -> bool:
         return call.random and (kwargs.get("generator") is not None or self._seeding.seeded())
@@ -372,6 +391,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             target = kwargs.get(name) if isinstance(name, str) else args[name]
             for tensor in tensors_in(target):
                 self.settle_readers(tensor, func)
+                if (record := self.record_of(tensor)) is not None:
+                    record.pieces += 1
         if lazily:  # within the call there may be lazy views, too
             with lazy_views_as_they_are():
                 return func(*args, **kwargs)
@@ -379,24 +400,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
         """Run what has to read this memory before it is changed at once."""
-        if (record := self.record_of(tensor)) is not None:
-            self._settle_readers(record, why)
-
-    def _settle_readers(self, record: Record, why: Any) -> None:
-        if readers := live_readers(record):
+        record = self.record_of(tensor)
+        if record is not None and (readers := live_readers(record)):
             self._execute(Walk().needed_by(readers), why)
 
     def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
         """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
         self.force_tensors(tensors, why)
         for tensor in tensors:
-            if (record := self.record_of(tensor)) is not None:
-                self._pin(record, why)
-
-    def _pin(self, record: Record, why: Any) -> None:
-        """No later write to it is put off, so what has to read it as it is now does."""
-        self._settle_readers(record, why)
-        record.pinned = True
+            record = self.record_of(tensor)
+            if record is not None:
+                self.settle_readers(tensor, why)  # before somebody writes there
+                record.pinned = True
 
     def _next_read_label(self) -> str:
         self._sampled_reads += 1

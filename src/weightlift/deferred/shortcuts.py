@@ -133,6 +133,7 @@ class Shortcuts:
             and (type(index) is int or (type(index) is tuple and all(type(item) is int for item in index)))
             and _dispatch_modes() == 1
             and _dispatch_mode(0) is recorder
+            and _function_modes() == 0  # of the caller's, which may look at what has no values yet
             and not is_watched()
             and recorder.takes_writes(tensor)
         ):

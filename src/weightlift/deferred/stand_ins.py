@@ -168,7 +168,7 @@ class StandIns:
     def state(self, tensor: torch.Tensor) -> object:
         """What stands written in a tensor's memory: the same for all that show it."""
         record = self.record_of(tensor)
-        return None if record is None else (record.last, record.pinned)
+        return None if record is None else (record.last, record.pinned, record.pieces)
 
     def record_of(self, tensor: torch.Tensor) -> Record | None:
         """The tape of what a tensor shows, if it has one."""
@@ -190,7 +190,7 @@ class StandIns:
         if id(tensor) in self._empty:
             return Offered(self._empty[id(tensor)][1], tuple(tensor.shape))
         record = self._recorder.record_of(tensor)
-        if record is None or record.pinned or tensor.layout is not torch.strided:
+        if record is None or record.pinned or record.at_once or tensor.layout is not torch.strided:
             return None
         here = TensorRef(record, tensor)
         if record in self._first and record.last is self._first[record]:

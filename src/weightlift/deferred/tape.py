@@ -33,7 +33,8 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     """
 
     __slots__ = (
-        "block", "key", "label", "last", "nbytes", "offset", "opened", "pieces", "pinned", "readers", "scratch",
+        "at_once", "block", "key", "label", "last", "nbytes", "offset", "opened", "pieces", "pinned", "readers",
+        "scratch",
     )  # fmt: skip
 
     key: int
@@ -42,7 +43,8 @@ class Record(weakref.ref):  # type: ignore[type-arg]
     offset: int
     last: Node | None
     readers: Readers | None
-    pinned: bool
+    pinned: bool  # somebody else may hold the memory
+    at_once: bool  # it is written piece by piece, and no longer waits for that: `weightlift.deferred.piecemeal`
     pieces: int
     opened: bool
     label: str | None
@@ -118,7 +120,7 @@ def new_record(
     record.block = block
     record.offset = offset
     record.opened = not (block.sealed or block.piecewise)
-    record.pinned = False
+    record.pinned = record.at_once = False
     record.pieces = 0
     record.last = record.readers = record.label = record.scratch = None
     return record

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import weightlift as wl
 from weightlift.deferred.functions import FunctionRecorder
@@ -199,3 +200,112 @@ def test_another_mode_sees_the_write(recorder):
         fake = torch.empty(3, 4)
         fake[0, 0] = 1.0
         assert fake.fake_mode is mode
+
+
+class Overriding(nn.Module):
+    """Looks at its weight and then writes it piece by piece."""
+
+    def __init__(self, base, count):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(100))
+        self.base, self.count = base, count
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}weight", None)
+        with torch.no_grad():
+            table = self.weight.data
+            float(table.sum())
+            for place in range(self.count):
+                table[place] = float(self.base + place)
+
+
+@pytest.mark.parametrize("count", [10, 100])
+def test_code_for_the_state_dict_that_writes_piece_by_piece(count):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Overriding(100, count), Overriding(200, 3)
+            self.second.weight = self.first.weight
+
+    state = {"first.weight": torch.ones(100), "second.weight": torch.ones(100)}
+    wanted = Pair()
+    wanted.load_state_dict(state, strict=False)
+    loaded = wl.load(Pair, state, strict=False)
+    assert loaded.first.weight is loaded.second.weight
+    assert torch.equal(loaded.first.weight, wanted.first.weight)
+
+
+class Looking(TorchFunctionMode):
+    """Somebody's mode that reads another tensor when a table is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.seen = None, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__setitem__ and self.held is not None:
+            self.seen.append(float(self.held.sum()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_callers_reads_right_values():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            large, table = torch.ones(300, 300), torch.zeros(200)
+            for place in range(200):
+                looking.held = large if place == 150 else None
+                table[place] = place
+            self.register_buffer("table", table)
+
+    with Looking() as looking:
+        wl.defer(Two)
+    assert looking.seen == [90_000]
+
+
+def test_no_copy_of_a_table_is_made_for_those_who_read_it(recorder, monkeypatch):
+    table = torch.zeros(256, 256)
+    for row in range(256):
+        table[row] = float(row)
+    record = recorder.record_of(table)
+    assert not record.pending
+    weights = [torch.empty(256, 256) for _ in range(20)]
+    for weight in weights:
+        weight.copy_(table)
+    assert all(recorder.record_of(weight).pending for weight in weights)
+    assert len(record.readers.live()) == 20  # of the table itself
+    table[0, 0] = 7.0  # which the readers must not see
+    recorder.force_tensors([*weights, table], "the test")
+    with torch._C._DisableTorchDispatch():
+        assert all(weight[0, 0] == 0 and weight[255, 3] == 255 for weight in weights)
+        assert table[0, 0] == 7
+
+
+def sampled_after(pieces, *, whole):
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(100, 4))
+            with torch.no_grad():
+                for place in range(pieces):
+                    self.weight[place % 100, 0] = 0.0
+                nn.init.normal_(self.weight if whole else self.weight[:, 1:])
+
+    return Sampled
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_samples_after_the_pieces_are_seeded_by_the_name(whole):
+    few, many = (wl.load(sampled_after(count, whole=whole), {}, strict=False, seed=5) for count in (10, 300))
+    assert torch.equal(few.weight, many.weight)
+    deferred = wl.defer(sampled_after(300, whole=whole))
+    assert not any("normal_" in name for name in deferred.forced)
+
+
+def test_what_fails_waits_until_its_values_are_asked_for(recorder):
+    table = torch.zeros(100)
+    table.index_fill_(0, torch.tensor([500]), 1.0)
+    for place in range(100):
+        table[place] = place
+    with pytest.raises(IndexError):
+        float(table.sum())
