@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightlift.checkpoint.torch_globals import Opaque, TensorRef
 from weightlift.errors import CheckpointError, Problem
 
 _MAX_DEPTH = 100
@@ -62,10 +63,12 @@ class Part:
 
     def _absent(self, root: Any, at: int, file: Path | str) -> Problem:
         where = f"given{Part(self.names[:at]).path}"
-        found = f"{where} is a {type(root).__name__}"
-        if isinstance(root, Mapping):
+        found = f"{where} is {told(root)}"
+        if isinstance(root, Mapping) and self.names[at] in root:
+            found = f"given{Part(self.names[: at + 1]).path} is {told(root[self.names[at]])}"
+        elif isinstance(root, Mapping):
             held = [key for key, value in root.items() if type(key) is str and isinstance(value, Mapping)]
-            listed = ", ".join(map(repr, held[:_MANY])) + (" …" if len(held) > _MANY else "")
+            listed = ", ".join(f"{name!r:.100}" for name in held[:_MANY]) + (" …" if len(held) > _MANY else "")
             found = f"mappings under {listed}" if held else "no mapping within it"
         expected = f"a mapping there, by {self.call}"
         return Problem("holds no such mapping", file=file, expected=expected, found=found)
@@ -79,6 +82,15 @@ class Part:
     def call(self) -> str:
         """How it is asked for."""
         return f"open_checkpoint(…, within={(self.names[0] if len(self.names) == 1 else self.names)!r})"
+
+
+def told(value: Any) -> str:
+    """What a value of a pickle is, for an error."""
+    if isinstance(value, Opaque):
+        return value.what
+    if isinstance(value, TensorRef):
+        return "a tensor"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 WHOLE = Part()

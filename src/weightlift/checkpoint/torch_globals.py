@@ -69,6 +69,8 @@ class Opaque:
 
 _ALIASES = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
 _PARAMETER = "torch.nn.parameter.Parameter"
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+_COUNTS = 2**63
 _STORAGES: Mapping[str, StorageType] = MappingProxyType(
     {
         name: StorageType(dtype)
@@ -120,13 +122,18 @@ _QSCHEMES = frozenset(
 
 
 def _integers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or any(type(value) is not int for value in values):
+    if not isinstance(values, (tuple, list)) or not all(map(is_integer, values)):
         raise BrokenPickleError("a shape or stride that is not integers")
     return tuple(values)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is one that a count may be. Others Python may refuse to write in digits."""
+    return type(value) is int and -_COUNTS < value < _COUNTS
+
+
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metadata: Any) -> TensorRef | Opaque:
-    if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, torch.dtype):
+    if not isinstance(storage, StorageRef) or not is_integer(offset) or not isinstance(dtype, torch.dtype):
         raise BrokenPickleError("a tensor without a storage, an offset or a dtype")
     if dtype in _QUANTISED:
         return Opaque("a quantised tensor")
@@ -169,6 +176,8 @@ def _parameter(data: Any = None, *_: Any) -> Any:
 def _from_type(function: Any, kind: Any, args: Any, _state: Any) -> Any:
     if not isinstance(function, Global) or not isinstance(args, tuple) or not isinstance(kind, Global):
         raise BrokenPickleError("a tensor subclass that is not described")
+    if function.name == _FROM_TYPE:
+        raise BrokenPickleError("a tensor subclass within another")
     return reduce(function, args)
 
 
@@ -177,7 +186,14 @@ def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
 
 
 def _counter(counts: Any = MappingProxyType({})) -> dict[Any, Any]:
-    return dict(counts)
+    pairs = counts.items() if isinstance(counts, Mapping) else counts
+    return {hashable(key): value for key, value in pairs}
+
+
+def _layout(name: Any) -> Opaque:
+    if type(name) is not str:
+        raise BrokenPickleError("a layout whose name is not text")
+    return Opaque(f"the layout {name:.100}")
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -220,8 +236,8 @@ _REDUCERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "torch._utils._rebuild_parameter": _parameter,
         "torch._utils._rebuild_parameter_with_state": _parameter,
         _PARAMETER: _parameter,
-        "torch._tensor._rebuild_from_type_v2": _from_type,
-        "torch.serialization._get_layout": lambda name: Opaque(f"the layout {name}"),
+        _FROM_TYPE: _from_type,
+        "torch.serialization._get_layout": _layout,
         "torch.Size": _size,
         "torch.device": _device,
         "_codecs.encode": _encode,
@@ -244,7 +260,7 @@ def find(module: str, name: str) -> Any:
         return Opaque(f"the quantisation scheme {full}")
     if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
         return dtype
-    raise ForbiddenGlobalError(full)
+    raise ForbiddenGlobalError(full[:200])
 
 
 def reduce(function: Any, args: Any) -> Any:

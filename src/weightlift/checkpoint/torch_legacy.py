@@ -8,13 +8,14 @@ read, the storages are only walked over.
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, read_exactly, shard_file
 from weightlift.checkpoint.part import WHOLE, Part
-from weightlift.checkpoint.torch_globals import StorageRef
+from weightlift.checkpoint.torch_globals import StorageRef, is_integer
 from weightlift.checkpoint.torch_pickle import PickleReader
 from weightlift.checkpoint.torch_state import SUMMARY, StateDict, reader_for, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
@@ -64,14 +65,15 @@ def read_torch_legacy(path: Path, part: Part = WHOLE) -> ShardContents:
             if not isinstance(system, dict):
                 raise CheckpointError(SUMMARY, [Problem("its notes on the writer are not a mapping", file=path)])
             begin = bounded.tell()
-            whole = unpickle(reader, bounded, path, again=lambda: bounded.back_to(begin))
+            again = None if part.names else partial(bounded.back_to, begin)
+            whole = unpickle(reader, bounded, path, again)
             keys = unpickle(PickleReader(), bounded, path)
             position = bounded.tell()
         finally:
             bounded.release()
         places = _Places(path, reader.storages)
         places.walk(stream, keys, position, status.st_size)
-        state = StateDict(path, places.place, part)
+        state = StateDict(path, places.place, reader, part)
         root = state.convert(whole)
         attributes = reader.attributes(root)
         return ShardContents(
@@ -102,7 +104,7 @@ class _Places:
 
     def walk(self, stream: io.FileIO, keys: Any, position: int, size: int) -> None:
         """Note the range of each storage, or raise `CheckpointError` where the walk cannot go on."""
-        if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
+        if type(keys) is not list or not all(type(key) is str or is_integer(key) for key in keys):
             self._fail("the list of storages is damaged")
         for key in map(str, keys):
             storage = self.storages.get(key)

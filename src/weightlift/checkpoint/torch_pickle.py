@@ -27,6 +27,7 @@ from weightlift.checkpoint.torch_globals import (
     TensorRef,
     find,
     hashable,
+    is_integer,
     reduce,
 )
 
@@ -69,7 +70,13 @@ class PickleReader:
             raise
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, EOFError) as error:
             raise BrokenPickleError(f"{type(error).__name__}: {str(error)[:200]}") from error
+        except (RecursionError, MemoryError) as error:
+            raise BrokenPickleError("it is nested or sized beyond what any checkpoint is") from error
         raise BrokenPickleError("it has no end")
+
+    def is_lossy(self, value: Any) -> bool:
+        """Whether a container lacks something that was to go into it."""
+        return False
 
     def attributes(self, value: Any) -> Mapping[str, Any]:
         """What the pickle set as attributes of ``value``, a mapping that `read` returned."""
@@ -171,14 +178,16 @@ class PickleReader:
         _, kind, key, location, numel, *view = pid
         if type(location) is not str:
             raise BrokenPickleError("a storage whose device is not text")
-        if not isinstance(kind, StorageType) or type(key) not in (str, int) or type(numel) is not int or numel < 0:
+        if not isinstance(kind, StorageType) or not (type(key) is str or is_integer(key)):
+            raise BrokenPickleError("a storage that is not described")
+        if not is_integer(numel) or numel < 0:
             raise BrokenPickleError("a storage that is not described")
         storage = self.storages.setdefault(str(key), StorageRef(str(key), kind.dtype, numel))
         if storage.dtype != kind.dtype or storage.numel != numel:
             raise BrokenPickleError(f"the storage {key} is described in two ways")
         if view and view[0] is not None:
             _, first, count = view[0]
-            if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= numel:
+            if not is_integer(first) or not is_integer(count) or not 0 <= first <= first + count <= numel:
                 raise BrokenPickleError(f"a view of the storage {key} that is not within it")
             storage = StorageRef(storage.key, storage.dtype, numel, first)
         return storage

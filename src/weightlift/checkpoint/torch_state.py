@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from weightlift.checkpoint.entry import TensorEntry
-from weightlift.checkpoint.part import WHOLE, Part
+from weightlift.checkpoint.part import WHOLE, Part, told
 from weightlift.checkpoint.torch_globals import (
     BrokenPickleError,
     ForbiddenGlobalError,
@@ -20,6 +20,7 @@ from weightlift.checkpoint.torch_globals import (
     StorageRef,
     StorageType,
     TensorRef,
+    is_integer,
 )
 from weightlift.checkpoint.torch_lenient import LenientReader
 from weightlift.checkpoint.torch_pickle import PickleReader
@@ -28,7 +29,9 @@ from weightlift.strides import interval, is_row_major
 
 SUMMARY = "not a valid torch checkpoint"
 _AMID = "the weights are inside: {} reads them alone"
+_LOSSY = "holds what only code could make, which weightlift never runs"
 _MAX_DEPTH = 100
+_NO_WEIGHTS = ("optim", "sched", "lr_sched", "scaler", "grad_scaler")
 _USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 
 Place = Callable[[StorageRef], "tuple[int, int] | Problem"]
@@ -80,8 +83,9 @@ def _is_record(value: Any) -> bool:
 class StateDict:
     """The conversion of one unpickled object, or a part of it. Collects every problem, then raises once."""
 
-    def __init__(self, path: Path, place: Place, part: Part = WHOLE) -> None:
+    def __init__(self, path: Path, place: Place, reader: PickleReader, part: Part = WHOLE) -> None:
         self.path = path
+        self._reader = reader
         self._part = part
         self.entries: list[TensorEntry] = []
         self.extras: dict[str, object] = {}
@@ -95,6 +99,8 @@ class StateDict:
         problem = flat_problem(root, self.path, _is_tensor, self._part)
         if problem is not None:
             raise CheckpointError(SUMMARY, [problem])
+        if self._reader.is_lossy(root):
+            raise CheckpointError(SUMMARY, [Problem(_LOSSY, file=self.path, expected="names and tensors")])
         for key, value in root.items():
             if isinstance(value, TensorRef):
                 entry = self._entry(key, value)
@@ -157,6 +163,9 @@ class StateDict:
             return seen.get(id(value))
         if isinstance(value, TensorRef):
             return self._entry(key, value)
+        if self._reader.is_lossy(value):
+            self._problem(key, _LOSSY)
+            return None
         made: Any
         if isinstance(value, dict):
             made = seen[id(value)] = type(value)()
@@ -192,11 +201,13 @@ def flat_problem(
     """
     expected = "a mapping of names to tensors"
     if not isinstance(root, Mapping):
-        found = "one tensor" if is_tensor(root) else f"a {type(root).__name__}"
+        found = told(root) if isinstance(root, Opaque) else "one tensor" if is_tensor(root) else told(root)
         return Problem("is not a state dict", file=file, expected=expected, found=found)
     odd = [key for key in root if type(key) is not str]
     if odd:
-        found = f"the key {odd[0]!r:.100}" if not isinstance(odd[0], tuple) else "a tuple"
+        found = f"the key {odd[0]!r:.100}" if type(odd[0]) in (float, bool, bytes, type(None)) else told(odd[0])
+        if is_integer(odd[0]):
+            found = f"the key {odd[0]}"
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
     nested = _nested(root, is_tensor)
     if nested:
@@ -215,28 +226,35 @@ def flat_problem(
 
 
 def _nested(root: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
-    """The mappings within it that have more tensors than it has itself."""
+    """The mappings within it that have, or within which one has, more tensors than it has itself.
+
+    They may hold one another in any number of ways: each is looked at once.
+    """
     direct = sum(map(is_tensor, root.values()))
+    holders: dict[int, list[Mapping[Any, Any]]] = {}
+    more: list[Mapping[Any, Any]] = []
+    seen, left = {id(root)}, [root]
+    while left:
+        mapping = left.pop()
+        for value in mapping.values():
+            if isinstance(value, Mapping):
+                holders.setdefault(id(value), []).append(mapping)
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    left.append(value)
+        if sum(map(is_tensor, mapping.values())) > direct:
+            more.append(mapping)
+    found: set[int] = set()
+    while more:
+        mapping = more.pop()
+        if id(mapping) not in found:
+            found.add(id(mapping))
+            more += holders.get(id(mapping), ())
     return {
         key: value
         for key, value in root.items()
-        if type(key) is str
-        and not key.endswith("_extra_state")
-        and isinstance(value, Mapping)
-        and _most(value, is_tensor) > direct
+        if type(key) is str and not key.endswith("_extra_state") and id(value) in found
     }
-
-
-def _most(outer: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> int:
-    """How many tensors the mapping has that has most of them, of this one and all within. They may hold one another."""
-    most, seen, left = 0, {id(outer)}, [outer]
-    while left:
-        values = left.pop().values()
-        most = max(most, sum(map(is_tensor, values)))
-        within = {id(value): value for value in values if isinstance(value, Mapping)}
-        left += [value for key, value in within.items() if key not in seen]
-        seen |= within.keys()
-    return most
 
 
 def _weights_in(
@@ -244,6 +262,7 @@ def _weights_in(
 ) -> tuple[str, ...]:
     """The most likely way to a model's weights: by a usual name, else to a mapping of tensors; what optimisers and
     averages hold lies deeper, or comes after. Empty where none was found."""
+    mappings = {key: value for key, value in mappings.items() if not key.lower().startswith(_NO_WEIGHTS)}
     flat = [key for key in mappings if any(map(is_tensor, mappings[key].values()))]
     for key in dict.fromkeys((*(key for key in _USUAL if key in mappings), *flat, *mappings)):
         within = mappings[key]

@@ -43,8 +43,8 @@ def read_torch_zip(path: Path, part: Part = WHOLE) -> ShardContents:
             )
         reader = reader_for(part)
         pickled = partial(io.BytesIO, archive.read("data.pkl"))
-        state = StateDict(path, archive.place, part)
-        root = state.convert(unpickle(reader, pickled(), path, again=pickled))
+        state = StateDict(path, archive.place, reader, part)
+        root = state.convert(unpickle(reader, pickled(), path, again=None if part.names else pickled))
         attributes = reader.attributes(root)
         return ShardContents(
             shard_file(path, "torch", status), tuple(state.entries), state.extras, versions(attributes)

@@ -6,6 +6,8 @@ import ast
 import re
 import shlex
 
+from weightlift.visible import visible
+
 _FLAGS = {
     "strict=False": "--no-strict",
     "ignore_mismatched=True": "--ignore-mismatched",
@@ -44,7 +46,10 @@ def _within(match: re.Match[str]) -> str:
         names: str | tuple[str, ...] = ast.literal_eval(match[1])
     except (ValueError, SyntaxError):
         return match[0]
-    return " ".join(f"--within {shlex.quote(name)}" for name in ((names,) if isinstance(names, str) else names))
+    names = (names,) if isinstance(names, str) else names
+    if any(visible(name) != name for name in names):
+        return match[0]
+    return " ".join(f"--within {shlex.quote(name)}" for name in names)
 
 
 def _renames(match: re.Match[str]) -> str:
@@ -53,4 +58,6 @@ def _renames(match: re.Match[str]) -> str:
         pairs: dict[str, str] = ast.literal_eval(match[1])
     except (ValueError, SyntaxError):
         return match[0]
+    if any(visible(text) != text for pair in pairs.items() for text in pair):
+        return match[0]  # a shell's quotes keep no terminal from obeying
     return " ".join(f"--rename {shlex.quote(pattern)} {shlex.quote(name)}" for pattern, name in pairs.items())

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -156,13 +157,102 @@ def test_errors_say_where_it_lies(tmp_path, zipped):
     assert "the weights are inside: open_checkpoint(…, within='model') reads them alone" in text
     text = said(path, within="modle")
     assert "open_checkpoint(…, within='modle'); found mappings under 'model', 'ema'" in text
-    assert "found no mapping within it" in said(path, within=("model", "w"))
+    assert "found given['model']['w'] is a tensor" in said(path, within=("model", "w"))
+    assert "found no mapping within it" in said(path, within=("model", "x"))
+    assert "found given['args'] is an object of argparse.Namespace" in said(path, within="args")
     assert "an empty mapping" in said(path, within="ema")
     text = said(path, within="model")
     assert "f: is an object of " in text and "Stage, which weightlift cannot read" in text
     text = said(saved(tmp_path / "y.pt", {"x": {"y": {"w": torch.ones(1)}}}), within="x")
     assert "the state dict is nested" in text and "within=('x', 'y')" in text
+    assert "found given is an object of torch.nn.modules.linear.Linear" in said(
+        saved(tmp_path / "m.pt", nn.Linear(2, 2)), within="x"
+    )
     assert "found given is a list" in said(saved(tmp_path / "z.pt", [1]), within="x")
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"n": 1}
+
+    def set_extra_state(self, state):
+        self.got = state
+
+
+@pytest.mark.parametrize("key", [Stage.FIT, Callback, torch.float32, (1, Stage.FIT)])
+def test_nothing_of_the_state_dict_itself_is_passed_over(tmp_path, key):
+    state = Extra(2, 2).state_dict()
+    state["_extra_state"] = {key: "scale", "n": 1}
+    path = saved(tmp_path / "x.pt", {"model": state, "args": argparse.Namespace()})
+    assert "_extra_state: holds what only code could make" in said(path, within="model")
+    path = saved(tmp_path / "y.pt", {"model": {"w": torch.ones(1), key: torch.ones(1)}, "args": 1})
+    assert "holds what only code could make" in said(path, within="model")
+
+
+def pickled(path, body):
+    """A file of torch.save with this pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + body)
+        archive.writestr("a/version", "3\n")
+    return path
+
+
+WEIGHTS = b"X\x05\x00\x00\x00model}X\x04\x00\x00\x00stepK\x01s"
+OLD = {
+    "bytes of Python 2": b"U\x04\xff\xfe\x00\x01",
+    "an old class": b"(coptparse\nValues\nK\x01o",
+    "an old class by name": b"(K\x01ioptparse\nValues\n",
+    "an extension": b"\x82\x01",
+    "a storage of another device": b"(X\x07\x00\x00\x00storagectorch.npu\nFloatStorage\nX\x01\x00\x00\x000"
+    b"X\x03\x00\x00\x00npuK\x02tQ",
+    "kept elsewhere": b"X\x03\x00\x00\x00othQ",
+    "too large a number": b"c__builtin__\ncomplex\nK\x01\x8a\x82" + b"\x7f" * 130 + b"\x86R",
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_pickles_of_other_days_and_devices(tmp_path, name):
+    path = pickled(tmp_path / "x.pt", b"}(X\x01\x00\x00\x00o" + OLD[name] + WEIGHTS + b"u.")
+    assert "found 1 values, none of them a tensor" in said(path, within="model")
+
+
+DEEP = 200_000
+HOSTILE = {
+    "a counter of tuples": b"ccollections\nCounter\n]K\x01" + b"\x85" * DEEP + b"K\x01\x86a\x85R",
+    "a layout of tuples": b"ctorch.serialization\n_get_layout\nK\x01" + b"\x85" * DEEP + b"\x85R",
+    "a layout of doubled tuples": b"ctorch.serialization\n_get_layout\nK\x01" + b"2\x86" * 60 + b"\x85R",
+    "a number of many digits": b"\x8b\x10\x27\x00\x00" + b"\x7f" * 10_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("within", [None, "model"])
+@pytest.mark.parametrize("is_key", [False, True])
+@pytest.mark.parametrize("code", [b"", b"X\x01\x00\x00\x00ccos\nsystem\n"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_no_checkpoint_holds_is_refused(tmp_path, name, code, is_key, within):
+    item = HOSTILE[name] + b"K\x01" if is_key else b"X\x01\x00\x00\x00l" + HOSTILE[name]
+    path = pickled(tmp_path / "x.pt", b"}(" + code + item + WEIGHTS + b"u.")
+    said(path, within=within)
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_mappings_that_hold_one_another_are_looked_at_once(tmp_path, ascending):
+    chain = [{"w": torch.ones(1)}]
+    for _ in range(3000):
+        chain.append({"n": chain[-1]})
+    order = chain if ascending else chain[::-1]
+    root = {f"k{place}": mapping for place, mapping in enumerate(order)}
+    saved(tmp_path / "x.pt", {"first": chain, **root, "args": argparse.Namespace()})
+    said(tmp_path / "x.pt")  # hours, if each were looked through for each
+
+
+def test_a_terminal_is_told_nothing_by_names(tmp_path, capsys):
+    value = {"q": {"\x1b[31mX\x07": nn.Linear(2, 2).state_dict()}, "args": argparse.Namespace()}
+    path = saved(tmp_path / "x.pt", value)
+    assert main(["inspect", str(path)]) == 1
+    told = capsys.readouterr()
+    assert "the weights are inside" in told.err
+    assert "\x1b" not in told.err + told.out
 
 
 def test_what_has_no_parts(tmp_path):

@@ -173,8 +173,16 @@ def test_where_the_weights_of_a_nested_checkpoint_are(tmp_path: Path, found: Any
         torch.save(found, tmp_path / "train.pt")
     with pytest.raises(wl.CheckpointError) as caught:
         wl.load(lambda: nn.Linear(2, 2), tmp_path / "train.pt" if saved else found)
-    assert str(caught.value).endswith(f"e.g. loaded{path}" if saved else f"as in given{path}")
-    wl.load(lambda: nn.Linear(2, 2), eval(f"loaded{path}", {"loaded": found}))
+    if saved:
+        told = re.search(r"are inside: (open_checkpoint\(…, within=.*\)) reads them alone$", str(caught.value))
+        assert told is not None
+        call = told[1]
+        opened = eval(call.replace("…", "path"), {"open_checkpoint": wl.open_checkpoint, "path": tmp_path / "train.pt"})
+        assert torch.equal(opened.read("weight"), eval(f"found{path}")["weight"])
+        wl.load(lambda: nn.Linear(2, 2), opened)
+    else:
+        assert str(caught.value).endswith(f"as in given{path}")
+        wl.load(lambda: nn.Linear(2, 2), eval(f"found{path}"))
 
 
 def test_averaged_weights_beside_the_others_are_told_as_one() -> None:
