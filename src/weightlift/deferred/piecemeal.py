@@ -7,10 +7,14 @@ there on: as long as nothing waits that has to be run for it, so that no sample 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch._ops import OpOverload
 
+from weightlift.deferred.calls import Call
 from weightlift.deferred.replay import needed
-from weightlift.deferred.tape import Node, Record, live_readers
+from weightlift.deferred.tape import Node, Record, TensorRef, live_readers
 
 _FIRST = 64  # calls; asked again whenever there are twice as many, so that asking stays linear
 _PIECE_BYTES = 64 << 10
@@ -38,9 +42,15 @@ def pieces(record: Record) -> list[Node]:
     return nodes if _are_cheap(nodes, record.pieces * _BYTES_A_CALL) else []
 
 
-def may_run(records: list[Record]) -> bool:
-    """Whether what a piece is made of can have its values for it now."""
-    return not records or _are_cheap(needed(records), _PIECE_BYTES)
+def is_piece(call: Call, targets: list[torch.Tensor], record: Record, beside: Iterable[Record | None]) -> bool:
+    """Whether a call writes to a part of ``record`` that can be written to at once, and needs nothing that has better
+    wait. ``beside``: the records of all its tensors."""
+    if len(targets) != 1 or call.random or not is_ready(record):
+        return False
+    if call.overwrites and TensorRef(record, targets[0]).covers():
+        return False
+    waiting = [other for other in beside if other is not None and other.pending]
+    return not waiting or _are_cheap(needed(waiting), _PIECE_BYTES)
 
 
 def _are_cheap(nodes: list[Node], most: int) -> bool:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +33,10 @@ from weightlift.deferred.calls import (
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
 from weightlift.deferred.forced import call_site
-from weightlift.deferred.piecemeal import is_ready, is_time_to_ask, may_run, pieces
+from weightlift.deferred.memory import Memory
+from weightlift.deferred.piecemeal import is_piece, is_time_to_ask, pieces
 from weightlift.deferred.refusals import Trials
 from weightlift.deferred.replay import Walk, needed
-from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
 from weightlift.deferred.seeding import SeedWatch
@@ -48,11 +47,9 @@ from weightlift.deferred.tape import (
     Operation,
     Record,
     TensorRef,
-    forget,
     frozen,
     generator_for,
     live_readers,
-    new_record,
 )
 
 _log = logging.getLogger("weightlift.deferred")
@@ -67,25 +64,22 @@ _EAGER_BYTES = 64 << 10
 _EAGER_ELEMENTS = 4096
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(Memory, TorchDispatchMode):
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any. A recorder within
     another's scope takes that one's tensors as they come: they get their values first."""
 
     def __init__(self, *, seed: int, default_dtype: WantedDtype = None, outer: tuple[Recorder, ...] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
+        Memory.__init__(self, outer)
         self.seed = seed
         self.default = DefaultDtype.of(default_dtype)
-        self.records: dict[int, Record] = {}
-        self._outer = outer
         self.forced: dict[str, int] = {}
         self.failed: str | None = None  # what torch said of the last call that it refused, caught or not
-        self._reservations = Reservations()
         self._seq = 0
         self._sampled_reads = 0
         self._seeding = SeedWatch()
         self.trials = Trials()
         self._in_use = threading.RLock()
-        self._on_death: Callable[[Any], object] = functools.partial(forget, self.records)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -147,30 +141,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             answer = batch_norm.put_off(self._dispatch, args)
         return self._now(func, call, args, kwargs) if answer is None else answer
 
-    def record_of(self, tensor: torch.Tensor) -> Record | None:
-        """The record of a tensor's storage; None for memory that was not born in this scope."""
-        try:
-            address = _storage_address(tensor)
-        except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
-            return None
-        return self.record_at(tensor, address)
-
-    def record_at(self, tensor: torch.Tensor, address: int) -> Record | None:
-        """`record_of`, where ``address``, the tensor's `storage_address`, is known."""
-        record = self.records.get(address)
-        if record is None and address >= 0:
-            for outer in self._outer:
-                outer.give_up([tensor], "a load within the constructor")
-        return record
-
-    def takes_writes(self, tensor: torch.Tensor) -> bool:
-        """Whether a part of it can be written to at once, with nothing to run before: then it is taken to be."""
-        record = self.record_of(tensor)
-        if record is None or not is_ready(record):
-            return False
-        record.pieces += 1
-        return True
-
     def _foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on tensors with a dispatch of their own (fake, DTensor, …): it gets real values and runs."""
         self.force_tensors(tensors_in((args, kwargs)), func)
@@ -203,14 +173,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trials.make(birth.fill, tensor, birth.fill_args, random=birth.random)
             self.append_alone(birth.fill, record, tensor, birth.fill_args, True, birth.random)
         return tensor
-
-    def reserve(self, nbytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, Record]:
-        """A flat tensor over new reserved memory, and its record."""
-        buffer, block, offset = self._reservations.reserve(nbytes)
-        tensor = torch.frombuffer(buffer, dtype=dtype)
-        key = _storage_address(tensor)
-        self.records[key] = record = new_record(buffer, self._on_death, key, nbytes, block, offset)
-        return tensor, record
 
     def bear(
         self, size: Sequence[int], numel: int, dtype: torch.dtype, fill: Any = None, values: tuple[Any, ...] = ()
@@ -284,8 +246,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         records = [self.record_of(target) for target in targets]
         if any(record is None or record.pinned for record in records) or self._samples_now(call, kwargs):
             return self._now(func, call, args, kwargs)
-        if records[0] is not None and records[0].at_once and self._is_piece(call, targets, args, kwargs):
-            return self._now(func, call, args, kwargs)
+        if records[0] is not None and records[0].at_once:
+            known = [self.record_of(tensor) for tensor in tensors_in((args, kwargs))]
+            if is_piece(call, targets, records[0], known):
+                return self._now(func, call, args, kwargs)
         beside = [tensor for tensor in tensors_in((args, kwargs)) if self.record_of(tensor) is records[0]]
         if not self.trials.may_wait(func, call, targets, args, kwargs, beside):
             return self._now(func, call, args, kwargs)  # which raises
@@ -304,16 +268,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if record in reads:
                 self._changed_a_part(record, func)
         return result_of(func, targets)
-
-    def _is_piece(self, call: Call, targets: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
-        """Whether a call writes to a part of a storage that is written to at once, and needs nothing that waits."""
-        record = self.record_of(targets[0])
-        if len(targets) != 1 or call.random or record is None or not is_ready(record):
-            return False
-        if call.overwrites and TensorRef(record, targets[0]).covers():
-            return False
-        found = map(self.record_of, tensors_in((args, kwargs)))
-        return may_run([other for other in found if other is not None and other.pending])
 
     def _changed_a_part(self, record: Record, why: Any) -> None:
         """Counts a recorded call. Where very many change one storage, they are run, and later ones not put off."""
