@@ -249,11 +249,13 @@ class _Matching:
         before = self._offers[offered.name]
         entry = before.entry
         if entry.shape != offered.shape:
+            if before.parts:
+                return None
             reshaped = reshape(entry, offered.shape)
             if reshaped is None:
                 return None
             entry = reshaped
-        return Offer(name, before.key, entry)
+        return Offer(name, before.key, entry, before.parts)
 
     def _extra(self, value: Any) -> Callable[[], Any]:
         """A maker of extra state in which nothing is left to be read."""

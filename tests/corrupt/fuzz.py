@@ -145,7 +145,7 @@ def _keep(runner: Runner, folder: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=["safetensors", "index", "zip", "legacy", "dduf"])
+    parser.add_argument("target", choices=["safetensors", "index", "zip", "legacy", "dduf", "dcp", "distcp"])
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true")

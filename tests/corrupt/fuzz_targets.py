@@ -37,7 +37,12 @@ _FORBIDDEN_EVENTS = (
     "os.mk",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
-_FILES = {"safetensors": "x.safetensors", "index": INDEX, "zip": "x.pt", "legacy": "y.pt", "dduf": "x.dduf"}
+_FILES = {
+    "safetensors": "x.safetensors", "index": INDEX, "zip": "x.pt", "legacy": "y.pt", "dduf": "x.dduf",
+    "dcp": ".metadata", "distcp": "__0_0.distcp",
+}  # fmt: skip
+DCP = Path(__file__).with_name("corpus") / "dcp-seed"
+"""What torch.distributed.checkpoint wrote; torch's versions would each write something else."""
 
 
 class Violation(Exception):
@@ -74,6 +79,9 @@ class Target:
         self.watch = watch
         self.path = folder / _FILES[name]
         self._official: Callable[[bytes, Checkpoint | None], str | None] = getattr(self, f"_{name}")
+        if name in ("dcp", "distcp"):
+            for file in DCP.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
         if name == "index":
             from safetensors.torch import save_file
 
@@ -112,7 +120,7 @@ class Target:
             if self.name in ("zip", "legacy"):
                 with contextlib.suppress(CheckpointError):
                     open_checkpoint(self.path, within="state_dict")
-            opened = open_checkpoint(self.path) if self.name != "dduf" else open_dduf(self.path)
+            opened = open_any(self.name, self.path)
             for key in opened:
                 if opened[key].nbytes <= 1 << 20 and opened[key].end - opened[key].start <= len(self.path.read_bytes()):
                     opened.read(key)
@@ -124,6 +132,12 @@ class Target:
                 watch.on = False
                 if watch.seen:
                     raise Violation(f"side effects: {watch.seen[:3]}")
+
+    def _dcp(self, data: bytes, opened: Checkpoint | None) -> str | None:
+        """Torch unpickles metadata by running them, so it is not asked."""
+        return None if opened is not None else "not asked"
+
+    _distcp = _dcp
 
     # -- the official parsers: None where they accept ------------------------------------------------------------------
 
@@ -198,6 +212,13 @@ class Target:
     _zip = _legacy = _torch
 
 
+def open_any(name: str, path: Path) -> Checkpoint:
+    """What a target's file is opened with."""
+    if name == "dduf":
+        return open_dduf(path)
+    return open_checkpoint(path.parent / ".metadata" if name == "distcp" else path)
+
+
 def open_dduf(path: Path) -> Checkpoint:
     """Everything in an archive: the small files read, the weights' headers as one checkpoint."""
     archive = read_dduf(path)
@@ -238,6 +259,8 @@ def seeds(name: str) -> list[bytes]:
     if name == "safetensors":
         plain = save({"a": torch.ones(2), "b": torch.zeros(1, 3, dtype=torch.float16), "c": torch.ones(0, 2)})
         return [plain, save({"x": torch.tensor(1)}, {"format": "pt", "é": "\n"}), b"\2\0\0\0\0\0\0\0{}"]
+    if name in ("dcp", "distcp"):
+        return [(DCP / _FILES[name]).read_bytes()]
     if name == "dduf":
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
@@ -268,7 +291,7 @@ def unpack(name: str, data: bytes) -> bytes:
     if not data:
         return data
     kind, body = data[0], data[1:]
-    if kind % 2 == 0 or name in ("index", "legacy"):
+    if kind % 2 == 0 or name in ("index", "legacy", "dcp", "distcp"):
         return body
     if name == "safetensors":
         size = body[0] if body else 0

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from fuzz import mutate
-from fuzz_targets import Target, open_dduf, packed_seeds, unpack
+from fuzz_targets import Target, open_any, packed_seeds, unpack
 
-from weightlift.checkpoint import open_checkpoint
 from weightlift.errors import CheckpointError
 
 CORPUS = Path(__file__).with_name("corpus")
-TARGETS = ("safetensors", "index", "zip", "legacy", "dduf")
+TARGETS = ("safetensors", "index", "zip", "legacy", "dduf", "dcp", "distcp")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -33,7 +32,7 @@ def test_corpus(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     target = Target(name, folder)
     expected: dict[str, list[str]] = json.loads((CORPUS / f"{name}.json").read_text())
-    assert len(expected) > 20
+    assert len(expected) > (12 if name == "dcp" else 20)
     for number, errors in expected.items():
         assert told(target, (CORPUS / name / number).read_bytes()) == errors, number
 
@@ -42,7 +41,7 @@ def told(target: Target, data: bytes) -> list[str]:
     """The problems of a file, without the folder that it lies in."""
     target.path.write_bytes(data)
     try:
-        open_dduf(target.path) if target.name == "dduf" else open_checkpoint(target.path)
+        open_any(target.name, target.path)
     except CheckpointError as error:
         return [str(problem).replace(str(target.folder), "").replace(str(target.folder.parent), "..")[:400]
                 for problem in error.problems]  # fmt: skip
@@ -61,7 +60,7 @@ def write_corpus(kept: Path) -> None:
         made = {}
         for path in sorted((kept / name).iterdir()):
             data = path.read_bytes()
-            if len(data) <= 3000:
+            if len(data) <= 4500:
                 made[path.name] = told(target, data)
                 (CORPUS / name / path.name).write_bytes(data)
         (CORPUS / f"{name}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n")

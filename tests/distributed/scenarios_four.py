@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from tests.distributed import scenarios_failed
 from tests.distributed.models import (
     Experts,
@@ -16,7 +17,7 @@ from tests.distributed.models import (
     mesh,
     tensor_parallel,
 )
-from tests.distributed.scenarios_two import MISSING, RANK, _llama, _saved
+from tests.distributed.scenarios_two import FOLDER, MISSING, RANK, _llama, _saved
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -105,6 +106,19 @@ def uneven_shards_on_four_ranks():
     assert_same_state(model, wl.load(Tied, path, strict=False, seed=3))
 
 
+def what_a_mesh_of_two_axes_saved_is_loaded_by_others():
+    path = _saved("before.pt", checkpoint_of(Tied))
+    reference = wl.load(Tied, path)
+    grid = mesh(2, 2, names=("dp", "tp"))
+    over = both(tensor_parallel(grid["tp"]), fsdp(grid["dp"]))
+    for number, saved in enumerate((over, fsdp(mesh(4)), fsdp(mesh(2, 2, names=("replicate", "shard"))))):
+        folder = FOLDER / f"dcp-{number}"
+        dcp.save({"model": wl.load(Tied, path, parallelize=saved).state_dict()}, checkpoint_id=folder)
+        checkpoint = wl.open_checkpoint(folder, within="model")
+        for again in (None, fsdp(mesh(4)), tensor_parallel(mesh(4)), over):
+            assert_same_state(wl.load(Tied, checkpoint, parallelize=again), reference)
+
+
 SCENARIOS = {
     run.__name__: run
     for run in (
@@ -115,5 +129,6 @@ SCENARIOS = {
         hybrid_sharding,
         three_axes,
         uneven_shards_on_four_ranks,
+        what_a_mesh_of_two_axes_saved_is_loaded_by_others,
     )
 } | scenarios_failed.SCENARIOS

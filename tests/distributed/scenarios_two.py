@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from tests.distributed.models import (
     Experts,
@@ -195,6 +196,42 @@ def every_byte_is_read_once_over_all_ranks():
     assert 0.99 * size < read.item() < 1.02 * size, (read.item(), size)
     paper = wl.plan(build, path, mesh_shape={"fsdp": 2}).ranks
     assert abs(paper.read_bytes - read.item()) < 0.02 * size
+
+
+def what_ranks_saved_together_is_read_as_it_is_needed():
+    """By torch.distributed.checkpoint, in the boxes of one mesh; loaded whole, and in those of another."""
+    ways = {"fsdp": fsdp(mesh(2)), "tensors": tensor_parallel(mesh(2)), "whole": None}
+    path = _saved("before.pt", checkpoint_of(Tied))
+    reference = wl.load(Tied, path)
+    for saved, parallelize in ways.items():
+        model = wl.load(Tied, path, parallelize=parallelize)
+        folder = FOLDER / f"dcp-{saved}"
+        dcp.save({"model": model.state_dict(), "step": 3}, checkpoint_id=folder)
+        checkpoint = wl.open_checkpoint(folder, within="model")
+        assert any(entry.chunks for entry in checkpoint.values()) == (saved != "whole")
+        for again in ways.values():
+            for options in ({}, {"source_rank": 0}) if again is not None else ({},):
+                assert_same_state(wl.load(Tied, checkpoint, parallelize=again, **options), reference)
+    wl.load(model := Tied(), checkpoint)
+    assert_same_state(model, reference)
+
+
+def every_byte_of_what_ranks_saved_together_is_read_once():
+    def build():
+        return Tied(width=256, layers=4, vocabulary=1000)
+
+    path = _saved("whole.pt", checkpoint_of(build))
+    model = wl.load(build, path, parallelize=tensor_parallel(mesh(2)))
+    dcp.save(model.state_dict(), checkpoint_id=FOLDER / "dcp-bytes")
+    plan = wl.plan(build, FOLDER / "dcp-bytes", copy=True, parallelize=fsdp(mesh(2)))
+    before = _rchar()
+    loaded = plan.execute()
+    read = torch.tensor([_rchar() - before])
+    dist.all_reduce(read)
+    size = sum(entry.nbytes for entry in wl.open_checkpoint(path).values()) - model.head.weight.nbytes
+    tied = 2 * model.head.weight.nbytes  # saved under both names, and compared
+    assert 0.99 * size < read.item() < 1.05 * size + 2 * tied, (read.item(), size, tied)
+    assert_same_state(loaded, wl.load(build, path))
 
 
 def _rchar():
@@ -633,6 +670,8 @@ SCENARIOS = {
         fsdp2_llama,
         fsdp2_and_experts,
         every_byte_is_read_once_over_all_ranks,
+        what_ranks_saved_together_is_read_as_it_is_needed,
+        every_byte_of_what_ranks_saved_together_is_read_once,
         no_rank_holds_the_model_on_the_way,
         a_quantised_model_comes_through_unchanged,
         shards_of_another_dim,

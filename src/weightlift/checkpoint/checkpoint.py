@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weightlift.checkpoint.entry import ShardFile, TensorEntry, nbytes_of
-from weightlift.checkpoint.reader import read_tensor
+from weightlift.checkpoint.reader import read_whole
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -104,9 +104,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
         opened, `CheckpointError` with file and range when it can't be read. Thread-safe.
         """
         entry = self._entries[key]
-        if entry.file is None:
+        if entry.file is None and not entry.chunks:
             return self._tensors[key].detach().clone(memory_format=torch.contiguous_format)
-        return read_tensor(self._by_path[entry.file], entry)
+        return read_whole(self._by_path, entry)
 
     def __getitem__(self, key: str) -> TensorEntry:
         return self._entries[key]
@@ -156,8 +156,7 @@ class _Extras(Mapping[str, object]):
             return seen[id(value)]
         made: Any = value
         if isinstance(value, TensorEntry):
-            assert value.file is not None
-            made = read_tensor(self._files[value.file], value)
+            made = read_whole(self._files, value)
         elif isinstance(value, dict):
             made = seen[id(value)] = type(value)()
             for name, item in value.items():

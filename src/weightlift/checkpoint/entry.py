@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-Format = Literal["safetensors", "torch", "torch-legacy", "dduf"]
+Format = Literal["safetensors", "torch", "torch-legacy", "dduf", "dcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ class TensorEntry:
     ``start`` and ``end`` are the half-open byte range in ``file``; for a tensor given in memory ``file`` is None and
     the range is ``0:nbytes``. ``stride`` (in elements) is None when the bytes are contiguous in row-major order, as
     they always are in safetensors; a pickled view keeps its own.
+
+    One that was written in several boxes, as torch.distributed.checkpoint does it, has these in ``chunks``, which fill
+    it without overlap and without a hole; its own ``file`` is None then, and the range ``0:nbytes``.
     """
 
     key: str
@@ -46,6 +49,12 @@ class TensorEntry:
     start: int
     end: int
     stride: tuple[int, ...] | None = None
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[TensorEntry, ...]:
+        """What lies in one run of bytes each: the chunks, or the tensor itself."""
+        return tuple(chunk.entry for chunk in self.chunks) if self.chunks else (self,)
 
     @property
     def numel(self) -> int:
@@ -56,6 +65,13 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes that the tensor's elements take once read, strides aside."""
         return self.numel * self.dtype.itemsize
+
+
+class Chunk(NamedTuple):
+    """The box of a tensor that begins at ``offsets`` and has the shape of ``entry``, which says where it lies."""
+
+    offsets: tuple[int, ...]
+    entry: TensorEntry
 
 
 def nbytes_of(entry: TensorEntry) -> int:

@@ -64,7 +64,7 @@ def os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError("cannot read the checkpoint", [problem]) from error
 
 
-def read_exactly(stream: io.FileIO, path: Path, start: int, count: int) -> bytes:
+def read_exactly(stream: io.RawIOBase, path: Path, start: int, count: int) -> bytes:
     """``count`` bytes at offset ``start``; a `CheckpointError` with file and range when the file ends before.
 
     ``count`` must have been checked against the size of the file: it is allocated.

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightlift.checkpoint.dcp import read_dcp
+from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
+from weightlift.checkpoint.dcp_metadata import SUFFIX as DCP_SUFFIX
 from weightlift.checkpoint.dduf import member_at, read_member
 from weightlift.checkpoint.entry import ShardContents, TensorEntry
 from weightlift.checkpoint.files import sniff_file
@@ -45,7 +48,10 @@ def gather(paths: tuple[Path, ...], *, is_index: bool, part: Part = WHOLE) -> Ga
     gathered = Gathered()
     index: Index | None = None
     try:
-        if is_index:
+        if is_index and paths[0].name == DCP_METADATA:
+            gathered.contents += read_dcp(paths[0], part)
+            paths = ()
+        elif is_index:
             index = read_index(paths[0])
             paths = index.files
     except CheckpointError as error:
@@ -80,6 +86,10 @@ def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
         hint = "wl.from_pretrained(DiffusionPipeline, folder, dduf_file=name) loads it"
         problem = Problem("is an archive of a whole pipeline", file=path, expected="one model", hint=hint)
         raise CheckpointError("not the checkpoint of one model", [problem])
+    if path.suffix == DCP_SUFFIX:
+        hint = "pass the folder, in which .metadata says what lies where"
+        problem = Problem("is a part of a distributed checkpoint", file=path, expected="the whole of it", hint=hint)
+        raise CheckpointError("not a whole checkpoint", [problem])
     sniffed, size = sniff_file(path)
     kind = sniffed.kind if sniffed is not None else None
     if kind == "zip":

@@ -10,6 +10,8 @@ import glob
 import re
 from pathlib import Path
 
+from weightlift.checkpoint.dcp import file_names
+from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
 from weightlift.checkpoint.index import read_index
 from weightlift.checkpoint.locate import Choice, choose, choose_in
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
@@ -62,6 +64,8 @@ def _shard_names(index: Path) -> list[str]:
     """The file names in an index whose files are not here yet."""
     import json
 
+    if index.name == DCP_METADATA:
+        return file_names(index)
     try:
         weight_map = json.loads(index.read_bytes()).get("weight_map")
         return sorted({name for name in weight_map.values() if isinstance(name, str)})

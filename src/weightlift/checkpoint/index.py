@@ -47,7 +47,7 @@ def read_index(path: Path) -> Index:
     weight_map, problems = _weight_map(path)
     files: dict[str, Path] = {}
     for name in dict.fromkeys(weight_map.values()):
-        where = _member(path, name)
+        where = member(path, name)
         if isinstance(where, Problem):
             problems.append(where)
         else:
@@ -115,7 +115,7 @@ def _bytes(path: Path) -> bytes:
         return read_exactly(stream, path, 0, status.st_size)
 
 
-def _member(index: Path, name: str) -> Path | Problem:
+def member(index: Path, name: str) -> Path | Problem:
     """The path of a shard file, or why the index may not name it."""
     why = _unsafe(name)
     if why is not None:

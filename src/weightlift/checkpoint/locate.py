@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
+from weightlift.checkpoint.dcp_metadata import SUFFIX as DCP_SUFFIX
 from weightlift.checkpoint.files import os_errors
 from weightlift.checkpoint.sniff import NO_GGUF
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
 _LOOKED_FOR = (
     "model.safetensors, *.safetensors.index.json, *.safetensors, "
-    "pytorch_model.bin, *.bin.index.json, *.bin, *.pt, *.pth"
+    ".metadata with *.distcp, pytorch_model.bin, *.bin.index.json, *.bin, *.pt, *.pth"
 )
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # What trainers leave beside the weights.
@@ -35,8 +37,8 @@ _WHOSE = tuple(
         ),
         (
             r".*\.distcp",
-            "torch.distributed.checkpoint wrote it: "
-            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes a file of it",
+            "torch.distributed.checkpoint wrote it, and its .metadata is missing, which is written last: the save did "
+            "not end, or hidden files were not copied",
         ),
         (r"zero_to_fp32\.py", "DeepSpeed wrote it in parts: the zero_to_fp32.py in it puts the weights together"),
         (r".*\.gguf", NO_GGUF),
@@ -63,12 +65,16 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
 
     Raises `CheckpointNotFound` when no name is that of a checkpoint, `CheckpointError` when several indexes compete.
     """
+    names = set(names)
     visible = sorted(name for name in names if not name.startswith("."))
+    is_dcp = DCP_METADATA in names and any(name.endswith(DCP_SUFFIX) for name in visible)
     torch_names = [name for name in visible if name.endswith(_TORCH_SUFFIXES) and not _NOT_WEIGHTS.match(name)]
     safe_names = [name for name in visible if name.endswith(".safetensors")]
-    choice = _pick(visible, safe_names, ".safetensors", ("model", "diffusion_pytorch_model"), where) or _pick(
-        visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where
-    )
+    choice = _pick(visible, safe_names, ".safetensors", ("model", "diffusion_pytorch_model"), where)
+    if choice is None and is_dcp:  # before torch's: trainers leave a file of other things beside it
+        choice = Choice((DCP_METADATA,), is_index=True)
+    if choice is None:
+        choice = _pick(visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where)
     if choice is None:
         found = _first_of(visible)
         if not visible:

@@ -10,6 +10,7 @@ import torch
 
 from weightlift.checkpoint import hub
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
 from weightlift.checkpoint.gather import gather
 from weightlift.checkpoint.integrity import require_content
 from weightlift.checkpoint.locate import choose_in
@@ -97,7 +98,7 @@ def resolve(
         if path.is_dir():
             choice = choose_in(path)
             return tuple(path / name for name in choice.names), choice.is_index, str(path)
-        return (path,), path.suffix == ".json", str(path)
+        return (path,), path.suffix == ".json" or path.name == DCP_METADATA, str(path)
     if isinstance(source, str) and hub.is_hub_id(source):
         folder, choice = hub.fetch(source, revision=revision, token=token, local_files_only=local_files_only)
         return tuple(folder / name for name in choice.names), choice.is_index, source

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightlift.checkpoint.dcp_metadata import Item
 from weightlift.checkpoint.torch_globals import Opaque, TensorRef
 from weightlift.errors import CheckpointError, Problem
 
@@ -88,8 +89,10 @@ def told(value: Any) -> str:
     """What a value of a pickle is, for an error."""
     if isinstance(value, Opaque):
         return value.what
-    if isinstance(value, TensorRef):
+    if isinstance(value, TensorRef) or (isinstance(value, Item) and value.shape is not None):
         return "a tensor"
+    if isinstance(value, Item):
+        return "a value"
     return "None" if value is None else f"a {type(value).__name__}"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,23 @@ def require_unchanged(file: ShardFile, status: os.stat_result) -> None:
     problem = difference(file, status)
     if problem is not None:
         raise CheckpointChanged("the checkpoint changed since it was opened", [problem])
+
+
+def read_whole(files: Mapping[Path, ShardFile], entry: TensorEntry) -> torch.Tensor:
+    """`read_tensor` of an entry that may have chunks, each of which is read by itself. ``files``: by their paths."""
+    if not entry.chunks:
+        assert entry.file is not None
+        return read_tensor(files[entry.file], entry)
+    with outside_modes():
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        carrier = dtypes.carrier(entry.dtype.itemsize)
+        for offsets, chunk in entry.chunks:
+            box = tensor.view(carrier)
+            for dim, (offset, size) in enumerate(zip(offsets, chunk.shape, strict=True)):
+                box = box.narrow(dim, offset, size)
+            assert chunk.file is not None
+            box.copy_(read_tensor(files[chunk.file], chunk).view(carrier))
+    return tensor
 
 
 def read_tensor(file: ShardFile, entry: TensorEntry) -> torch.Tensor:

@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from weightlift.checkpoint.files import read_exactly
 from weightlift.errors import CheckpointError, Problem
@@ -25,6 +25,7 @@ _END = struct.Struct("<4s4H2IH")  # signature, disk, directory's disk, records o
 _END64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disks, records on it, records, size, offset
 _LOCATOR64 = struct.Struct("<4sIQI")  # signature, disk, offset, disks
 _MAX_TAIL_BYTES = _END.size + 0xFFFF
+_KEPT_BYTES = 4096
 
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError)
 
@@ -42,16 +43,63 @@ def damage_told(path: Path, size_bytes: int, summary: str) -> Iterator[None]:
         raise CheckpointError(summary, [problem]) from None
 
 
+class Window(io.RawIOBase):
+    """The bytes ``begin:end`` of a stream, as a stream of their own. Keeps its first and its last ones."""
+
+    def __init__(self, stream: io.FileIO, path: Path, begin: int, end: int) -> None:
+        super().__init__()
+        self._stream, self._path, self._begin, self._size = stream, path, begin, end - begin
+        self._at = 0
+        self._head = self._kept(0, min(_KEPT_BYTES, self._size))
+        self._tail_at = max(0, self._size - _KEPT_BYTES)
+        self._tail = self._kept(self._tail_at, self._size - self._tail_at)
+
+    def _kept(self, start: int, count: int) -> bytes:
+        return read_exactly(self._stream, self._path, self._begin + start, count)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As `io.RawIOBase.seek`."""
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase.readinto`."""
+        at, count = self._at, min(len(buffer), self._size - self._at)
+        if count <= 0:
+            return 0
+        if at + count <= len(self._head):
+            found = self._head[at : at + count]
+        elif at >= self._tail_at:
+            found = self._tail[at - self._tail_at : at - self._tail_at + count]
+        else:
+            found = self._kept(at, count)
+        buffer[:count] = found
+        self._at = at + count
+        return count
+
+
 class StoredZip:
     """The directory of a zip, and the byte range of each of its records. To be used while ``stream`` is open.
 
     A subclass fills ``records``, the directory's entries by the names that it gives them. ``summary`` and
-    ``packed_hint`` are for messages.
+    ``packed_hint`` are for messages. ``begin``: where in the file of ``path`` the zip begins, of which ``stream`` gives
+    ``size`` bytes.
     """
 
-    def __init__(self, path: Path, stream: io.FileIO, size: int, *, summary: str, packed_hint: str) -> None:
+    def __init__(
+        self, path: Path, stream: io.FileIO | Window, size: int, *, summary: str, packed_hint: str, begin: int = 0
+    ) -> None:
         self.path = path
         self.stream = stream
+        self._begin = begin
         self._summary = summary
         self._packed_hint = packed_hint
         # zipfile takes a short read, which a raw stream may give, for the end of the file.
@@ -72,8 +120,12 @@ class StoredZip:
 
     def _check_end(self, size: int, count: int) -> None:
         """The end record, of which zipfile believes only parts: one disk, all records, nothing before or behind."""
-        begin = max(0, size - _MAX_TAIL_BYTES)
-        tail = read_exactly(self.stream, self.path, begin, size - begin)
+        tail = b""
+        for reach in (_END.size, _MAX_TAIL_BYTES):  # without a comment, which few have, and with one
+            begin = max(0, size - reach)
+            tail = read_exactly(self.stream, self.path, begin, size - begin)
+            if tail.startswith(b"PK\5\6"):
+                break
         at = tail.rfind(b"PK\5\6")
         if at < 0 or at + _END.size > len(tail):
             self.fail("the zip is damaged: it has no end record")
@@ -111,7 +163,7 @@ class StoredZip:
         return (at, *record[6:])
 
     def range(self, name: str) -> tuple[int, int] | Problem:
-        """Where the bytes of a record lie in the file; looked up once."""
+        """Where the bytes of a record lie in the file, the zip's own begin included; looked up once."""
         if name not in self._ranges:
             self._ranges[name] = self._range(name)
         return self._ranges[name]
@@ -140,11 +192,12 @@ class StoredZip:
         if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or flags & ~_FLAGS:
             return self.damaged(name, "its header does not agree with the directory")
         if info.compress_size != info.file_size or end > self.limit:
-            return self.damaged(name, f"its bytes, {start}:{end}, are not in the file")
+            where = f"{self._begin + start}:{self._begin + end}"
+            return self.damaged(name, f"its bytes, {where}, are not in the file")
         stored = read_exactly(self.stream, self.path, begin + _LOCAL.size, name_length)
         if stored != info.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
             return self.damaged(name, "its header has another name")
-        return start, end
+        return self._begin + start, self._begin + end
 
     def damaged(self, name: str, why: str) -> Problem:
         """A problem with a record."""
@@ -155,4 +208,4 @@ class StoredZip:
         where = self.range(name)
         if isinstance(where, Problem):
             raise CheckpointError(self._summary, [where])
-        return read_exactly(self.stream, self.path, where[0], where[1] - where[0])
+        return read_exactly(self.stream, self.path, where[0] - self._begin, where[1] - where[0])

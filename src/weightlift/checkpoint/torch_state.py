@@ -115,6 +115,13 @@ class StateDict:
             raise CheckpointError(SUMMARY, self.problems)
         return root
 
+    def value(self, key: str, held: Any) -> object:
+        """One value by itself, as ``extras`` has it; a tensor as its `TensorEntry`. Raises `CheckpointError`."""
+        found = self._extra(key, held, {}, 0)
+        if self.problems:
+            raise CheckpointError(SUMMARY, self.problems)
+        return found
+
     def _problem(self, key: str, what: str, **more: Any) -> None:
         self.problems.append(Problem(what, key=key, file=self.path, **more))
 
@@ -210,6 +217,8 @@ def flat_problem(
             found = f"the key {odd[0]}"
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
     nested = _nested(root, is_tensor)
+    if any(map(is_tensor, root.values())):  # beside weights an optimiser's state is no weights, however large it is
+        nested = {key: value for key, value in nested.items() if not key.lower().startswith(_NO_WEIGHTS)}
     if nested:
         names = _weights_in(nested, is_tensor, set())
         inside = Part((*part.names, *names))

@@ -13,7 +13,7 @@ from weightlift.checkpoint.entry import ShardContents
 from weightlift.checkpoint.files import opened, shard_file
 from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.sniff import FROM_NUMPY
-from weightlift.checkpoint.stored_zip import StoredZip, damage_told
+from weightlift.checkpoint.stored_zip import StoredZip, Window, damage_told
 from weightlift.checkpoint.torch_globals import StorageRef
 from weightlift.checkpoint.torch_state import SUMMARY, StateDict, reader_for, unpickle, versions
 from weightlift.errors import CheckpointError, Problem
@@ -32,15 +32,7 @@ def read_torch_zip(path: Path, part: Part = WHOLE) -> ShardContents:
     """
     with opened(path) as (stream, status):
         with damage_told(path, status.st_size, SUMMARY):
-            archive = _Archive(path, stream, status.st_size)
-        order = archive.read("byteorder") if "byteorder" in archive.records else None
-        if order not in (None, b"little"):
-            archive.fail(
-                "the tensors have the wrong byte order",
-                expected="little",
-                found=str(order, "latin1")[:20],
-                hint="load it with torch on any machine and save it again",
-            )
+            archive = TorchArchive(path, stream, status.st_size)
         reader = reader_for(part)
         pickled = partial(io.BytesIO, archive.read("data.pkl"))
         state = StateDict(path, archive.place, reader, part)
@@ -51,16 +43,17 @@ def read_torch_zip(path: Path, part: Part = WHOLE) -> ShardContents:
         )
 
 
-class _Archive(StoredZip):
-    """The records of a zip by their name under the archive's folder."""
+class TorchArchive(StoredZip):
+    """The records of a zip by their name under the archive's folder. ``begin``: as `StoredZip` takes it."""
 
-    def __init__(self, path: Path, stream: io.FileIO, size: int) -> None:
+    def __init__(self, path: Path, stream: io.FileIO | Window, size: int, *, begin: int = 0) -> None:
         super().__init__(
             path,
             stream,
             size,
             summary=SUMMARY,
             packed_hint="it was packed again by another tool; save it with torch.save",
+            begin=begin,
         )
         infos = self.infos
         root = infos[0].filename.partition("/")[0] + "/" if infos else ""
@@ -81,8 +74,15 @@ class _Archive(StoredZip):
                 expected="a state dict of tensors",
                 hint="load it with torch.jit.load and save its state_dict()",
             )
-
         self._check_records()
+        order = self.read("byteorder") if "byteorder" in self.records else None
+        if order not in (None, b"little"):
+            self.fail(
+                "the tensors have the wrong byte order",
+                expected="little",
+                found=str(order, "latin1")[:20],
+                hint="load it with torch on any machine and save it again",
+            )
 
     def _refuse(self, names: list[str]) -> None:
         numpy = bool(names) and all(name.endswith(".npy") for name in names)

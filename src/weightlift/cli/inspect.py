@@ -55,7 +55,7 @@ def _print(found: Checkpoint, depth: int, *, fold: bool) -> None:
     keys = table("key", "", "shape", "dtype", ">bytes", "file")
     for name, entries in _folded(found, fold=fold):
         first = entries[0]
-        where = sorted({entry.file.name for entry in entries if entry.file is not None})
+        where = sorted({piece.file.name for entry in entries for piece in entry.pieces if piece.file is not None})
         add(keys, name, f"×{len(entries)}" if len(entries) > 1 else "", shape_text(first.shape), _short(first.dtype),
             human_bytes(sum(entry.nbytes for entry in entries)),
             where[0] if len(where) == 1 else _count(len(where), "file"))  # fmt: skip
@@ -78,6 +78,7 @@ def _as_json(found: Checkpoint, depth: int) -> dict[str, Any]:
                 "bytes": entry.nbytes,
                 "file": None if entry.file is None else str(entry.file),
                 "range": [entry.start, entry.end],
+                **_chunks(entry),
             }
             for entry in found.values()
         ],
@@ -89,10 +90,25 @@ def _as_json(found: Checkpoint, depth: int) -> dict[str, Any]:
     }
 
 
+def _chunks(entry: TensorEntry) -> dict[str, Any]:
+    """The boxes of a tensor that was written in several, which has no file and no range of its own."""
+    chunks = [
+        {
+            "offsets": list(offsets),
+            "shape": list(chunk.shape),
+            "file": str(chunk.file),
+            "range": [chunk.start, chunk.end],
+        }
+        for offsets, chunk in entry.chunks
+    ]
+    return {"chunks": chunks} if chunks else {}
+
+
 def _files(found: Checkpoint) -> Iterable[dict[str, Any]]:
     held: dict[Any, list[TensorEntry]] = {}
     for entry in found.values():
-        held.setdefault(entry.file, []).append(entry)
+        for piece in entry.pieces:
+            held.setdefault(piece.file, []).append(piece)
     for file in found.files:
         entries = held.get(file.path, [])
         yield {

@@ -12,7 +12,9 @@ from weightlift.checkpoint.entry import TensorEntry
 from weightlift.errors import Problem
 from weightlift.options import KeyMapping
 from weightlift.plan.heads import Names, has_whole_parts
-from weightlift.plan.records import Offer
+from weightlift.plan.parts import part
+from weightlift.plan.records import Offer, Part
+from weightlift.plan.regions import narrow, whole
 
 _MANY = 50  # patterns that are worth a look at the names first
 
@@ -67,7 +69,7 @@ def offers_of(
 ) -> tuple[dict[str, Offer], list[Problem]]:
     """What is offered under which name; without ``names`` every key is its own. Two keys of one name are a problem."""
     if names is None:
-        return {key: Offer(key, key, entry) for key, entry in entries.items()}, []
+        return {key: offer(key, key, entry) for key, entry in entries.items()}, []
     offers: dict[str, Offer] = {}
     problems = []
     for key, entry in entries.items():
@@ -85,8 +87,23 @@ def offers_of(
                 )
             )
         else:
-            offers[name] = Offer(name, key, entry)
+            offers[name] = offer(name, key, entry)
     return offers, problems
+
+
+def offer(name: str, key: str, entry: TensorEntry) -> Offer:
+    """What is offered under a name by one entry, which may have chunks."""
+    return Offer(name, key, entry, _parts(entry) if entry.chunks else ())
+
+
+def _parts(entry: TensorEntry) -> tuple[Part, ...]:
+    found = []
+    for offsets, chunk in entry.chunks:
+        region = whole(entry.shape)
+        for dim, (offset, size) in enumerate(zip(offsets, chunk.shape, strict=True)):
+            region = narrow(region, dim, offset, size)
+        found.append(part(chunk, region))
+    return tuple(found)
 
 
 def extras_of(

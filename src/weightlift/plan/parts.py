@@ -132,6 +132,49 @@ def within(entry: TensorEntry, region: Region) -> TensorEntry | None:
     return reshape(as_view(entry, Region(placed.shape, placed.stride, placed.offset)), region.shape)
 
 
+def alike(one: Offer, other: Offer) -> list[tuple[TensorEntry, TensorEntry]] | None:
+    """Two values of one shape as pairs of entries that hold the same elements of them; None where they are made of
+    parts that cannot be told apart so."""
+    shape = one.entry.shape
+    if not one.parts and not other.parts:
+        return [(one.entry, other.entry)]
+    if one.parts and _regions(one) == _regions(other):
+        return list(zip(one.entries, other.entries, strict=True))
+    if other.entry.shape != shape or 0 in shape:
+        return [] if other.entry.shape == shape else None
+    mine, theirs = (offer.parts or (part(offer.entry, whole(shape)),) for offer in (one, other))
+    pairs = []
+    for item in mine:
+        start = _corner(item, shape)
+        if start is None:
+            return None
+        try:
+            pieces = local_parts(theirs, shape, start=start, size=item.shape)
+        except ValueError:
+            return None
+        for piece in pieces:
+            entry = within(item.entry, Region(piece.shape, piece.stride, piece.offset))
+            if entry is None:
+                return None
+            pairs.append((entry, piece.entry))
+    return pairs
+
+
+def _regions(offer: Offer) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    return [(item.shape, item.stride, item.offset) for item in offer.parts]
+
+
+def _corner(item: Part, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Where the box begins that a part fills; None if it fills none."""
+    steps = row_major(shape)
+    if len(item.shape) != len(steps):
+        return None
+    if any(extent > 1 and stride != step for extent, stride, step in zip(item.shape, item.stride, steps)):
+        return None
+    start = tuple(item.offset // step % size for step, size in zip(steps, shape))
+    return start if all(low + extent <= size for low, extent, size in zip(start, item.shape, shape)) else None
+
+
 def overlap(regions: Sequence[Region]) -> bool:
     """Whether two of the regions, or two elements of one, share a place; as exact as `fault_of`."""
     filled = [region for region in regions if 0 not in region.shape]

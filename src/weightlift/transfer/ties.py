@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from weightlift.errors import PlanError, Problem
 from weightlift.options import LoadOptions
+from weightlift.plan.parts import alike
 from weightlift.plan.records import Action, Check, Decisions, Row
 from weightlift.transfer.compare import Pair, same_values
 from weightlift.transfer.subject import Bytes
@@ -105,14 +106,9 @@ def _compared(checks: Sequence[Check], source: Bytes, options: LoadOptions) -> l
 
 
 def _pairs(check: Check) -> list[Pair] | None:
-    """What to compare: part by part where both are made alike. None: not comparable, which counts as different."""
-    one, other = check.offer, check.other
-    if not one.parts and not other.parts:
-        return [Pair(one.entry, other.entry, check.lazily)]
-    places = [[(part.shape, part.stride, part.offset) for part in offer.parts] for offer in (one, other)]
-    if places[0] != places[1]:
-        return None
-    return [Pair(a, b, check.lazily) for a, b in zip(one.entries, other.entries, strict=True)]
+    """What to compare. None: not comparable, which counts as different."""
+    found = alike(check.offer, check.other)
+    return None if found is None else [Pair(one, other, check.lazily) for one, other in found]
 
 
 def _problem(check: Check) -> Problem:

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import weightlift as wl
 
@@ -37,17 +33,6 @@ def test_a_folder_of_something_else(tmp_path: Path, names: list[str], hint: str)
             (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(wl.CheckpointNotFound, match=hint):
         wl.open_checkpoint(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_said_of_a_distributed_checkpoint_works(tmp_path: Path) -> None:
-    layer = nn.Linear(3, 2)
-    dcp.save(layer.state_dict(), checkpoint_id=tmp_path / "saved")
-    with pytest.raises(wl.CheckpointNotFound, match=r"torch\.distributed\.checkpoint\.format_utils dcp_to_torch"):
-        wl.load(lambda: nn.Linear(3, 2), tmp_path / "saved")
-    dcp_to_torch_save(tmp_path / "saved", tmp_path / "model.pt")
-    loaded = wl.load(lambda: nn.Linear(3, 2), tmp_path / "model.pt")
-    assert torch.equal(loaded.weight, layer.weight) and torch.equal(loaded.bias, layer.bias)
 
 
 def test_files_of_numpy(tmp_path: Path) -> None:

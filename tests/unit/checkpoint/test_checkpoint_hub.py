@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dcp_boxes import save as save_dcp
 from safetensors.torch import save, save_file
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -159,8 +161,14 @@ def test_a_path_wins_over_a_hub_id(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """A server with as much of the hub's interface as a download needs; its address, and what it was asked."""
-    files = sharded()
+    """A server with a repository; its address, and what it was asked."""
+    with serving(sharded()) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server with as much of the hub's interface as a download needs."""
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -231,3 +239,18 @@ def test_download(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
 def test_wrong_token(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
     kind, text = run(tmp_path, "org/tiny", {"HF_ENDPOINT": hub[0]}, token="hf_wrong")
     assert kind == "CheckpointNotFound" and "check the name, the revision and the token" in str(text)
+
+
+def test_what_ranks_saved_together(tmp_path: Path) -> None:
+    """A folder of torch.distributed.checkpoint: its metadata first, then the files that it names."""
+    folder = save_dcp({"a": torch.ones(2), "b": torch.zeros(1)}, tmp_path / "saved", files=2)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"meta.pt": b"not needed"}
+    names = sorted(name for name in files if name.endswith(".distcp"))
+    answer = [["a", [1.0, 1.0]], ["b", [0.0]], "org/tiny", names]
+    (tmp_path / "cached").mkdir()
+    with serving(files) as (address, asked):
+        found = run(tmp_path / "cached", "org/tiny", {"HF_ENDPOINT": address}, token="hf_secret")
+    assert sorted(found, key=str) == sorted(answer, key=str) and len(names) == 2
+    fetched = {line.rpartition("/")[2] for line in asked if line.startswith("GET /org/tiny/resolve/")}
+    assert fetched == {".metadata", *names}
+    assert run(tmp_path / "cached", "org/tiny", local_files_only=True) == found

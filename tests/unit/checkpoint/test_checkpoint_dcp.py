@@ -1,0 +1,444 @@
+"""Folders of torch.distributed.checkpoint, beside torch's own reader; what is refused, and how."""
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import warnings
+import zipfile
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from dcp_boxes import Boxed, save, split
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+import weightlift as wl
+from weightlift.checkpoint import dcp as ours
+from weightlift.checkpoint import verify
+from weightlift.cli.main import main
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool, torch.complex64,
+          torch.float8_e4m3fn, torch.int64)  # fmt: skip
+
+
+def random_tensor(shape, dtype, seed):
+    size = torch.Size(shape).numel()
+    generator = torch.Generator().manual_seed(seed)
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    raw = torch.randint(0, 120, (size * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    return raw.view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+def same(one, other):
+    plain = [value.detach().contiguous().reshape(-1).view(torch.uint8) for value in (one, other)]
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(*plain)
+
+
+def refusal(path, **options):
+    with pytest.raises(wl.CheckpointError) as caught:
+        wl.open_checkpoint(path, **options)
+    return str(caught.value)
+
+
+def edited(folder, change):
+    """The folder with its metadata as ``change`` leaves them, which gets torch's object."""
+    path = folder / ".metadata"
+    metadata: Metadata = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(metadata) or metadata))
+    return folder
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.layers = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 6, bias=False))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def net_in_boxes(seed=0):
+    torch.manual_seed(seed)
+    net, rng = Net(), random.Random(seed)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    return net, {name: Boxed(value, split(tuple(value.shape), rng)) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_any_tensors_in_any_boxes(tmp_path, seed):
+    rng = random.Random(seed)
+    wanted = {}
+    for number in range(12):
+        shape = tuple(rng.choice((0, 1, 2, 3, 5, 8)) if rng.random() < 0.1 else rng.randint(1, 6)
+                      for _ in range(rng.randint(0, 4)))  # fmt: skip
+        wanted[f"t{number}"] = random_tensor(shape, rng.choice(DTYPES), number)
+    boxed = {name: Boxed(value, split(tuple(value.shape), rng)) for name, value in wanted.items()}
+    found = wl.open_checkpoint(save(boxed, tmp_path / "saved", files=rng.choice((1, 3))))
+    assert set(found) == set(wanted)
+    theirs = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(theirs, checkpoint_id=tmp_path / "saved", no_dist=True)
+    for name, value in wanted.items():
+        assert same(found.read(name), value) and same(theirs[name], value), name
+        assert (found[name].shape, found[name].dtype, found[name].nbytes) == (value.shape, value.dtype, value.nbytes)
+    model = nn.Module()
+    for name, value in wanted.items():
+        model.register_buffer(name, torch.zeros_like(value))
+    for way in (lambda: wl.load(model, found), lambda: wl.load(model, found, memory_budget_bytes=1)):
+        for buffer in model.buffers():
+            buffer.zero_()
+        way()
+        for name, value in wanted.items():
+            assert same(model.get_buffer(name), value), name
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}, {"copy": True}, {"workers": 1}])
+def test_a_model(tmp_path, options):
+    net, boxed = net_in_boxes()
+    folder = save({"model": boxed, "step": 3}, tmp_path / "saved", files=2)
+    model = wl.load(Net, wl.open_checkpoint(folder, within="model"), **options)
+    assert model.head.weight is model.embedding.weight
+    for name, value in net.state_dict().items():
+        found = model.state_dict()[name]
+        expected = value.to(found.dtype)
+        assert same(found, expected), name
+        assert found.dtype == options.get("dtype", value.dtype) or not value.is_floating_point()
+
+
+def test_the_plan_names_ranges(tmp_path):
+    weight = torch.arange(12.0).view(4, 3)
+    boxes = [((0, 0), (2, 3)), ((2, 0), (2, 3))]
+    folder = save({"weight": Boxed(weight, boxes), "bias": torch.zeros(4)}, tmp_path / "saved")
+    plan = wl.plan(lambda: nn.Linear(3, 4), folder)
+    row = next(row for row in plan.decisions.rows if row.fqn == "weight")
+    assert [part.entry.end - part.entry.start for part in row.parts] == [24, 24]
+    raw = (folder / "__0_0.distcp").read_bytes()
+    for part, rows in zip(row.parts, (weight[:2], weight[2:])):
+        assert raw[part.entry.start : part.entry.end] == rows.numpy().tobytes()
+    assert "2 parts: __0_0.distcp[" in str(plan)
+    assert sum(len(found["parts"]) for found in json.loads(plan.to_json())["tensors"] if "parts" in found) == 2
+
+
+def test_whole_tensors_lie_in_a_file(tmp_path):
+    folder = save({"weight": torch.randn(4, 3), "bias": torch.zeros(4)}, tmp_path / "saved")
+    entry = wl.open_checkpoint(folder)["weight"]
+    assert not entry.chunks and entry.file == folder / "__0_0.distcp" and entry.end - entry.start == 48
+
+
+def test_views_keep_their_strides(tmp_path):
+    weight = torch.arange(12.0).view(3, 4).t()
+    folder = save({"weight": weight, "bias": torch.zeros(4)}, tmp_path / "saved")
+    found = wl.open_checkpoint(folder)
+    assert torch.equal(found.read("weight"), weight)
+    assert torch.equal(wl.load(lambda: nn.Linear(3, 4), found).weight, weight)
+
+
+def test_what_else_was_saved(tmp_path):
+    extra = {"scale": torch.ones(2), "n": 1}
+    state = {
+        "model": {"weight": torch.randn(4, 3), "bias": torch.zeros(4), "_extra_state": extra},
+        "optimizer": {"state": {"weight": {"exp_avg": torch.zeros(4, 3)}}, "groups": [{"lr": 0.1, "of": ["weight"]}]},
+        "step": 7,
+        "arguments": io.BytesIO(b"code"),
+    }
+    folder = save(state, tmp_path / "saved")
+    found = wl.open_checkpoint(folder, within="model")
+    assert set(found) == {"weight", "bias"} and list(found.extras) == ["_extra_state"]
+    assert found.extras["_extra_state"]["n"] == 1
+    assert torch.equal(found.extras["_extra_state"]["scale"], torch.ones(2))
+    assert "open_checkpoint(…, within='model')" in refusal(folder)
+    assert "mappings under 'model', 'optimizer'" in refusal(folder, within="net")
+    assert "is a tensor" in refusal(folder, within=("model", "weight"))
+    assert wl.open_checkpoint(folder, within=("optimizer", "state", "weight")).read("exp_avg").shape == (4, 3)
+
+
+def test_weights_beside_an_optimiser(tmp_path):
+    """As some trainers save it: the model's names at the top, and everything else beside them."""
+    weights = {"weight": torch.randn(4, 3), "bias": torch.zeros(4)}
+    moments = {name: {"exp_avg": value, "exp_avg_sq": value} for name, value in weights.items()}
+    others = {"optimizer": {"state": moments, "groups": [{"lr": 0.1}, {"lr": 0.2}]}, "loss": io.BytesIO(b"code")}
+    found = wl.open_checkpoint(save({**weights, **others}, tmp_path / "saved"))
+    assert set(found) == set(weights)
+    assert torch.equal(found.extras["optimizer"]["state"]["weight"]["exp_avg"], weights["weight"])
+    assert found.extras["optimizer"]["groups"] == [{"lr": 0.1}, {"lr": 0.2}]
+    assert "BytesIO" in str(found.extras["loss"])
+    model = wl.load(lambda: nn.Linear(3, 4), found, strict=False)
+    assert torch.equal(model.weight, weights["weight"])
+    with pytest.raises(wl.PlanError, match="optimizer"):
+        wl.load(lambda: nn.Linear(3, 4), found)
+
+
+def test_code_of_extra_state_is_refused(tmp_path):
+    folder = save({"weight": torch.ones(2), "_extra_state": io.BytesIO(b"code")}, tmp_path / "saved")
+    text = refusal(folder)
+    assert "_extra_state" in text and "the pickle holds code" in text and "BytesIO" in text
+
+
+def test_state_dict_hooks(tmp_path):
+    class Renamed(nn.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel").reshape(4, 3)
+            state_dict[f"{prefix}bias"] = state_dict.pop(f"{prefix}shift")
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    kernel, shift = torch.randn(12), torch.randn(4)
+    boxed = {"kernel": Boxed(kernel, [((0,), (5,)), ((5,), (7,))]), "shift": Boxed(shift, [((0,), (1,)), ((1,), (3,))])}
+    model = wl.load(lambda: Renamed(3, 4), save(boxed, tmp_path / "saved"))
+    assert torch.equal(model.weight, kernel.view(4, 3)) and torch.equal(model.bias, shift)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("alike", [True, False])
+def test_ties(tmp_path, equal, alike):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+            self.two.weight = self.one.weight
+
+    weight = torch.randn(4, 3)
+    other = weight.clone() if equal else weight + 1
+    rows, columns = [((0, 0), (1, 3)), ((1, 0), (3, 3))], [((0, 0), (4, 2)), ((0, 2), (4, 1))]
+    boxed = {"one.weight": Boxed(weight, rows), "two.weight": Boxed(other, rows if alike else columns)}
+    folder = save(boxed, tmp_path / "saved")
+    if equal:
+        model = wl.load(Tied, folder)
+        assert model.one.weight is model.two.weight and torch.equal(model.one.weight, weight)
+    else:
+        with pytest.raises(wl.PlanError, match="two different values"):
+            wl.load(Tied, folder)
+        model = wl.load(Tied, folder, strict=False)
+        assert torch.equal(model.one.weight, weight) and torch.equal(model.two.weight, other)
+
+
+def test_lazy_modules_and_mismatches(tmp_path):
+    weight = torch.randn(4, 3)
+    boxed = {"weight": Boxed(weight, [((0, 0), (3, 3)), ((3, 0), (1, 3))]), "bias": torch.zeros(4)}
+    folder = save(boxed, tmp_path / "saved")
+    assert torch.equal(wl.load(lambda: nn.LazyLinear(4), folder).weight, weight)
+    with pytest.raises(wl.PlanError, match=r"found \[4, 3\]"):
+        wl.load(lambda: nn.Linear(5, 4), folder)
+
+
+# -- where it is looked for -------------------------------------------------------------------------------------------
+
+
+def test_in_a_folder(tmp_path):
+    folder = save({"weight": torch.ones(2)}, tmp_path / "saved")
+    torch.save({"epoch": 3}, folder / "meta.pt")  # Lightning's
+    for path in (folder, folder / ".metadata", str(folder)):
+        assert list(wl.open_checkpoint(path)) == ["weight"]
+    found = wl.open_checkpoint(folder)
+    assert found.index == folder / ".metadata" and [file.format for file in found.files] == ["dcp"]
+    assert "pass the folder" in refusal(folder / "__0_0.distcp")
+    save_file({"other": torch.ones(1)}, folder / "model.safetensors")
+    assert list(wl.open_checkpoint(folder)) == ["other"]
+    (folder / "model.safetensors").unlink()
+    (folder / ".metadata").unlink()
+    (folder / "meta.pt").unlink()
+    assert ".metadata is missing" in refusal(folder)
+
+
+def test_verify_and_hashes(tmp_path):
+    folder = save({"model": {"weight": torch.ones(2)}}, tmp_path / "saved")
+    assert verify(folder, within="model") == ()
+    assert len(verify(folder)) == 1
+    assert len(verify(folder, within="model", content=True)) == 2  # no hash is known
+    os.system(f"cd {folder} && sha256sum .metadata *.distcp > SHA256SUMS")
+    assert verify(folder, within="model", content=True) == ()
+    wl.open_checkpoint(folder, within="model", verify=True)
+    raw = bytearray((folder / "__0_0.distcp").read_bytes())
+    entry = wl.open_checkpoint(folder, within="model")["weight"]
+    raw[entry.start] ^= 1
+    (folder / "__0_0.distcp").write_bytes(raw)
+    with pytest.raises(wl.CheckpointCorrupt):
+        wl.open_checkpoint(folder, within="model", verify=True)
+
+
+def test_the_command_line(tmp_path, capsys):
+    boxed = {"model": {"weight": Boxed(torch.ones(4, 3), [((0, 0), (1, 3)), ((1, 0), (3, 3))]), "bias": torch.ones(4)}}
+    folder = str(save(boxed, tmp_path / "saved"))
+    assert main(["inspect", folder, "--within", "model", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [len(item.get("chunks", ())) for item in told["tensors"]] == [2, 0]
+    assert [(item["format"], item["tensors"], item["bytes"]) for item in told["files"]] == [("dcp", 3, 64)]
+    assert main(["inspect", folder, "--within", "model"]) == 0
+    assert "__0_0.distcp" in capsys.readouterr().out
+    assert main(["inspect", folder]) == 1
+    assert "--within model" in capsys.readouterr().err
+
+
+def test_changed_meanwhile(tmp_path):
+    state = {"weight": Boxed(torch.ones(4, 3), [((0, 0), (1, 3)), ((1, 0), (3, 3))]), "bias": torch.ones(4)}
+    found = wl.open_checkpoint(save(state, tmp_path / "saved"))
+    path = tmp_path / "saved" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes())
+    for act in (lambda: found.read("weight"), lambda: wl.load(lambda: nn.Linear(3, 4), found)):
+        with pytest.raises(wl.CheckpointChanged):
+            act()
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/weightlift-was-here",)
+
+
+def _chunks(metadata):
+    return metadata.state_dict_metadata["weight"].chunks
+
+
+def _place(metadata, **changes):
+    for key, value in list(metadata.storage_data.items()):
+        metadata.storage_data[key] = type(value)(**{**vars(value), **changes})
+
+
+def _rekey(metadata, path):
+    metadata.planner_data["weight"] = path
+
+
+EDITS = {
+    "outside": (lambda m: _place(m, relative_path="../x.distcp"), "leads out of the folder"),
+    "absolute": (lambda m: _place(m, relative_path="/etc/passwd"), "absolute path"),
+    "no such file": (lambda m: _place(m, relative_path="__9_0.distcp"), "names a missing file"),
+    "beyond": (lambda m: _place(m, length=1 << 40), "lies beyond the end of the file"),
+    "negative": (lambda m: _place(m, offset=-1), "is no range of a file"),
+    "elsewhere": (lambda m: _place(m, offset=7), "the zip is damaged"),
+    "cut": (lambda m: _place(m, length=100), "the zip is damaged"),
+    "nothing": (lambda m: _place(m, length=0), "the zip is damaged"),
+    "packed": (lambda m: _place(m, transform_descriptors=("zstd",)), "written with the extension zstd"),
+    "a hole": (lambda m: _chunks(m).pop(), "its boxes do not make it up"),
+    "another shape": (lambda m: setattr(m.state_dict_metadata["weight"], "size", torch.Size([9, 9])), "do not make it"),
+    "another box": (lambda m: setattr(_chunks(m)[0], "sizes", torch.Size([4, 3])), "is not what its metadata says"),
+    "a box outside": (lambda m: setattr(_chunks(m)[0], "offsets", torch.Size([5, 5])), "no file holds it at"),
+    "other dtype": (
+        lambda m: setattr(m.state_dict_metadata["weight"].properties, "dtype", torch.int32), "is not what its metadata",
+    ),
+    "no dtype": (lambda m: setattr(m.state_dict_metadata["weight"].properties, "dtype", 3), "whose dtype is int"),
+    "no place": (lambda m: m.storage_data.clear(), "no file holds it"),
+    "no metadata": (lambda m: [1, 2], "is no Metadata"),
+    "a step of its own": (lambda m: _rekey(m, ((),)), "is no place"),
+    "very deep": (lambda m: _rekey(m, ("a",) * 1000), "is no place"),
+    "within another": (lambda m: _rekey(m, ("bias", "x")), "is no place"),
+    "twice": (lambda m: _rekey(m, ("bias",)), "is no place"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    state = {"bias": torch.ones(4), "weight": Boxed(torch.ones(4, 3), [((0, 0), (1, 3)), ((1, 0), (3, 3))])}
+    return save(state, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_bad_metadata(folder, name):
+    change, told = EDITS[name]
+    result = change
+    assert told in refusal(edited(folder, lambda m: found if isinstance(found := result(m), list) and
+                                  name == "no metadata" else None))  # fmt: skip
+
+
+def test_overlaps(folder):
+    def shift(metadata):
+        first = _chunks(metadata)[0]
+        first.sizes, first.offsets = torch.Size([3, 3]), torch.Size([0, 0])
+        stored = metadata.storage_data
+        stored[MetadataIndex("weight", [0, 0])] = stored[MetadataIndex("weight", [1, 0])]
+        metadata.state_dict_metadata["weight"].size = torch.Size([6, 3])
+
+    assert "its boxes do not make it up" in refusal(edited(folder, shift))
+
+
+def test_code_in_metadata_is_passed_over(folder):
+    def add(metadata):
+        metadata.storage_meta = Evil()
+        metadata.planner_data["more"] = (Evil(),)
+
+    edited(folder, add)
+    assert set(wl.open_checkpoint(folder)) == {"bias", "weight"}
+    assert not os.path.exists("/tmp/weightlift-was-here")
+
+
+def test_cut_and_empty_files(folder):
+    path = folder / "__0_0.distcp"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-10])
+    assert "lies beyond the end of the file" in refusal(folder)
+    path.write_bytes(b"")
+    assert refusal(folder).count("lies beyond") == 3
+    path.unlink()
+    assert "missing file" in refusal(folder / ".metadata")
+    (folder / ".metadata").write_bytes(b"")
+    assert "is damaged" in refusal(folder / ".metadata")
+
+
+def test_damage_is_told_with_key_and_place(folder):
+    path = folder / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    entry = wl.open_checkpoint(folder)["bias"]
+    at = raw.index(b"PK\1\2", entry.end)  # the first entry of that archive's directory
+    raw[at + 10] = 8  # compressed
+    path.write_bytes(raw)
+    with pytest.raises(wl.CheckpointError) as caught:
+        wl.open_checkpoint(folder)
+    (problem,) = caught.value.problems
+    assert problem.key == "bias" and problem.file == path and "compressed" in problem.what
+
+
+def test_other_archives(folder, tmp_path):
+    """A piece that is packed again by another tool, and one that is no archive."""
+    path = folder / "__0_0.distcp"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"x" * 100)
+    for raw in ((tmp_path / "x.zip").read_bytes(), b"\x80\x02N." * 100):
+        path.write_bytes(raw + whole)
+        edited(folder, lambda m, raw=raw: [_place(m, offset=0, length=len(raw)), None][1])
+        refusal(folder)
+
+
+def test_tiles():
+    assert ours.tiles((), [((), ())])
+    assert not ours.tiles((), [])
+    assert not ours.tiles((2,), [((0,), (1,)), ((0,), (1,))])
+    assert not ours.tiles((4, 4), [((0, 0), (2, 4)), ((1, 0), (2, 4))])
+    assert not ours.tiles((4,), [((2,), (4,))])
+    assert not ours.tiles((1,) * 20, [((0,) * 19, (1,) * 19)])
+    assert not ours.tiles((1 << 40, 1 << 40), [((0, 0), (1 << 40, 1 << 40))])
+    rng = random.Random(0)
+    for _ in range(300):
+        shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 3)))
+        boxes = split(shape, rng)
+        assert ours.tiles(shape, boxes)
+        moved = [list(box) for box in boxes]
+        at, dim = rng.randrange(len(moved)), rng.randrange(len(shape))
+        part = rng.randrange(2)
+        changed = list(moved[at][part])
+        changed[dim] = max(0, changed[dim] + rng.choice((-1, 1)))
+        moved[at][part] = tuple(changed)
+        seen = torch.zeros(tuple(2 * size + 2 for size in shape), dtype=torch.int)
+        for offsets, sizes in moved:
+            view = seen
+            for axis, (offset, size) in enumerate(zip(offsets, sizes)):
+                view = view.narrow(axis, offset, size)
+            view += 1
+        inside = seen[tuple(slice(0, size) for size in shape)]
+        right = bool((inside == 1).all()) and int(seen.sum()) == inside.numel()
+        filled = [tuple(box) for box in moved if 0 not in box[1]]
+        assert ours.tiles(shape, filled) == right
+
+
+def test_a_copy_without_hidden_files(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "__0_0.distcp", other)
+    assert "hidden files were not copied" in refusal(other)
