@@ -16,6 +16,7 @@ FILES = {
     "threads": "threads",
     "sizes": "sizes",
     "pipeline": "pipeline", "pipeline-cast": "pipeline", "pipeline-read": "pipeline",
+    "saved-by-ranks": "saved_by_ranks",
     "fresh-process": "fresh_process",
     "accelerator": "accelerator",
 }  # fmt: skip
