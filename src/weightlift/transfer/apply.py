@@ -328,7 +328,9 @@ class _Application:
 
     def _put(self, row: Row, member: Member, value: torch.Tensor) -> torch.Tensor:
         slot, tensor = member.slot, member.slot.tensor
-        if not row.untied and id(tensor) in self._held and not (fits(row, tensor) or wraps_others(tensor)):
+        held = id(tensor) in self._held and not row.untied
+        # An uninitialised one stays the object that it is, as `materialize` has it: who holds it waits for a value.
+        if held and not (is_lazy(tensor) or fits(row, tensor) or wraps_others(tensor)):
             return replaced(slot, value)
         return adopt(slot, value, fresh=row.untied)
 

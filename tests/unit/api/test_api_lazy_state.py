@@ -49,3 +49,31 @@ def test_a_hooked_module_is_told_so_too():
 def test_it_can_not_be_saved(tmp_path):
     with pytest.raises(wl.CheckpointError, match=r"0\.weight"):
         wl.save(LAZY["linear"](), tmp_path)
+
+
+NORMS = {
+    nn.LazyBatchNorm1d: nn.BatchNorm1d,
+    nn.LazyBatchNorm2d: nn.BatchNorm2d,
+    nn.LazyBatchNorm3d: nn.BatchNorm3d,
+    nn.LazyInstanceNorm1d: nn.InstanceNorm1d,
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)
+def test_who_holds_an_uninitialised_buffer_holds_the_module_s_afterwards(kind, made, dtype):
+    def build():
+        module = kind(affine=True, track_running_stats=True)
+        module.held = [module.running_mean, module.running_var, module.weight]
+        return module
+
+    state = NORMS[kind](4, affine=True, track_running_stats=True).state_dict()
+    state["running_mean"] = torch.arange(4.0)
+    wanted = build()
+    wanted.load_state_dict(state)
+    assert wanted.held[0] is wanted.running_mean  # what torch does
+    loaded = wl.load(MADE[made](build), state, dtype=dtype)
+    for held, name in zip(loaded.held, ["running_mean", "running_var", "weight"], strict=True):
+        assert getattr(loaded, name) is held and type(held) is type(getattr(wanted, name))
+        assert held.dtype == (dtype or torch.float32) and torch.equal(held, state[name].to(held.dtype))
