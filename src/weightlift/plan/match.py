@@ -275,13 +275,15 @@ def _decide(
     if owner is not None and stays and _folded(owner[0]):
         problems.append(unfit(*owner))
     provider = owner[0] if owner else group.over[0] if group.over else group.covering
+    found = {item.fqn: offer.entry.shape for item, offer in fitting}
     for item in names:
         action, offer, tied_to = _action(item, group, owner, provider, misfits)
         rows[item.fqn] = Row(
             fqn=item.fqn,
             action=action,
             kind=item.kind,
-            shape=offer.entry.shape if item.lazy and offer is not None else item.shape,
+            # A tied name that is offered has the shape of its own value, which it gets if it is untied.
+            shape=found.get(item.fqn, owner[1].entry.shape) if item.lazy and owner is not None else item.shape,
             own_dtype=item.dtype,
             dtype=dtype,
             device=device,

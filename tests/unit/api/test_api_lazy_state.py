@@ -77,3 +77,27 @@ def test_who_holds_an_uninitialised_buffer_holds_the_module_s_afterwards(kind, m
     for held, name in zip(loaded.held, ["running_mean", "running_var", "weight"], strict=True):
         assert getattr(loaded, name) is held and type(held) is type(getattr(wanted, name))
         assert held.dtype == (dtype or torch.float32) and torch.equal(held, state[name].to(held.dtype))
+
+
+def tied_lazily():
+    module = nn.Module()
+    module.a, module.b, module.c = nn.LazyLinear(3), nn.LazyLinear(3), nn.LazyLinear(3)
+    module.b.weight = module.c.weight = module.a.weight
+    return module
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_tied_uninitialised_ones_that_differ_are_untied_each_in_its_own_shape(made):
+    state = {f"{name}.bias": torch.ones(3) for name in "abc"}
+    state |= {"a.weight": torch.ones(3, 4), "b.weight": torch.ones(3, 4) * 2, "c.weight": torch.ones(3, 5)}
+    loaded = wl.load(MADE[made](tied_lazily), state, strict=False)
+    for name, value in state.items():
+        assert torch.equal(loaded.get_parameter(name), value), name
+
+
+def test_a_plan_knows_the_shape_of_a_tied_uninitialised_one():
+    state = {f"{name}.bias": torch.ones(3) for name in "abc"}
+    plan = wl.plan(tied_lazily, {**state, "a.weight": torch.ones(3, 4), "b.weight": torch.ones(3, 4)})
+    assert {row.fqn: row.shape for row in plan.decisions.rows if row.fqn.endswith("weight")} == {
+        "a.weight": (3, 4), "b.weight": (3, 4), "c.weight": (3, 4)
+    }  # fmt: skip
