@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depth", type=positive, default=1, metavar="N", help="sum up prefixes of N names (default: 1)"
     )
     parser.add_argument("--all", action="store_true", help="a line for every key, repeated layers too")
-    parser.add_argument("--json", action="store_true", help="print JSON: every key, with file and byte range")
+    parser.add_argument("--json", action="store_true", help="print JSON: every key with file and range, or the error")
 
 
 def run(arguments: argparse.Namespace) -> int:

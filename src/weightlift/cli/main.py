@@ -1,7 +1,8 @@
 """``weightlift``: inspect, plan, load, verify, run, demo, bench.
 
 Exit codes: 0; 1 when a checkpoint is broken, does not fit or can't be read, or the output can't be written; 2 for a
-wrong command line; 130 for Ctrl-C; 141 where whoever read the output has gone.
+wrong command line; 130 for Ctrl-C; 141 where whoever read the output has gone. With ``--json`` an error is also printed
+as JSON, by whichever command.
 A command is imported when it is run, so that ``--help`` costs none of them.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -94,6 +96,10 @@ def _failed(error: Exception, arguments: argparse.Namespace, code: int, text: st
         complain("".join(traceback.format_exception(error)).rstrip())
     else:
         complain(f"weightlift {arguments.command}: {as_flags(str(error)) if text is None else text}")
+    if getattr(arguments, "json", False):
+        from weightlift.cli.error_json import error_as_json
+
+        print(json.dumps(error_as_json(error, text), indent=2))
     return code
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also what every rank of such a mesh reads and holds, as in fsdp=1024 or fsdp=128,tp=8; from the headers"
         " alone, so --model can be left out. Axes: fsdp, tp, ep, dp",
     )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="print the plan, or the error, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 
 from weightlift.cli.arguments import add_within
@@ -24,20 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Say that all is well, or every reason why it is not (1)."""
     import weightlift as wl
     from weightlift.checkpoint import verify
+    from weightlift.cli.error_json import problem_as_json
     from weightlift.cli.output import console
     from weightlift.cli.wording import as_flags
     from weightlift.plan.report import human_bytes
 
     problems = verify(arguments.path, content=arguments.hash, within=arguments.within)
     if arguments.json:
-        listed = [
-            {
-                name: value if value is None or isinstance(value, int) else str(value)
-                for name, value in dataclasses.asdict(problem).items()
-                if name != "implied"  # which is for plans
-            }
-            for problem in problems
-        ]
+        listed = [problem_as_json(problem) for problem in problems]
         print(json.dumps({"path": arguments.path, "valid": not problems, "problems": listed}, indent=2))
     elif problems:
         for problem in problems:
