@@ -85,6 +85,25 @@ class LoadReport:
         pairs = zip(self.unexpected_keys, names, strict=True)
         return [key if key == name else f"{key} as {name}" for key, name in pairs]
 
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data for ``json.dumps``, under the names that it has here."""
+        return {
+            "loaded": list(self.loaded),
+            "tied": list(self.tied),
+            "initialised": list(self.initialised),
+            "kept": list(self.kept),
+            "missing_keys": list(self.missing_keys),
+            "unexpected_keys": list(self.unexpected_keys),
+            "unexpected_names": list(self.unexpected_names),
+            "mismatched_keys": _mismatched_json(self),
+            "mismatched_ties": [{"fqn": fqn, "tied_to": other} for fqn, other in self.mismatched_ties],
+            "left_out": [{"fqn": fqn, "kept": other} for fqn, other in self.left_out],
+            "loaded_bytes": self.loaded_bytes,
+            "read_bytes": self.read_bytes,
+            "existing": self.existing,
+            "refused": self.refused,
+        }
+
 
 def _unequal(fqn: str, found: Sequence[int], wanted: Sequence[int]) -> str:
     return f"{fqn} {list(found)} ≠ {list(wanted)}"
@@ -246,10 +265,7 @@ def as_json(decisions: Decisions) -> dict[str, Any]:
         "tensors": [_row_json(row) for row in decisions.rows],
         "missing_keys": list(summary.missing_keys),
         "unexpected_keys": list(summary.unexpected_keys),
-        "mismatched_keys": [
-            {"fqn": fqn, "found": list(found), "expected": list(wanted)}
-            for fqn, found, wanted in summary.mismatched_keys
-        ],
+        "mismatched_keys": _mismatched_json(summary),
         "missing_extra_state": list(decisions.missing_extra_state),
         "early_keys": list(decisions.early_keys),
         "checks": [{"fqn": check.fqn, "other": check.other_fqn} for check in decisions.checks],
@@ -257,6 +273,11 @@ def as_json(decisions: Decisions) -> dict[str, Any]:
         "loaded_bytes": summary.loaded_bytes,
         "read_bytes": summary.read_bytes,
     }
+
+
+def _mismatched_json(summary: LoadReport) -> list[dict[str, Any]]:
+    found = summary.mismatched_keys
+    return [{"fqn": fqn, "found": list(shape), "expected": list(wanted)} for fqn, shape, wanted in found]
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -214,6 +216,47 @@ def test_load_tells_of_what_was_untied(here, run):
     assert "embed.weight and head.weight are tied" in err
     assert "missing in the checkpoint" in out
     assert "missing in the checkpoint" not in err
+
+
+def test_load_json(here, run):
+    save_file({"embed.weight": torch.ones(16, 8), "head.weight": torch.zeros(16, 8), "x": torch.ones(2),
+               "layers.0.weight": torch.ones(9)}, here / "two.safetensors")  # fmt: skip
+    options = ("--no-strict", "--ignore-mismatched", "--dtype", "bfloat16")
+    code, out, err = run("load", "two.safetensors", *TIED, *options, "--json")
+    found = json.loads(out)
+    assert code == 0 and "they are untied" in err
+    made = weightlift.plan(
+        sys.modules["cli_models"].Tied, here / "two.safetensors",
+        strict=False, ignore_mismatched=True, dtype=torch.bfloat16,
+    )  # fmt: skip
+    made.execute()
+    assert found["module"] == "Tied" and found["source"] == str(here / "two.safetensors")
+    assert found["loaded"] == ["embed.weight", "head.weight"] and found["unexpected_keys"] == ["x"]
+    assert found["mismatched_keys"] == [{"fqn": "layers.0.weight", "found": [9], "expected": [8, 8]}]
+    assert (found["loaded_bytes"], found["read_bytes"]) == (512, 1024)
+    assert made.report.as_json().items() <= found.items()
+    assert set(made.report.as_json()) == {field.name for field in dataclasses.fields(made.report)}
+    assert found["mappable_bytes"] == 0 and set(found["seconds"]) == {"plan", "load"}
+    assert json.loads(run("load", "ckpt", *TIED, "--json")[1])["mappable_bytes"] == 1376
+
+
+def test_load_verify(here, run):
+    """Content is compared with the hashes that are written down; without them there is nothing to compare with."""
+    words = ("load", "ckpt", *TIED, "--verify")
+    code, _, err = run(*words)
+    assert code == 1 and "SHA256SUMS" in err
+    files = sorted((here / "ckpt").iterdir())
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+    (here / "ckpt" / "SHA256SUMS").write_text("".join(lines))
+    code, out, err = run(*words)
+    assert (code, err) == (0, "") and "7 loaded" in out
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    assert run(*words[:-1])[0] == 0
+    code, out, err = run(*words, "--json")
+    assert code == 1 and files[0].name in err
+    assert json.loads(out)["error"]["kind"] == "CheckpointCorrupt"
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------

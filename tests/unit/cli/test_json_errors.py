@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ TIED = ("--model", "cli_models:Tied")
 FIELDS = {"what", "key", "fqn", "file", "range", "expected", "found", "hint"}
 COMMANDS = {
     "inspect": ("inspect", "ckpt"),
+    "load": ("load", "ckpt", *TIED),
     "plan": ("plan", "ckpt", *TIED),
     "plan without a model": ("plan", "ckpt", "--mesh", "fsdp=2"),
 }
@@ -77,3 +79,13 @@ def test_verify_lists_the_same_objects(here, run):
     cut(here)
     problems = json.loads(run("verify", "ckpt", "--json")[1])["problems"]
     assert problems == json.loads(run("inspect", "ckpt", "--json")[1])["error"]["problems"]
+
+
+def test_a_load_that_does_not_fit(here, run):
+    code, out, err = run("load", "ckpt", "--model", "cli_models:wide", "--json")
+    error = json.loads(out)["error"]
+    assert (code, "", err) == run("load", "ckpt", "--model", "cli_models:wide")
+    assert code == 1 and error["kind"] == "PlanError"
+    made = wl.plan(lambda: sys.modules["cli_models"].wide(), here / "ckpt")
+    assert [problem["fqn"] for problem in error["problems"]] == [problem.fqn for problem in made.problems]
+    assert all("--ignore-mismatched" in problem["hint"] for problem in error["problems"])
