@@ -216,7 +216,8 @@ class Deferred(Generic[_Module]):
     ) -> LoadPlan[_Module]:
         """Plan loading ``ckpt`` into this module; executing the plan uses this up.
 
-        The same options and errors as `weightlift.plan`, but for ``mesh_shape`` and ``placements``.
+        The same options and errors as `weightlift.plan`, but for ``mesh_shape`` and ``placements``, and for ``defer``,
+        which comes too late. Raises TypeError for these.
         """
         require_known(options)
         given = options.pop("seed", None)
@@ -228,7 +229,7 @@ class Deferred(Generic[_Module]):
             return planned(self._peek(), opening, take=self._take)  # type: ignore[return-value]
 
     def load(self, ckpt: CheckpointSource, **options: Any) -> _Module:
-        """Load ``ckpt`` and return the module. The same options and errors as `weightlift.load`."""
+        """Load ``ckpt`` and return the module. The options and errors of `weightlift.load`, but for ``defer``."""
         return self.plan(ckpt, **options).execute()
 
     def materialize(self) -> _Module:

@@ -118,9 +118,12 @@ class LoadOptions:
 
 
 def require_known(options: Mapping[str, object]) -> None:
-    """Raises TypeError for the name of an option that there is not."""
-    known = [field.name for field in fields(LoadOptions)]
+    """Raises TypeError for the name of an option that there is not, or that says how to build what is built by now."""
+    known = [field.name for field in fields(LoadOptions) if field.name != "defer"]
     for name in options:
+        if name == "defer":
+            text = "the module has been built, deferred; weightlift.load(build, ckpt, defer=False) builds ordinarily"
+            raise TypeError(f"'defer' is no option here: {text}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"

@@ -69,6 +69,16 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     )
 
 
+def refuse_without_model(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for an option of a load that is given where there is no --model to load into."""
+    defaults = argparse.ArgumentParser(add_help=False)
+    add_model(defaults, required=False)
+    for name, value in vars(defaults.parse_args([])).items():
+        if (given := getattr(arguments, name)) != value:
+            flag = f"--{'no-' * (given is False)}{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for a load into a model: give --model module:callable too")
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     try:

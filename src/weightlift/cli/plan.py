@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from weightlift.cli.arguments import UsageError, add_checkpoint, add_model, load_options, mesh, opened, source
+from weightlift.cli.arguments import (
+    UsageError,
+    add_checkpoint,
+    add_model,
+    load_options,
+    mesh,
+    opened,
+    refuse_without_model,
+    source,
+)
 from weightlift.cli.streams import complain
 
 
@@ -53,6 +62,7 @@ def _without_model(arguments: argparse.Namespace) -> int:
     """The checkpoint's own tensors on a mesh."""
     from weightlift.distributed.paper import on_mesh_alone
 
+    refuse_without_model(arguments)
     report = on_mesh_alone(opened(arguments), arguments.mesh)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report)
     return 0

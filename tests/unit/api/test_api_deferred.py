@@ -99,6 +99,18 @@ def test_load_takes_the_options_of_load():
         wl.defer(Watching).plan(STATE, dtype="quarter")
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("call", ["load", "plan"])
+def test_an_option_that_comes_too_late_is_refused_and_uses_nothing_up(call, value):
+    deferred = wl.defer(Watching)
+    with pytest.raises(TypeError, match=r"'defer' is no option here: the module has been built"):
+        getattr(deferred, call)(STATE, defer=value)
+    for name in ("mesh_shape", "placements"):
+        with pytest.raises(TypeError, match=f"{name!r} is no option"):
+            getattr(deferred, call)(STATE, **{name: None})
+    assert torch.equal(deferred.load(STATE).lin.weight, STATE["lin.weight"])
+
+
 def test_the_seed_of_defer_holds_for_load():
     one = wl.defer(Watching, seed=9).load({}, strict=False).lin.weight
     assert torch.equal(one, wl.load(Watching, {}, strict=False, seed=9).lin.weight)

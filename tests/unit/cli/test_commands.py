@@ -189,6 +189,18 @@ def test_plan_on_a_mesh_that_cannot_be_is_2(here, run):
     assert run("plan", "ckpt")[0] == 2
 
 
+LOADING = (("--dtype", "float16"), ("--device", "cpu"), ("--no-strict",), ("--ignore-mismatched",),
+           ("--rename", "a", "b"), ("--seed", "1"), ("--no-defer",))  # fmt: skip
+
+
+@pytest.mark.parametrize("option", LOADING, ids=lambda words: words[0])
+def test_an_option_of_a_load_without_a_model_to_load_into_is_2(here, run, option):
+    code, out, err = run("plan", "ckpt", "--mesh", "fsdp=2", *option)
+    assert (code, out) == (2, "")
+    assert err == f"weightlift plan: {option[0]} is for a load into a model: give --model module:callable too\n"
+    assert run("plan", "ckpt", "--mesh", "fsdp=2", *TIED, *option)[0] in (0, 1)
+
+
 # -- load -------------------------------------------------------------------------------------------------------------
 
 
