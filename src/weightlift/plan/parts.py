@@ -132,7 +132,7 @@ def within(entry: TensorEntry, region: Region) -> TensorEntry | None:
     return reshape(as_view(entry, Region(placed.shape, placed.stride, placed.offset)), region.shape)
 
 
-def alike(one: Offer, other: Offer) -> list[tuple[TensorEntry, TensorEntry]] | None:
+def paired(one: Offer, other: Offer) -> list[tuple[TensorEntry, TensorEntry]] | None:
     """Two values of one shape as pairs of entries that hold the same elements of them; None where they are made of
     parts that cannot be told apart so."""
     shape = one.entry.shape

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from weightlift.errors import PlanError, Problem
 from weightlift.options import LoadOptions
-from weightlift.plan.parts import alike
+from weightlift.plan.parts import paired
 from weightlift.plan.records import Action, Check, Decisions, Row
 from weightlift.transfer.compare import Pair, same_values
 from weightlift.transfer.subject import Bytes
@@ -107,7 +107,7 @@ def _compared(checks: Sequence[Check], source: Bytes, options: LoadOptions) -> l
 
 def _pairs(check: Check) -> list[Pair] | None:
     """What to compare. None: not comparable, which counts as different."""
-    found = alike(check.offer, check.other)
+    found = paired(check.offer, check.other)
     return None if found is None else [Pair(one, other, check.lazily) for one, other in found]
 
 
