@@ -7,6 +7,9 @@ import re
 from copy import deepcopy
 
 import pytest
+import torch
+from tests.parity.compare import both, differences
+from transformers import BertConfig, BertModel
 from transformers import core_model_loading as core
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
@@ -85,6 +88,20 @@ def test_a_rule_that_tells_numbers_apart_is_asked_for_every_key(pattern, target)
     names = Names(renamings, [], "", {})
     for key in ("blocks.2.w", "blocks.3.w", "blocks.4.w", "blocks.1.2x3.w", "blocks.1.2x2.w", "blocks.0.end", "0.end"):
         assert names.of(key) == core.rename_source_key(key, renamings, [])
+
+
+@pytest.mark.parametrize("names", [("weight", "gamma"), ("gamma", "weight")])
+def test_of_two_keys_with_one_name_the_first_in_that_order_counts(tmp_path, names):
+    cls = BertModel
+    model = cls(BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    stem, state = "embeddings.LayerNorm", model.state_dict()
+    del state[f"{stem}.weight"]
+    state |= {f"{stem}.{name}": torch.full((8,), float(len(name))) for name in names}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (ours, _), (theirs, _) = both(cls, tmp_path)
+    assert differences(ours, theirs) == []
 
 
 def test_the_order_is_that_of_transformers():

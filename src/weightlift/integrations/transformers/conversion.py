@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,8 +84,9 @@ def convert(
     names = Names(renamings, converters, model.base_model_prefix, expected)
     done = Conversion()
     groups: dict[str, _Group] = {}
-    for key in in_natural_order((*checkpoint, *checkpoint.extras)):
-        name, pattern = names.of(key)
+    named = {key: names.of(key) for key in (*checkpoint, *checkpoint.extras)}
+    for key in _in_order(named):
+        name, pattern = named[key]
         if name not in expected:
             targets = [name]
             if pattern is not None:
@@ -110,6 +111,12 @@ def convert(
         done.unexpected.add(name)
         del done.offers[name]
     return done
+
+
+def _in_order(named: Mapping[str, tuple[str, str | None]]) -> Iterable[str]:
+    """The keys in Transformers' order, where it counts: where several make one name, or a converter takes any."""
+    alone = len({name for name, _ in named.values()}) == len(named)
+    return named if alone and all(pattern is None for _, pattern in named.values()) else in_natural_order(named)
 
 
 def _convert_group(
