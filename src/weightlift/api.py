@@ -48,8 +48,8 @@ def defer(build: Callable[[], _Module], *, seed: int | None = None) -> Deferred[
     if isinstance(build, nn.Module) or not callable(build):
         raise TypeError(f"expected a callable that builds a module, found {_named(build)}; it takes no arguments")
     used = used_seed(seed)
-    module, recorder = construct(build, CurrentLoad(source=None, deferred=True, seed=used))
-    return Deferred(module, recorder, used, seed_given=seed is not None)
+    inventory, recorder = construct(build, CurrentLoad(source=None, deferred=True, seed=used))
+    return Deferred(inventory, recorder, used, seed_given=seed is not None)
 
 
 def plan(
@@ -212,8 +212,7 @@ def _subject(
         reshard(module)
         return Subject(Inventory.of(module), None, existing=True)
     load = CurrentLoad(source=checkpoint.source, deferred=options.defer, seed=options.seed)
-    built, recorder = construct(module, load)
-    return Subject(Inventory.of(built), recorder)
+    return Subject(*construct(module, load))
 
 
 def _require_module(module: object, ckpt: object) -> None:

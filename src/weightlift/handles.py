@@ -189,12 +189,12 @@ class Deferred(Generic[_Module]):
     ``forced`` says which calls of the constructor had to run at once, and for how many bytes (docs/deferred.md).
     """
 
-    def __init__(self, module: nn.Module, recorder: Recorder | None, seed: int, *, seed_given: bool) -> None:
-        self._subject: Subject | None = Subject(Inventory.of(module), recorder)
+    def __init__(self, inventory: Inventory, recorder: Recorder | None, seed: int, *, seed_given: bool) -> None:
+        self._subject: Subject | None = Subject(inventory, recorder)
         self._once = threading.Lock()
         self._seed, self._seed_given = seed, seed_given
-        self.name = type(module).__qualname__
-        tensors = {id(slot.tensor): slot for slot in self._subject.inventory.slots}
+        self.name = type(inventory.module).__qualname__
+        tensors = {id(slot.tensor): slot for slot in inventory.slots}
         parameters = [slot.tensor for slot in tensors.values() if slot.kind == "parameter" and not is_lazy(slot.tensor)]
         buffers = [slot.tensor for slot in tensors.values() if slot.kind == "buffer" and not is_lazy(slot.tensor)]
         self.numel = sum(tensor.numel() for tensor in parameters)

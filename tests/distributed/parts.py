@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from weightlift.deferred.construct import CurrentLoad, construct
-from weightlift.deferred.inventory import Inventory
 from weightlift.distributed.together import Together
 from weightlift.options import LoadOptions
 from weightlift.plan import regions
@@ -42,8 +41,7 @@ def merged(state):
 def load_merged(ckpt, **options):
     """As `weightlift.load` does once a converter has said which parts make which tensor."""
     made = LoadOptions.create(**options)
-    module, recorder = construct(Fused, CurrentLoad(source=None, deferred=True, seed=0))
-    subject = Subject(Inventory.of(module), recorder)
+    subject = Subject(*construct(Fused, CurrentLoad(source=None, deferred=True, seed=0)))
     offers = {offer.name: offer for offer in _offers(ckpt)}
     decisions = match(subject.inventory.spec(subject.record_at), Supply(ckpt.source, offers, ckpt.files), made)
     source, together = Bytes(ckpt.files, ckpt.tensors, {}), Together(made)

@@ -140,8 +140,8 @@ def tiny_arguments(name: str) -> dict[str, Any]:
 def numel(cls: Any, arguments: dict[str, Any]) -> int:
     """Parameters of a model that is not allocated."""
     load = CurrentLoad(source=None, deferred=True, seed=0)
-    model, _ = construct(lambda: cls(**arguments), load, default_dtype=torch.float32)
-    return sum(parameter.numel() for parameter in model.parameters())
+    inventory, _ = construct(lambda: cls(**arguments), load, default_dtype=torch.float32)
+    return sum(parameter.numel() for parameter in inventory.module.parameters())
 
 
 def _steps(cls: Any, fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from weightlift.ambient import no_dispatch_modes, outside_modes
 from weightlift.deferred.bystanders import Bystanders
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
-from weightlift.deferred.inventory import tensors_of
+from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.tape import Record
 from weightlift.forked import settle
@@ -73,8 +73,9 @@ def construct(
     *,
     default_dtype: WantedDtype = None,
     answers: Mapping[Any, Answer] | None = None,
-) -> tuple[nn.Module, Recorder | None]:
-    """Call ``build``, deferred where ``load.deferred`` says so. Returns the module and the recorder of its tapes.
+) -> tuple[Inventory, Recorder | None]:
+    """Call ``build``, deferred where ``load.deferred`` says so. Returns the module with its slots, and the recorder of
+    its tapes.
 
     ``default_dtype``: what ``build`` shall find to be the default dtype, or a function that says so for the frame of a
     call; torch's own is not set. ``answers``: torch
@@ -86,7 +87,7 @@ def construct(
     # A module that is built under inference mode could not be used outside of it; a load's result can.
     with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:
-            return _checked(build()), None
+            return Inventory.of(_checked(build())), None
         recorder = Recorder(seed=load.seed, default_dtype=default_dtype, outer=recording())
         bystanders = Bystanders()
         asked = {torch.Tensor.to: bystanders.stays, **(answers or {})}
@@ -96,17 +97,21 @@ def construct(
     recorder.default = None
     with outside_modes():
         bystanders.undo(module)
-        _finish(module, recorder)
-    return module, recorder
+        inventory = Inventory.of(module)
+        _finish(inventory, recorder)
+    return inventory, recorder
 
 
-def extend(module: nn.Module, recorder: Recorder, load: CurrentLoad, work: Callable[[], None]) -> None:
+def extend(module: nn.Module, recorder: Recorder, load: CurrentLoad, work: Callable[[], None]) -> Inventory:
     """Do more of the constructor's work on a module that `construct` built, as deferred as the rest: an initialisation
-    that is decided on later, for one. Runs without autograd. Raises what ``work`` raises."""
+    that is decided on later, for one. Runs without autograd. Returns the module with the slots that it has then. Raises
+    what ``work`` raises."""
     with _announced(load), no_dispatch_modes(), FunctionRecorder(recorder), recorder, torch.no_grad():
         work()
     with outside_modes():
-        _finish(module, recorder)
+        inventory = Inventory.of(module)
+        _finish(inventory, recorder)
+    return inventory
 
 
 def _checked(module: Any) -> nn.Module:
@@ -115,14 +120,14 @@ def _checked(module: Any) -> nn.Module:
     return module
 
 
-def _finish(module: nn.Module, recorder: Recorder) -> None:
+def _finish(inventory: Inventory, recorder: Recorder) -> None:
     """Label what belongs to the module; give everything else that is still alive its values."""
     owned: set[Record] = set()
-    for name, tensor in tensors_of(module):
-        record = recorder.record_of(tensor)
+    for slot in inventory.slots:
+        record = recorder.record_of(slot.tensor)
         if record is not None and record not in owned:
             owned.add(record)
-            record.label = name
+            record.label = slot.fqn
     if len(owned) == len(recorder.records):
         return
     others = [record for record in list(recorder.records.values()) if record not in owned]

@@ -312,10 +312,10 @@ def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def held_by(module: nn.Module) -> list[torch.Tensor]:
-    """Every parameter and buffer, without a name and in no order, each once or more."""
+def held_by(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Every parameter and buffer of ``modules``, without a name and in no order, each once or more."""
     found: list[torch.Tensor | None] = []
-    for owner in modules_of(module):
+    for owner in modules:
         if owner._parameters:
             found += owner._parameters.values()
         if owner._buffers:

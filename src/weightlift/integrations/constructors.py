@@ -17,7 +17,7 @@ from torch import nn
 from weightlift.deferred.construct import CurrentLoad, construct, extend
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer
-from weightlift.deferred.inventory import modules_of
+from weightlift.deferred.inventory import Inventory
 from weightlift.deferred.recorder import Recorder
 from weightlift.integrations.default_dtypes import refuse_asking
 from weightlift.integrations.exclusive import NotNative
@@ -25,15 +25,17 @@ from weightlift.integrations.exclusive import NotNative
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model that was built deferred, with the recorder of its tapes, for a load."""
+    """A model that was built deferred, with the recorder of its tapes, for a load. ``classes`` are those of the
+    modules that it was built of."""
 
     model: Any
     recorder: Recorder
     load: CurrentLoad
+    classes: frozenset[type]
 
-    def extend(self, work: Callable[[], None]) -> None:
+    def extend(self, work: Callable[[], None]) -> Inventory:
         """See `weightlift.deferred.construct.extend`."""
-        extend(self.model, self.recorder, self.load, work)
+        return extend(self.model, self.recorder, self.load, work)
 
 
 def built(
@@ -49,20 +51,21 @@ def built(
     differs = default_dtype not in (None, torch.get_default_dtype())
     if differs:
         refuse_asking([cls])
-    model, recorder = _unless_refused(lambda: construct(make, load, default_dtype=default_dtype, answers=answers))
+    inventory, recorder = _unless_refused(lambda: construct(make, load, default_dtype=default_dtype, answers=answers))
+    classes = frozenset(map(type, inventory.modules))
     if differs:
-        refuse_asking({type(module) for module in modules_of(model)})
-    return Built(model, recorder, load)
+        refuse_asking(classes)
+    return Built(inventory.module, recorder, load, classes)
 
 
-def _unless_refused(build: Callable[[], tuple[nn.Module, Recorder | None]]) -> tuple[nn.Module, Recorder]:
+def _unless_refused(build: Callable[[], tuple[Inventory, Recorder | None]]) -> tuple[Inventory, Recorder]:
     """Raises NotNative where torch refuses a call, whatever the constructor makes of that: its own library tells
     whether there is an error, and goes on as the constructor does there."""
     try:
-        model, recorder = build()
+        inventory, recorder = build()
         assert recorder is not None
         if recorder.failed is None:
-            return model, recorder
+            return inventory, recorder
         failed = recorder.failed
     except RuntimeError as error:  # NotImplementedError is one
         failed = str(error)

@@ -20,6 +20,7 @@ from weightlift.deferred.inventory import (
     held_by,
     held_elsewhere,
     is_lazy,
+    modules_of,
     storage_address,
     users_of,
 )
@@ -49,9 +50,11 @@ def apply(load: Load) -> nn.Module:
     inventory = subject.inventory
     # A walk that finds nothing to do is left out; what a state-dict hook changed may have hooks of its own.
     hooked = subject.post_hooks and any(module._load_state_dict_post_hooks for module in inventory.modules)
+    modules: Iterable[nn.Module] = inventory.modules
     if extras or source.changes or hooked:
         finish(inventory.module, decisions, extras, post_hooks=subject.post_hooks)
-    _audit(subject)
+        modules = modules_of(inventory.module)  # which that may have replaced
+    _audit(subject, modules)
     return inventory.module
 
 
@@ -356,8 +359,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() and has_overlap(tensor.shape, tensor.stride())
 
 
-def _audit(subject: Subject) -> None:
-    """Law 4: no tensor leaves on ``meta`` or without its values."""
+def _audit(subject: Subject, modules: Iterable[nn.Module]) -> None:
+    """Law 4: no tensor of the ``modules`` leaves on ``meta`` or without its values."""
     module, recorder = subject.inventory.module, subject.recorder
     records = [] if recorder is None else list(recorder.records.values())
     pending = {record.key for record in records if record.pending}
@@ -365,7 +368,7 @@ def _audit(subject: Subject) -> None:
     def is_unready(tensor: torch.Tensor) -> bool:
         return tensor.is_meta or (len(pending) > 0 and storage_address(tensor) in pending)
 
-    if not any(map(is_unready, held_by(module))):
+    if not any(map(is_unready, held_by(modules))):
         return
     problems = [
         Problem(

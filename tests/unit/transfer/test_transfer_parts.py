@@ -82,10 +82,10 @@ def planned(module, ckpt, made=None, **options):
     from weightlift.deferred.inventory import Inventory
 
     options = LoadOptions.create(**options)
-    recorder = None
-    if not isinstance(module, nn.Module):
-        module, recorder = construct(module, CurrentLoad(source=None, deferred=True, seed=0))
-    subject = Subject(Inventory.of(module), recorder)
+    if isinstance(module, nn.Module):
+        subject = Subject(Inventory.of(module), None)
+    else:
+        subject = Subject(*construct(module, CurrentLoad(source=None, deferred=True, seed=0)))
     spec = subject.inventory.spec(subject.record_at)
     decisions = match(spec, Supply(ckpt.source, made or offers(ckpt), ckpt.files), options)
     return Load(decisions, subject, Bytes(ckpt.files, ckpt.tensors, {}), options)

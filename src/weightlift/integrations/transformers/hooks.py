@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.integrations.exclusive import NotNative
@@ -43,9 +42,9 @@ def refuse_hooks(cls: Any) -> None:
     _refuse([cls], (*LOADING_HOOKS, *PART_HOOKS))
 
 
-def refuse_parts(modules: Iterable[nn.Module]) -> None:
-    """`refuse_hooks` for the models within a model."""
-    _refuse({type(item) for item in modules if isinstance(item, PreTrainedModel)}, PART_HOOKS)
+def refuse_parts(classes: Iterable[type]) -> None:
+    """`refuse_hooks` for the models within a model, by the classes of its modules."""
+    _refuse([cls for cls in classes if issubclass(cls, PreTrainedModel)], PART_HOOKS)
 
 
 def _refuse(classes: Iterable[Any], hooks: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers import modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.deferred.inventory import tensors_of
 from weightlift.integrations.constructors import Built, built
 from weightlift.integrations.transformers.dtypes import Dtypes
 
@@ -71,22 +70,21 @@ def tie(model: Any) -> None:
             setattr(module, name, tensor)
 
 
-def initialise(model: Any, supplied: set[int]) -> None:
+def initialise(model: Any, supplied: Mapping[int, torch.Tensor]) -> None:
     """Call ``_init_weights``, as ``initialize_weights`` does, without the functions that replaces, for every module
     within which something has no value yet: a tensor that the checkpoint lacks, or a buffer that none has.
 
-    ``supplied`` are the ids of the tensors that have their values from elsewhere: they are marked, as Transformers
+    ``supplied`` are the tensors, by their ids, that have their values from elsewhere: they are marked, as Transformers
     marks what it has loaded. To be run while the model's recorder is on.
     """
-    for _, tensor in tensors_of(model):
-        if id(tensor) in supplied:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for tensor in supplied.values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     with _tied_targets_aside(model):
         _visit(model, model._initialize_weights, model.is_custom_code(), supplied)
 
 
 def _visit(
-    module: nn.Module, initialize: Callable[[nn.Module, bool], None], is_custom_code: bool, supplied: set[int]
+    module: nn.Module, initialize: Callable[[nn.Module, bool], None], is_custom_code: bool, supplied: Container[int]
 ) -> bool:
     """Children first. Returns whether all there is within ``module`` was supplied, and nothing had to be done."""
     complete = True

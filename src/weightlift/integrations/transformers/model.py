@@ -26,7 +26,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint, open_files
 from weightlift.deferred.construct import CurrentLoad
-from weightlift.deferred.inventory import Inventory, modules_of
+from weightlift.deferred.inventory import Inventory
 from weightlift.distributed.environment import another_rank_loads
 from weightlift.distributed.unfilled import leave_unfilled
 from weightlift.errors import CheckpointError, CheckpointNotFound, PlanError, Problem
@@ -109,7 +109,7 @@ class StandIn:
             return self._cls(config, *args, **kwargs)
 
         self._built = build(self._cls, make, config, self._dtype, load)
-        refuse_parts(modules_of(self._built.model))
+        refuse_parts(self._built.classes)
         if self._quantiser is not None:
             self._quantiser.show(self._built)
         return self._built.model
@@ -189,13 +189,13 @@ class Filling:
         if info.conversion_errors or (info.mismatched_keys and not self._config.ignore_mismatched_sizes):
             self._report(info)
         supplied = set(self._state) if self._unfilled else supplied
-        tensors = {id(tensor) for name in supplied if (tensor := self._state[name]) is not None}
+        tensors = {id(tensor): tensor for name in supplied if (tensor := self._state[name]) is not None}
         as_built = self._in_files(supplied)
         for slot in self._slots:  # Transformers makes all the other parameters anew
             if slot.kind == "parameter" and slot.fqn not in as_built:
                 slot.tensor.requires_grad_(slot.tensor.is_floating_point())
-        self._built.extend(lambda: initialise(self._model, tensors))
-        decisions, subject = self._decide(done)
+        inventory = self._built.extend(lambda: initialise(self._model, tensors))
+        decisions, subject = self._decide(done, inventory)
         source = Bytes(self._checkpoint.files, {**self._checkpoint.tensors, **done.computed}, self._extras(done.extras))
         with outside_modes():
             decisions = settled(decisions, source, self._options, together=False)  # it compares with one name only
@@ -299,8 +299,7 @@ class Filling:
         if info.mismatched_keys and not config.ignore_mismatched_sizes:
             raise self._misfit(shapes_differ(*each) for each in sorted(info.mismatched_keys))
 
-    def _decide(self, done: Conversion) -> tuple[Decisions, Subject]:
-        inventory = Inventory.of(self._model)
+    def _decide(self, done: Conversion, inventory: Inventory) -> tuple[Decisions, Subject]:
         subject = Subject(inventory, self._built.recorder, post_hooks=False)  # it calls no ``load_state_dict``
         supply = Supply(
             self._checkpoint.source, done.offers, self._checkpoint.files, extra_state=frozenset(done.extras)
