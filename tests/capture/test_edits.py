@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.capture.nets import Mixed, Net, same, states, x
+from tests.capture.nets import Answer, Attention, Mixed, Net, same, states, x
 from torch import nn
 
 import weightlift as wl
@@ -123,3 +123,99 @@ def test_a_recomputation_is_no_call_that_could_be_edited(kind: Any) -> None:
         (given,) = torch.autograd.grad(out.sum(), value)
         net(value)
     assert same([given], [expected]) and len(got["second"]) == 1
+
+
+class Pairs(nn.Module):
+    """Gives a tuple, of which an element could be taken from a tensor as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return self.inner(value)[0] * 2
+
+
+MISFITS: list[tuple[wl.Output, str, str]] = [
+    (wl.Output("inner", replace=lambda pair: pair[0] * 2), "Tensor", "tuple of 2 elements"),
+    (wl.Output("inner", replace=lambda pair: 3), "int", "tuple of 2 elements"),
+    (wl.Output("inner", index=0, replace=lambda value: 3), "int", "Tensor"),
+    (wl.Output("inner", index=0, replace=lambda value: (value,)), "tuple of 1 element", "Tensor"),
+    (wl.Output("inner.query", replace=lambda value: [value]), "list of 1 element", "Tensor"),
+    (wl.Output("inner.query", replace=lambda value: {"a": value}), r"dict of 1 element \(a\)", "Tensor"),
+    (wl.Output("inner.query", tokens=-1, replace=lambda value: [1.0]), "list of 1 element", "Tensor"),
+    (wl.Input("inner", replace=lambda value: "zeros"), "str", "Tensor"),
+]
+
+
+@HOW
+@pytest.mark.parametrize(("tap", "returned", "given"), MISFITS)
+def test_what_cannot_stand_where_it_should_is_refused_at_once(
+    call: Calls, tap: wl.Output, returned: str, given: str
+) -> None:
+    """The model failed later, without a word of the tap, or took the first row of a tensor for the first element."""
+    text = rf"tap 'mine', at module '{tap.select}': replace returned {returned} where it was given {given}; return"
+    with pytest.raises(TypeError, match=text):
+        call(Pairs(), x(), {"mine": tap})
+
+
+class Tagged(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+class Takes(nn.Module):
+    """Takes and gives whatever ``give`` makes of it."""
+
+    def __init__(self, give: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+        self.give = give
+
+    def forward(self, value: torch.Tensor) -> Any:
+        return self.part(self.give(value))
+
+
+class Held:
+    """As a mask of its own class, which a module may take for a tensor."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("give", "replace"),
+    [
+        (lambda value: value, lambda value: value[:1, :2]),  # another shape
+        (lambda value: value, lambda value: value.as_subclass(Tagged)),
+        (lambda value: value, nn.Parameter),
+        (lambda value: value, lambda value: value > 0),
+        (lambda value: value, Held),
+        (lambda value: value, lambda value: nn.utils.rnn.pack_padded_sequence(value, [2, 2], batch_first=True)),
+        (lambda value: (value, None), lambda value: [value[0]]),
+        (lambda value: [value], lambda value: {"value": value[0]}),
+        (lambda value: {"value": value}, lambda value: Answer(value["value"])),
+        (lambda value: Answer(value), lambda value: (value.value, None)),
+        (lambda value: (value,), lambda value: Held(value[0])),
+        (lambda value: None, lambda _: torch.ones(2)),
+        (lambda value: 3, lambda _: torch.ones(2)),
+        (lambda value: Held(value), lambda held: held.value),
+        (lambda value: nn.utils.rnn.pack_sequence([value]), lambda packed: packed.data),
+    ],
+)
+def test_what_may_stand_for_another_value(give: Callable[[Any], Any], replace: Callable[[Any], Any]) -> None:
+    net = Takes(give)
+    returned = []
+
+    def remember(value: Any) -> Any:
+        returned.append(replace(value))
+        return returned[-1]
+
+    with wl.capture(net, edited=wl.Output("part", replace=remember, expect="maybe")) as got:
+        out = net(x())
+    assert out is returned[0] and (got["edited"] == () or got["edited"][0] is out)
+
+
+@HOW
+def test_a_part_takes_a_number(call: Calls) -> None:
+    _, got = call(Net(), x(), {"edited": wl.Output("layers.1", tokens=-1, replace=lambda _: 0.0)})
+    assert not got["edited"][0][:, -1].any()

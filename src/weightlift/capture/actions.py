@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from weightlift.capture.checkpointing import unseen
+from weightlift.capture.edits import Misfit, edit, edits
 from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, beyond, edit, edits, finish, pick, put, recipe_of, untouched, version_of
+from weightlift.capture.values import Lack, beyond, finish, pick, put, recipe_of, untouched, version_of
 
 _NO_CALL = -1  # what is computed again counts as none
 
@@ -184,14 +185,14 @@ class TakeOutput(Action):
     def _edited(self, session: Session, value: Any) -> Any:
         session.notice_checkpoint(self.fqn, edits=True)
         try:
-            return edit(value, self.tap.recipe)
+            return edit(value, self.tap.recipe, self.tap.name, self.fqn)
         except Exception as error:
             self._tell(error)
             raise
 
     def _tell(self, error: Exception) -> None:
         """Whoever sees it far from the capture learns which tap it was."""
-        if hasattr(error, "add_note"):  # Python 3.11
+        if hasattr(error, "add_note") and not isinstance(error, Misfit):  # Python 3.11; that says it
             error.add_note(f"within the capture's tap {self.tap.name!r}, at module {self.fqn!r}")
 
     def _let_go(self, session: Session, entry: Entry) -> None:

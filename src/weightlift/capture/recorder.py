@@ -158,9 +158,9 @@ def _sites(choice: Choice) -> dict[int, Sites]:
     def at(module: nn.Module) -> Sites:
         return sites.setdefault(id(original(module)), Sites([]))
 
-    for number, (_, tap) in enumerate(choice.taps):
+    for number, (name, tap) in enumerate(choice.taps):
         for item in choice.modules.get(number, ()):
-            at(item.module).takes.append(Take(number, item.fqn, recipe_of(tap), isinstance(tap, Input)))
+            at(item.module).takes.append(Take(number, name, item.fqn, recipe_of(tap), isinstance(tap, Input)))
     if (wanted := choice.declared) is not None:
         declared = choice.declaring()
         for scope, pairs in wanted.scopes:

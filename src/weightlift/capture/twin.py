@@ -18,10 +18,11 @@ from torch import nn
 
 from weightlift.capture.actions import argument_place, parameters_of, put_argument, take_argument
 from weightlift.capture.declared import Site
+from weightlift.capture.edits import edit, edits
 from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
 from weightlift.capture.select import original, scripted
-from weightlift.capture.values import Lack, Recipe, edit, edits, finish, pick, put
+from weightlift.capture.values import Lack, Recipe, finish, pick, put
 
 
 class Left(BaseException):
@@ -33,6 +34,7 @@ class Take:
     """One tap at one module, as the twin's hooks need it."""
 
     number: int
+    name: str
     fqn: str
     recipe: Recipe
     before: bool
@@ -158,7 +160,7 @@ def before_hook(takes: list[Take], gather: Gather | None, cell: Any, names: tupl
             if not isinstance(place, Lack):
                 value = take_argument(place, args, kwargs)
                 if edits(tap.recipe, call_of(tap, cell)):
-                    value = edit(value, tap.recipe)
+                    value = edit(value, tap.recipe, tap.name, tap.fqn)
                     args, kwargs = put_argument(place, args, kwargs, value)
                 value = finish(value, tap.recipe)
             cell.entries.append((tap.number, tap.fqn, value))
@@ -176,7 +178,7 @@ def after_hook(
             value = pick(output, tap.recipe.index)
             if not isinstance(value, Lack):
                 if edits(tap.recipe, call_of(tap, cell)):
-                    value = edit(value, tap.recipe)
+                    value = edit(value, tap.recipe, tap.name, tap.fqn)
                     output = put(output, tap.recipe.index, value)
                 value = finish(value, tap.recipe)
             cell.entries.append((tap.number, tap.fqn, value))

@@ -1,4 +1,4 @@
-"""From what a module takes or returns to what is recorded, and back for edits. Plain code that dynamo can trace."""
+"""From what a module takes or returns to what is recorded, and back after edits. Plain code that dynamo can trace."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def written(value: Any, version: Any) -> bool:
 
 def _parts_of(value: Any, parts: list[tuple[Any, Any]], seen: dict[int, Any]) -> None:
     """What a container holds, and how often each tensor was written to. Its parts are kept: an id could come again."""
-    items = _items_of(value)
+    items = items_of(value)
     if items is None or id(value) in seen:
         return
     seen[id(value)] = value
@@ -87,7 +87,7 @@ def _parts_of(value: Any, parts: list[tuple[Any, Any]], seen: dict[int, Any]) ->
         _parts_of(item, parts, seen)
 
 
-def _items_of(value: Any) -> Sequence[Any] | None:
+def items_of(value: Any) -> Sequence[Any] | None:
     """What a mapping, list, tuple or dataclass holds; None for anything else."""
     if isinstance(value, Mapping):
         return [*value.values()]
@@ -107,7 +107,7 @@ def pick(value: Any, index: Any) -> Any:
     else:
         item = _element(value, index)
     if item is None:
-        return Lack(f"None, in {_kind(value)}", none=True)
+        return Lack(f"None, in {kind_of(value)}", none=True)
     return item
 
 
@@ -125,25 +125,25 @@ def _element(value: Any, index: Any) -> Any:
         if isinstance(value, Mapping) and not hasattr(value, "to_tuple"):  # not one of Transformers' outputs
             items = tuple(value.values())
         elif not hasattr(value, "__getitem__") or not hasattr(value, "__len__") or isinstance(value, torch.Tensor):
-            return Lack(f"{_kind(value)}, which has no positions")
+            return Lack(f"{kind_of(value)}, which has no positions")
         try:
-            return items[index] if -len(items) <= index < len(items) else Lack(_kind(value))
+            return items[index] if -len(items) <= index < len(items) else Lack(kind_of(value))
         except (LookupError, TypeError):  # its places are no numbers
-            return Lack(_kind(value))
+            return Lack(kind_of(value))
     if isinstance(index, str):
         if isinstance(value, Mapping):
             if index in value.keys():  # noqa: SIM118 - `in` may look through its rows
                 return value[index]
             # Transformers' outputs have no key for a field that is None.
-            return None if getattr(value, index, value) is None else Lack(_kind(value))
-        return getattr(value, index) if hasattr(value, index) else Lack(f"{_kind(value)} without that attribute")
+            return None if getattr(value, index, value) is None else Lack(kind_of(value))
+        return getattr(value, index) if hasattr(value, index) else Lack(f"{kind_of(value)} without that attribute")
     if is_dynamo_compiling():
         return index(value)
     with unseen():
         return index(value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a message says of an output."""
     name = type(value).__name__
     if not isinstance(value, (Mapping, tuple, list)):
@@ -221,30 +221,6 @@ def _dataclass_with(value: Any, items: dict[str, Any]) -> Any:
     return changed
 
 
-def edit(value: Any, recipe: Recipe) -> Any:
-    """What ``replace`` makes of a value; only the chosen part is given to it and changed.
-
-    None leaves what it was given, which it may have written to, as torch has it for hooks.
-    """
-    assert recipe.replace is not None
-    if recipe.part is not None and not hasattr(value, "clone"):
-        raise TypeError(f"tokens and at edit a part of a tensor: choose one with index=…; found {_kind(value)}")
-    given = value if recipe.part is None else value[recipe.part]
-    new = recipe.replace(given)
-    if new is None:
-        new = given
-    if recipe.part is None:
-        return new
-    changed = value.clone()
-    changed[recipe.part] = new
-    return changed
-
-
-def edits(recipe: Recipe, call: int) -> bool:
-    """Whether ``replace`` is for this call of the module."""
-    return recipe.replace is not None and (recipe.calls is None or call in recipe.calls)
-
-
 def untouched(recipe: Recipe) -> bool:
     """Whether a value is recorded as it is."""
     return recipe.part is None and recipe.target is None and not (recipe.detach or recipe.clone)
@@ -283,26 +259,26 @@ def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
     """The kind of an object within a value that holds tensors and that `finish` leaves as it is; None without one."""
     if value is None or isinstance(value, torch.Tensor | str | int | float):
         return None
-    items = _items_of(value)
+    items = items_of(value)
     if items is None:
-        return type(value).__name__ if _holds_tensors(value, _DEEP) else None
+        return type(value).__name__ if holds_tensors(value) else None
     if _holds_itself(value, within):
         return f"{type(value).__name__} within itself"
     if isinstance(value, Mapping) and not _can_be_made_anew(value):
-        return type(value).__name__ if _holds_tensors(value, _DEEP) else None
+        return type(value).__name__ if holds_tensors(value) else None
     return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
 
 
-def _holds_tensors(value: Any, deep: int) -> bool:
+def holds_tensors(value: Any, deep: int = _DEEP) -> bool:
     """Also within what it holds, as a cache does, which has a list of layers; but a module's are no values."""
     if isinstance(value, torch.Tensor):
         return True
     if deep == 0 or value is None or isinstance(value, str | int | float | type | nn.Module):
         return False
-    held = _items_of(value)
+    held = items_of(value)
     if held is None:
         held = [*value] if isinstance(value, Set | deque) else [*getattr(value, "__dict__", {}).values()]
-    return any(_holds_tensors(item, deep - 1) for item in held)
+    return any(holds_tensors(item, deep - 1) for item in held)
 
 
 def _can_be_made_anew(value: Mapping[Any, Any]) -> bool:
