@@ -186,7 +186,7 @@ collections.abc.Mapping.register(Rows)  # as tensordict's
 def test_mapping_that_goes_over_rows_is_recorded_as_it_is_and_named(options: Any, wrap: Any) -> None:
     net = Gives(lambda value: wrap(Rows({"a": value, "b": value * 2})))
     with pytest.raises(wl.CaptureError, match="Rows") as caught, wl.capture(net, tap=wl.Output("", **options)):
-        out = net(torch.ones(2, 3))
+        out = net(torch.ones(2, 3, requires_grad=True))
     assert "index=" in str(caught.value)
     rows = out if isinstance(out, Rows) else out["rows"][0]
     assert type(rows) is Rows  # the forward had no part in it
@@ -235,7 +235,7 @@ class Closed(dict[str, Any]):
 def test_mapping_of_which_no_other_can_be_made_is_recorded_as_it_is_and_named(make: Calls) -> None:
     net = Gives(lambda value: [make(value)])
     with pytest.raises(wl.CaptureError, match=r"Fixed|Closed"), wl.capture(net, tap=wl.Output("", detach=True)) as got:
-        (out,) = net(torch.ones(2, 3))
+        (out,) = net(torch.ones(2, 3, requires_grad=True))
     assert out is got["tap"][0][0]  # the forward went on
     net = Gives(lambda value: [value, make("no tensor")])
     with wl.capture(net, tap=wl.Output("", dtype=torch.float64)) as got:

@@ -302,10 +302,43 @@ def test_options_that_do_not_reach_into_an_object(make: Callable[..., object], o
 
     net = nn.Sequential(Gives())
     with pytest.raises(wl.CaptureError, match="change nothing within"), wl.capture(net, x=wl.Output("0", **options)):
-        net(x())
-    _, got = torch.compile(wl.recorder(net, x=wl.Output("0", **options)), backend="eager")(x())
+        net(x().requires_grad_())
+    _, got = torch.compile(wl.recorder(net, x=wl.Output("0", **options)), backend="eager")(x().requires_grad_())
     with pytest.raises(wl.CaptureError, match="change nothing within"):
         assert got["x"]
     with wl.capture(net, x="0", tensor=wl.Output("0", index=lambda value: x(), **options)) as got:
         net(x())
     assert len(got["x"]) == len(got["tensor"]) == 1
+
+
+@pytest.mark.parametrize("options", [{"detach": True}, {"dtype": torch.float32}, {"device": "cpu"}, {"clone": False}])
+def test_options_that_have_nothing_to_change_within_an_object(options: dict[str, Any]) -> None:
+    class Gives(nn.Module):
+        def forward(self, value: torch.Tensor) -> object:
+            return value * 2, Held([value.detach(), value > 0])
+
+    net, tap = nn.Sequential(Gives()), wl.Output("0", **options)
+    with wl.capture(net, both=tap) as got:
+        out, held = net(x().requires_grad_())
+    assert same(got["both"][0][:1], [out]) and got["both"][0][1] is held
+    assert got["both"][0][0].requires_grad != ("detach" in options)
+    _, got = torch.compile(wl.recorder(net, both=tap), backend="eager")(x())
+    assert len(got["both"]) == 1
+
+
+@pytest.mark.parametrize("options", [{"detach": True}, {"clone": True}, {"dtype": torch.float16}, {"device": "meta"}])
+def test_what_is_told_of_an_object_names_the_elements_that_have_none(options: dict[str, Any]) -> None:
+    class Gives(nn.Module):
+        def forward(self, value: torch.Tensor) -> object:
+            return {"logits": value * 2, "held": (Held(value * 3),), "states": [value * 4], "note": "none"}
+
+    net, value = nn.Sequential(Gives()), x().requires_grad_()
+    told = "change nothing within a Held.*take an element, index='logits' or index='states',"
+    with pytest.raises(wl.CaptureError, match=told), wl.capture(net, out=wl.Output("0", **options)):
+        net(value)
+    _, got = torch.compile(wl.recorder(net, out=wl.Output("0", **options)), backend="eager")(value)
+    with pytest.raises(wl.CaptureError, match=told):
+        assert got["out"]
+    inner = wl.capture(net, out=wl.Output("0", index="held", **options))
+    with pytest.raises(wl.CaptureError, match="take an element, index=…"), inner:
+        net(value)

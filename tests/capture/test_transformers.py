@@ -564,3 +564,21 @@ def test_10_a_choice_of_layers_is_a_choice() -> None:
     with wl.capture(model, weights=wl.Output(LlamaAttention, index=1, calls=[0])) as got:
         model(value)
     assert len(got["weights"]) == 4
+
+
+def test_options_on_an_output_with_a_cache() -> None:
+    """What an option would change within the cache can't be done; nothing is said where there is nothing to change."""
+    model, tokens = llama(lm=True), ids()
+    with torch.no_grad(), wl.capture(model, out=wl.Output("", detach=True, dtype=torch.float32)) as got:
+        out = model(tokens)
+    assert type(got["out"][0]) is type(out) and torch.equal(got["out"][0].logits, out.logits)
+    assert got["out"][0].past_key_values is out.past_key_values
+    for options in ({"detach": True}, {"clone": True}, {"dtype": torch.float16}, {"device": "meta"}):
+        told = r"within a DynamicCache.*take an element, index='logits', or"
+        with pytest.raises(wl.CaptureError, match=told), wl.capture(model, out=wl.Output("", **options)):
+            model(tokens)
+        with wl.capture(model, logits=wl.Output("", index="logits", **options)) as got:
+            model(tokens)
+        assert len(got["logits"]) == 1
+        with wl.capture(model, out=wl.Output("", **options)):
+            model(tokens, use_cache=False)

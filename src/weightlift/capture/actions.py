@@ -20,7 +20,7 @@ from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
 from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, beyond, finish, pick, put, recipe_of, untouched, version_of
+from weightlift.capture.values import Lack, beyond, finish, pick, put, reached, recipe_of, untouched, version_of
 
 _NO_CALL = -1  # what is computed again counts as none
 
@@ -168,13 +168,15 @@ class TakeOutput(Action):
             session.arrived(tap.number, self.fqn)
 
     def _finished(self, session: Session, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) and (kind := beyond(value)) is not None:
-            problem = out_of_reach(self.tap.name, self.fqn, kind)
+        recipe = self.tap.recipe
+        if not isinstance(value, torch.Tensor) and (kind := beyond(value, recipe)) is not None:
+            elements = reached(value, recipe) if recipe.index is None else ()
+            problem = out_of_reach(self.tap.name, self.fqn, kind, elements)
             if problem not in session.problems:
                 session.problems.append(problem)
         try:
             with unseen():
-                return finish(value, self.tap.recipe)
+                return finish(value, recipe)
         except Exception as error:
             self._tell(error)
             raise

@@ -20,7 +20,7 @@ from weightlift.capture.select import Selected, at, original
 from weightlift.capture.session import Forward, Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template, choose
-from weightlift.capture.values import Lack, beyond, recipe_of, untouched, written
+from weightlift.capture.values import Lack, Recipe, beyond, reached, recipe_of, untouched, written
 from weightlift.errors import CaptureError, Problem
 
 _COMPILED = "compiled code has no place for hooks: torch.compile(wl.recorder(model, …)) captures inside it"
@@ -279,11 +279,7 @@ def settle_recorded(
                 hint = "attention that returns no weights needs attn_implementation='eager'"
                 problems.append(Problem(f"{tap.key!r} was not recorded", hint=hint))
             continue
-        if not untouched(recipe_of(tap)):
-            # No `:=` here: dynamo can't trace a name that is given a value within a comprehension.
-            kinds = [(entry.fqn, beyond(entry.value)) for entry in entries if entry.tap == number]
-            found = {fqn: kind for fqn, kind in kinds if kind is not None}
-            problems += [out_of_reach(name, fqn, kind) for fqn, kind in found.items()]
+        problems += _out_of_reach(name, recipe_of(tap), [entry for entry in entries if entry.tap == number])
         silent = [fqn for fqn in fqns if (number, fqn) not in counts]
         if silent and (tap.expect == "every" or (tap.expect == "some" and len(silent) == len(fqns))):
             hint = "it did not run, or not under its own name: layers in plain lists, on worker threads or copied"
@@ -298,3 +294,16 @@ def settle_recorded(
             lacks = _wanted(lacks, number, wanted)
         problems += _lacking(number, name, tap, lacks, entries)
     return entries, problems
+
+
+def _out_of_reach(name: str, recipe: Recipe, entries: Sequence[Entry]) -> list[Problem]:
+    """What the options of a recorder's tap should have changed and could not, once for each module."""
+    if untouched(recipe):
+        return []
+    problems: dict[str, Problem] = {}
+    for entry in entries:
+        kind = beyond(entry.value, recipe)
+        if kind is not None:
+            elements = reached(entry.value, recipe) if recipe.index is None else ()
+            problems[entry.fqn] = out_of_reach(name, entry.fqn, kind, elements)
+    return list(problems.values())

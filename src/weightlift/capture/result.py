@@ -208,16 +208,18 @@ def lacking(name: str, tap: Output, fqn: str, lack: Lack) -> Problem:
     return Problem(what, fqn=fqn, expected=f"index {tap.index!r}", found=lack.found, hint=hint)
 
 
-def out_of_reach(name: str, fqn: str, kind: str) -> Problem:
-    """What is to be done with each tensor of a value cannot be done within an object."""
-    what = f"tap {name!r}: its options change nothing within a {kind}, which holds tensors"
+def out_of_reach(name: str, fqn: str, kind: str, elements: Sequence[int | str]) -> Problem:
+    """What is to be done with each tensor of a value cannot be done within an object. ``elements``: have none."""
+    what = f"tap {name!r}: its options change nothing within a {kind}, which holds tensors that they should change"
+    shown = " or ".join(f"index={element!r}" for element in elements[:_SHOWN]) or "index=…"
     hint = (
-        "take an element, index=…, or what a callable makes of the whole (index=lambda output: output.clone(), or"
+        f"take an element, {shown}, or what a callable makes of the whole (index=lambda output: output.clone(), or"
         " copy.deepcopy(output)), or leave the options out: they follow tuples, lists, mappings and dataclasses"
     )
     return Problem(what, fqn=fqn, hint=hint)
 
 
+_SHOWN = 4  # of the elements of an output
 _NO_WEIGHTS = (
     "attention that returns no weights needs attn_implementation='eager' in Transformers, need_weights=True in torch"
 )

@@ -77,7 +77,8 @@ class Output(Options):
             (``[0, -1]``). None: all.
         tokens: a position, slice or list of positions of dimension 1.
         at: any indexing expression, ``at=(slice(None), -1)``. What a slice leaves out is not kept in memory.
-        detach, device: as the methods of tensors; they are applied to every tensor within the value.
+        detach, device: as the methods of tensors; they are applied to every tensor within tuples, lists, mappings and
+            dataclasses. Other objects, as caches, stay what they are; it is an error if there was something to change.
         dtype: as of ``module.to``: integers and masks keep theirs, unless this is one for them.
         clone: True copies; None copies only what is a part of something larger; False never.
         stop: leave the forward once everything that the capture wants has been seen. The ``with`` block ends there.

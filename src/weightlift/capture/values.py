@@ -255,30 +255,62 @@ def finish(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> Any:
     return value
 
 
-def beyond(value: Any, within: tuple[Any, ...] = ()) -> str | None:
-    """The kind of an object within a value that holds tensors and that `finish` leaves as it is; None without one."""
+def beyond(value: Any, recipe: Recipe, within: tuple[Any, ...] = ()) -> str | None:
+    """The kind of an object within a value whose tensors `finish` leaves as they are, and should not; else None."""
     if value is None or isinstance(value, torch.Tensor | str | int | float):
         return None
     items = items_of(value)
     if items is None:
-        return type(value).__name__ if holds_tensors(value) else None
+        return type(value).__name__ if holds_tensors(value, recipe) else None
     if _holds_itself(value, within):
         return f"{type(value).__name__} within itself"
     if isinstance(value, Mapping) and not _can_be_made_anew(value):
-        return type(value).__name__ if holds_tensors(value) else None
-    return next((kind for item in items if (kind := beyond(item, (*within, value))) is not None), None)
+        return type(value).__name__ if holds_tensors(value, recipe) else None
+    kinds = [beyond(item, recipe, (*within, value)) for item in items]
+    return next((kind for kind in kinds if kind is not None), None)
 
 
-def holds_tensors(value: Any, deep: int = _DEEP) -> bool:
-    """Also within what it holds, as a cache does, which has a list of layers; but a module's are no values."""
+def reached(value: Any, recipe: Recipe) -> list[int | str]:
+    """The elements of a value, as ``index`` names them, that hold tensors and nothing that is `beyond`."""
+    items = items_of(value)
+    if items is None:
+        return []
+    places: Sequence[Any] = range(len(items))
+    if isinstance(value, Mapping):
+        places = [*value.keys()]
+    elif not isinstance(value, list | tuple):
+        places = [field.name for field in dataclasses.fields(value)]
+    fits = int if isinstance(value, list | tuple) else str
+    return [
+        place
+        for place, item in zip(places, items)
+        if isinstance(place, fits) and holds_tensors(item) and beyond(item, recipe) is None
+    ]
+
+
+def holds_tensors(value: Any, recipe: Recipe | None = None, deep: int = _DEEP) -> bool:
+    """Also within what it holds, as a cache does, which has a list of layers; but a module's are no values.
+
+    ``recipe``: only such as that would change.
+    """
     if isinstance(value, torch.Tensor):
-        return True
+        return recipe is None or _changes(value, recipe)
     if deep == 0 or value is None or isinstance(value, str | int | float | type | nn.Module):
         return False
     held = items_of(value)
     if held is None:
         held = [*value] if isinstance(value, Set | deque) else [*getattr(value, "__dict__", {}).values()]
-    return any(holds_tensors(item, deep - 1) for item in held)
+    return any(holds_tensors(item, recipe, deep - 1) for item in held)
+
+
+def _changes(tensor: torch.Tensor, recipe: Recipe) -> bool:
+    """Whether a tensor is not yet what the options ask for."""
+    if recipe.part is not None or recipe.clone or (recipe.detach and tensor.requires_grad):
+        return True
+    target = _for(tensor, recipe.target or {})
+    device = torch.device(target.get("device", tensor.device))
+    elsewhere = device.type != tensor.device.type or device.index not in (None, tensor.device.index)
+    return elsewhere or target.get("dtype", tensor.dtype) != tensor.dtype
 
 
 def _can_be_made_anew(value: Mapping[Any, Any]) -> bool:
