@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import contextvars
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -219,3 +223,131 @@ def test_what_may_stand_for_another_value(give: Callable[[Any], Any], replace: C
 def test_a_part_takes_a_number(call: Calls) -> None:
     _, got = call(Net(), x(), {"edited": wl.Output("layers.1", tokens=-1, replace=lambda _: 0.0)})
     assert not got["edited"][0][:, -1].any()
+
+
+@HOW
+@pytest.mark.parametrize("part", [{}, {"tokens": -1}], ids=str)
+@pytest.mark.parametrize("kind", [wl.Output, wl.Input])
+def test_an_edit_may_run_its_own_module_again(call: Calls, kind: Any, part: dict[str, Any]) -> None:
+    """Which then runs without it; it called itself for ever."""
+    net, value = Net(), x()
+
+    def again(given: torch.Tensor) -> torch.Tensor:
+        return net.layers[1](given * 2, scale=0.5)
+
+    def expected() -> torch.Tensor:
+        state = net.layers[0](value, scale=0.5)
+        state = net.layers[1](state, scale=0.5) if kind is wl.Output else state
+        edited = state.clone()
+        at = (slice(None), -1) if part else ...
+        edited[at] = again(state[at])
+        return net.head(net.layers[2](edited if kind is wl.Output else net.layers[1](edited, scale=0.5), scale=0.5))
+
+    with torch.no_grad():
+        out, got = call(net, value, {"edited": kind("layers.1", replace=again, **part)})
+        assert torch.allclose(out, expected(), atol=1e-6)
+    assert len(got["edited"]) == 1  # what the edit itself runs is no call of the tap's
+
+
+@HOW
+def test_an_edit_may_run_the_model(call: Calls) -> None:
+    """As patching with a second run does, at every layer: none of these runs is edited."""
+    net, value, other = Net(), x(), x()
+
+    def patch(given: torch.Tensor) -> torch.Tensor:
+        return given + net(other)
+
+    with torch.no_grad():
+        out, got = call(net, value, {"edited": wl.Output("layers.*", replace=patch)})
+        state, more, expected = value, net(other), []
+        for layer in net.layers:
+            state = layer(state, scale=0.5) + more
+            expected.append(state)
+    assert same(got["edited"], expected) and same([out], [net.head(state)])
+    assert len(got.forwards("edited")) == 1
+
+
+def test_other_taps_see_what_an_edit_runs() -> None:
+    net, value = Net(), x()
+    taps = {
+        "edited": wl.Output("layers.1", calls=[1], replace=lambda given: net.layers[1](given * 2)),
+        "after": "layers.1",
+        "within": "layers.1.out",
+        "head": wl.Output("head", replace=torch.neg),
+    }
+    with torch.no_grad(), wl.capture(net, **taps) as got:
+        net(value)
+        out = net(value)
+    assert [len(got[name]) for name in taps] == [1, 3, 3, 2]
+    assert same(got["edited"], got["after"][2:]) and same([out], got["head"][1:])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_edits_of_a_module_that_both_run_it(nested: bool) -> None:
+    """Taps of one capture, or of two within each other: what the one runs, the other edits, and no more."""
+    net, value = Net(), x()
+    layer = net.layers[1]
+    taps = {
+        "first": wl.Output("layers.1", replace=lambda given: layer(given * 2)),
+        "second": wl.Output("layers.1", replace=lambda given: layer(given * 3)),
+    }
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        first = layer(layer(layer(value) * 2) * 3)
+        expected = layer(layer(first * 3) * 2)
+        for chosen in [{name: tap} for name, tap in taps.items()] if nested else [taps]:
+            stack.enter_context(wl.capture(net, **chosen))
+        assert same([layer(value)], [expected])
+
+
+def test_a_failing_edit_rests_no_longer() -> None:
+    net, value, calls = Net(), x(), []
+
+    def fail_once(given: torch.Tensor) -> torch.Tensor:
+        calls.append(net.layers[1](given))
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        return calls[-1]
+
+    with wl.capture(net, edited=wl.Output("layers.1", replace=fail_once)) as got:
+        with pytest.raises(ZeroDivisionError):
+            net(value)
+        net(value)
+    assert len(calls) == 2 and same(got["edited"], calls[1:])
+
+
+def test_a_context_that_an_edit_copied_is_edited_once_that_is_over() -> None:
+    net, value, copied = Net(), x(), []
+
+    def twice(given: torch.Tensor) -> torch.Tensor:
+        copied.append(contextvars.copy_context())
+        return copied[-1].run(net.layers[1], given) * 2
+
+    with wl.capture(net, edited=wl.Output("layers.1", replace=twice)) as got:
+        net(value)
+        assert len(copied) == 1
+        copied[0].run(net, value)
+    assert len(copied) == len(got["edited"]) == 2 and same(got["edited"][:1], got["edited"][1:])
+
+
+def test_edits_that_run_their_module_in_threads() -> None:
+    """Each in its own thread and capture: an edit rests where it runs, and nowhere else."""
+    net, value = Net(), x()
+    layer = net.layers[1]
+    barrier = threading.Barrier(4)
+
+    def work(scale: float) -> torch.Tensor:
+        def again(given: torch.Tensor) -> torch.Tensor:
+            barrier.wait(60)  # all of them are within their edit
+            return layer(given * scale)
+
+        with torch.no_grad(), wl.capture(net, edited=wl.Output("layers.1", replace=again)) as got:
+            for _ in range(20):
+                net(value)
+        assert len(got["edited"]) == 20
+        return got["edited"][-1]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        edited = list(pool.map(work, range(4)))
+    with torch.no_grad():
+        plain = states(net, value)[1]
+        assert same(edited, [layer(plain * scale) for scale in range(4)])

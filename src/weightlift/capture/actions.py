@@ -18,7 +18,7 @@ from weightlift.capture.checkpointing import unseen
 from weightlift.capture.edits import Misfit, edit, edits
 from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
-from weightlift.capture.session import Session, backward_id
+from weightlift.capture.session import Session, backward_id, resting
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Lack, beyond, finish, pick, put, reached, recipe_of, untouched, version_of
 
@@ -98,13 +98,14 @@ class Root(Action):
 class Tapping:
     """What is the same for all modules of one tap."""
 
-    __slots__ = ("calls", "every", "kept_last", "name", "number", "plain", "recipe", "untouched", "whole")
+    __slots__ = ("calls", "edits", "every", "kept_last", "name", "number", "plain", "recipe", "untouched", "whole")
 
     def __init__(self, number: int, name: str, tap: Output) -> None:
         self.number = number
         self.name = name
         self.recipe = recipe = recipe_of(tap)
         self.calls = tap.calls
+        self.edits = recipe.replace is not None  # and while it does, it rests: see `resting`
         self.kept_last = -min([0, *(tap.calls or ())])
         self.every = tap.calls is None
         self.whole = recipe.index is None and recipe.replace is None
@@ -124,6 +125,8 @@ class TakeOutput(Action):
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tap = self.tap
+        if tap.edits and tap.number in resting(session):
+            return output
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
         value = output
         if not tap.whole:
@@ -187,7 +190,8 @@ class TakeOutput(Action):
     def _edited(self, session: Session, value: Any) -> Any:
         session.notice_checkpoint(self.fqn, edits=True)
         try:
-            return edit(value, self.tap.recipe, self.tap.name, self.fqn)
+            with session.editing(self.tap.number):
+                return edit(value, self.tap.recipe, self.tap.name, self.fqn)
         except Exception as error:
             self._tell(error)
             raise
@@ -234,6 +238,8 @@ class TakeInput(TakeOutput):
 
     def enter(self, session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
+        if tap.edits and tap.number in resting(session):
+            return None
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
         index = tap.recipe.index
         by_place = type(index) is int and 0 <= index < len(args)  # then nobody asks for names

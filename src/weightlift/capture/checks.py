@@ -46,7 +46,7 @@ def settle(session: Session, root: nn.Module, template: Template) -> list[Proble
         problems += _calls(session, number, name, tap, fired)
         problems += _lacking(number, name, tap, session.lacks, session.entries)
         chosen = [Selected(fqn, session.held[template.places[key]]) for fqn, key in template.chosen[number]]
-        problems += _fired(session, root, name, tap, chosen, fired)
+        problems += _fired(session, root, number, name, tap, chosen, fired)
     if not template.stands():
         problems += _added(session, root, template, {problem.fqn for problem in problems})
     problems += _written(session.entries, template)
@@ -116,6 +116,7 @@ def _lacking(number: int, name: str, tap: Output, lacks: Sequence[Entry], entrie
 def _fired(
     session: Session,
     root: nn.Module,
+    number: int,
     name: str,
     tap: Output,
     chosen: list[Selected],
@@ -130,7 +131,7 @@ def _fired(
     if tap.expect == "some" or session.stopped or (len(session.forwards) <= 1 and all(calls.values())):
         return []
     problems: list[Problem] = []
-    done = [forward for forward in session.forwards if forward.done and not forward.around]
+    done = [run for run in session.forwards if run.done and not run.around and number not in run.resting]
     for item in chosen:
         fired = calls[item.fqn]
         missed = _missed(fired, done)

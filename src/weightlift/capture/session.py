@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, Protocol, TypeAlias
@@ -22,6 +23,7 @@ from weightlift.errors import Problem
 _lock = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 _NOTHING: dict[int, Any] = {}
+_NO_TAPS: frozenset[int] = frozenset()
 Due: TypeAlias = "tuple[nn.Module | None, Any, Any]"
 NONE_DUE: Due = (None, None, None)
 _NONE_LEFT: Iterator[Due] = iter(())
@@ -54,6 +56,17 @@ class Stopped(BaseException):
         self.session = session
 
 
+class Edit:
+    """A call of a tap's ``replace``. ``over``: a context that was copied meanwhile still knows it afterwards."""
+
+    __slots__ = ("number", "over", "session")
+
+    def __init__(self, session: Session, number: int) -> None:
+        self.session = session
+        self.number = number
+        self.over = False
+
+
 class Forward:
     """A forward of the captured model, or of a sub-model that gathers declared outputs, while it runs.
 
@@ -62,11 +75,12 @@ class Forward:
     ``simple``: the modules, by their ids, whose output needs nothing but to be appended to ``raw`` as it is.
     ``due``: that of them which is likely to run next, what is done there, and what is done with its first argument
     before; ``rest``: those after it. ``asks_all``: another capture has to be asked, too, so nothing of that counts.
+    ``resting``: the numbers of the taps whose edit runs it.
     """
 
     __slots__ = (
         "around", "asks_all", "attached", "done", "due", "gathered", "grad", "is_root", "number", "outer", "owner",
-        "raw", "rest", "root", "session", "simple", "stopped", "thread",
+        "raw", "rest", "resting", "root", "session", "simple", "stopped", "thread",
     )  # fmt: skip
 
     def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, is_root: bool) -> None:
@@ -79,6 +93,7 @@ class Forward:
         self.done = False
         self.stopped = False  # nobody wanted the rest of it
         self.around = False  # another forward of the same model runs within it
+        self.resting = resting(session)
         self.grad = is_grad_enabled()
         if self.grad:  # it may have been off when the capture was entered
             session.grad = True
@@ -128,6 +143,13 @@ class Forward:
 
 open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
 running: ContextVar[Forward | None] = ContextVar("weightlift_forwards", default=None)
+edits: ContextVar[tuple[Edit, ...]] = ContextVar("weightlift_edits", default=())
+
+
+def resting(session: Session) -> frozenset[int]:
+    """The numbers of the taps whose ``replace`` runs just now: what that calls runs without them."""
+    known = edits.get()
+    return frozenset([one.number for one in known if one.session is session and not one.over]) if known else _NO_TAPS
 
 
 def _running(wanted: FrameType | None) -> bool:
@@ -335,6 +357,17 @@ class Session:
         if forward is None or forward.session is not self or not forward.is_root:
             forward = _running_root(self, forward)
         return None if forward is None else forward.number
+
+    @contextmanager
+    def editing(self, number: int) -> Iterator[None]:
+        """While a tap's ``replace`` runs: it may call the module that it edits, or a model around that."""
+        edit = Edit(self, number)
+        token = edits.set((*edits.get(), edit))
+        try:
+            yield
+        finally:
+            edit.over = True
+            edits.reset(token)
 
     def arrived(self, tap: int, fqn: str) -> None:
         """Counts a call, and leaves the forward when it was the last that anybody waits for."""

@@ -84,7 +84,8 @@ class Output(Options):
         stop: leave the forward once everything that the capture wants has been seen. The ``with`` block ends there.
         replace: ``fn(value) -> value``, edits in flight; with ``tokens`` or ``at`` it is given, and replaces, that
             part. As for torch's hooks, None leaves the value as it is. What can't stand there (a number for a tensor)
-            is a TypeError within the forward. What is recorded is the edited value.
+            is a TypeError within the forward. What is recorded is the edited value. What ``fn`` calls runs without
+            this tap.
         expect: 'every' selected module must run in every forward, and give its element; 'some': at least one once;
             'maybe' none.
 
