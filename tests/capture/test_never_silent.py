@@ -342,3 +342,66 @@ def test_what_is_told_of_an_object_names_the_elements_that_have_none(options: di
     inner = wl.capture(net, out=wl.Output("0", index="held", **options))
     with pytest.raises(wl.CaptureError, match="take an element, index=…"), inner:
         net(value)
+
+
+class Around(nn.Module):
+    """Runs a model within, perhaps without autograd, or in a region of its own."""
+
+    def __init__(self, net: nn.Module, run: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net, self.run = net, run
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return self.run(self.net, self.first(value).detach())
+
+
+def ungraded(net: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net(value)
+
+
+def reentrant_net() -> Checkpointed:
+    net = Checkpointed()
+    net.reentrant = True
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_cut_off_in_a_forward_that_began_without_grad_within_another() -> None:
+    """A frozen part of a model that trains. The outer forward had begun with autograd, which was taken for it."""
+    net = Around(reentrant_net(), ungraded)
+    with wl.capture(net, first="first"), wl.capture(net.net, hidden="layers.*") as got:
+        net(x())
+    assert len(got["hidden"]) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inner", [lambda net, value: net(value), ungraded])
+def test_a_region_around_a_forward_cuts_off_what_that_began_without_grad(
+    inner: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> None:
+    def run(net: nn.Module, value: torch.Tensor) -> torch.Tensor:
+        return checkpoint(partial(inner, net), value, use_reentrant=True)
+
+    net = Around(reentrant_net(), run)
+    outer = wl.capture(net, first="first")
+    with outer, pytest.raises(wl.CaptureError, match="cut off"), wl.capture(net.net, hidden="layers.*"):
+        net(x())
+    with wl.capture(net, first="first"), torch.no_grad(), wl.capture(net.net, hidden="layers.*") as got:
+        net(x())
+    assert len(got["hidden"]) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_cut_off_where_nothing_needs_a_gradient() -> None:
+    net = Around(reentrant_net(), ungraded).requires_grad_(False)
+    for run in (lambda: net(x()), lambda: ungraded(net.net, x()), lambda: net.net(x())):
+        with wl.capture(net, hidden="net.layers.*"):
+            run()
+    told = pytest.raises(wl.CaptureError, match="cut off")
+    with told, wl.capture(net, hidden="net.layers.*"):  # the input needs one
+        net.net(x().requires_grad_())
+    net.net.head.requires_grad_()
+    with told, wl.capture(net, hidden="net.layers.*"):
+        net.net(x())

@@ -34,25 +34,34 @@ class Running(Protocol):
     def grad(self) -> bool:
         """Whether autograd was on when it began."""
 
+    def frame(self) -> FrameType | None:
+        """That which calls its model, as long as it runs."""
 
-def checkpointed_region(forward: Running | None) -> str | None:
-    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it.
+
+def checkpointed_region(forward: Running | None) -> tuple[str | None, bool]:
+    """'reentrant' or 'other' if the caller runs within ``torch.utils.checkpoint``; also where that is within it. And
+    whether that is sure: of a reentrant region whose inputs need no gradient it can't be seen if autograd is on around.
 
     None where autograd is off around that, too: nothing is cut off or recomputed. ``forward``: the innermost one that
     runs.
     """
     module = sys.modules.get("torch.utils.checkpoint")
     if module is None:
-        return None
-    grad = is_grad_enabled() or _began_with_grad(forward)
+        return None, True
+    on, unknown = is_grad_enabled(), _began_with_grad(forward)
     reentrant: CodeType = module.CheckpointFunction.forward.__code__
     found = None
-    for frame in _calls(forward):
-        if frame.f_code is reentrant and _attached(frame.f_locals["ctx"], grad):
-            return "reentrant"
-        if grad and frame.f_code is not reentrant and frame.f_code.co_filename == reentrant.co_filename:
-            found = "other"
-    return found
+    for frame, around in _calls(forward):
+        if frame.f_code.co_filename != reentrant.co_filename:
+            continue
+        grad = on or (unknown if around is None else around.grad)
+        if frame.f_code is not reentrant:
+            found = "other" if grad else found
+        elif (region := frame.f_locals["ctx"]).next_functions:
+            return "reentrant", True
+        elif grad and not any(region.needs_input_grad):
+            return "reentrant", False
+    return found, True
 
 
 def unseen() -> AbstractContextManager[Any]:
@@ -78,21 +87,21 @@ def _began_with_grad(forward: Running | None) -> bool:
     return forward is not None
 
 
-def _calls(forward: Running | None) -> Iterator[FrameType]:
-    """Those that led here; in a context that was copied for another thread, those there, too, which wait for this."""
+def _calls(forward: Running | None) -> Iterator[tuple[FrameType, Running | None]]:
+    """Those that led here, each with the innermost forward around it.
+
+    In a context that was copied for another thread, those there, too, which wait for this.
+    """
     frame: FrameType | None = sys._getframe(1)
     threads = {threading.get_ident()}
-    while frame is not None or forward is not None:
-        if frame is not None:
-            yield frame
-            frame = frame.f_back
-        elif forward is not None:
-            if forward.thread not in threads and not forward.done:
+    while frame is not None:
+        while forward is not None and (forward.done or forward.frame() in (frame, None)):
+            forward = forward.outer
+        yield frame, forward
+        frame = frame.f_back
+        if frame is None:
+            while forward is not None and (forward.done or forward.thread in threads):
+                forward = forward.outer
+            if forward is not None:
                 threads.add(forward.thread)
                 frame = sys._current_frames().get(forward.thread)
-            forward = forward.outer
-
-
-def _attached(region: Any, grad: bool) -> bool:
-    """Whether autograd is on around a reentrant region; if no input needs a gradient, that is not to be seen in it."""
-    return bool(region.next_functions) or (grad and not any(region.needs_input_grad))

@@ -118,6 +118,10 @@ class Forward:
         self.number: int = next(session.numbers) if root is None else root.number
         self.root = self.number if is_root or root is not None else None
 
+    def frame(self) -> FrameType | None:
+        """That of torch which calls the model and its hooks, as long as it runs."""
+        return self.session.frames.get(self)
+
     def ask_all(self) -> None:
         """From now on every hook asks all open captures, and nothing is noted before."""
         self.asks_all = True
@@ -397,9 +401,14 @@ class Session:
         """Reentrant checkpointing runs without autograd: what is captured there is cut off. Edits are not repeated."""
         if not self.grad or (not edits and is_grad_enabled()):
             return
-        region = checkpointed_region(running.get())
+        region, sure = checkpointed_region(nearest())
         with _lock:
             if edits and region is not None:
                 self.checkpointed |= {fqn}
-            elif region == "reentrant":
+            elif region == "reentrant" and (sure or self._learns()):
                 self.detached |= {fqn}
+
+    def _learns(self) -> bool:
+        """Whether a gradient may be wanted of any parameter."""
+        models = [module for module in self.held if id(module) in self.template.models]
+        return any(parameter.requires_grad for model in models for parameter in model.parameters())
