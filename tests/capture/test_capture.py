@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import copy
@@ -13,7 +14,8 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -480,6 +482,90 @@ def test_the_steps_of_a_generator_in_contexts_of_their_own() -> None:
     generator, context = steps(), contextvars.copy_context()
     got = context.run(next, generator)
     assert len(context.run(list, generator)) == 2 and len(got["hidden"]) == 9
+
+
+class Block:
+    """A context manager of a user's own, around a capture."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.capture = wl.capture(net, hidden=wl.Output("layers.*", expect="maybe"))
+
+    def __enter__(self) -> wl.Records:
+        return self.capture.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.capture.__exit__(*error)
+
+
+@contextlib.contextmanager
+def watching(net: nn.Module) -> Iterator[wl.Records]:
+    with Block(net) as got:
+        yield got
+
+
+@contextlib.contextmanager
+def stacked(net: nn.Module) -> Iterator[wl.Records]:
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(watching(net))
+
+
+WAYS = pytest.mark.parametrize("block", [Block, watching, stacked])
+
+
+@WAYS
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("another", [False, True])
+def test_a_generator_whose_helper_has_the_block(block: Any, early: int, another: bool) -> None:
+    """The block is in a frame that does not run any more when the model does: what went unseen was not told."""
+    net = Net()
+
+    def steps() -> Iterator[Any]:
+        with block(net) as got:
+            for _ in range(early):
+                net(x())
+            yield got
+            with wl.capture(net, last="layers.2") if another else contextlib.nullcontext():
+                net(x())
+            yield got
+
+    def delegating() -> Iterator[Any]:
+        yield from steps()
+
+    for make in (steps, delegating):
+        with (
+            concurrent.futures.ThreadPoolExecutor(3) as pool,
+            pytest.raises(wl.CaptureError, match="in a context that does not know of the capture"),
+        ):
+            generator = make()
+            while pool.submit(contextvars.copy_context().run, next, generator, None).result(60) is not None:
+                pass
+        assert hooks_on(net) == 0
+
+
+@WAYS
+def test_a_generator_whose_helper_has_the_block_and_sees_all(block: Any) -> None:
+    """It ends elsewhere, or others run the model meanwhile, in a context of their own or below it on purpose."""
+    net, value = Net(), x()
+
+    def steps() -> Iterator[Any]:
+        with block(net) as got:
+            net(value)
+            yield got
+
+    def inside() -> Iterator[Any]:
+        with block(net) as got:
+            net(value)
+            contextvars.Context().run(net, value)
+        yield got
+
+    for make in (steps, inside):
+        generator = make()
+        got = contextvars.copy_context().run(next, generator)
+        contextvars.copy_context().run(net, value)
+        assert contextvars.copy_context().run(list, generator) == [] and len(got["hidden"]) == 3
+    generator, context = steps(), contextvars.copy_context()
+    got = context.run(next, generator)
+    assert context.run(list, generator) == [] and len(got["hidden"]) == 3 and hooks_on(net) == 0
 
 
 def test_a_capture_that_is_dropped_while_open_leaves_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from weightlift.capture import hooks
 from weightlift.capture.checks import settle
 from weightlift.capture.result import Records, strayed
 from weightlift.capture.select import keep_for, kept_for, own_taps
-from weightlift.capture.session import Session, Stopped, open_sessions, running, without
+from weightlift.capture.session import Mark, Session, Stopped, open_sessions, running, without
 from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, lasting
 from weightlift.errors import CaptureError, Problem
@@ -49,9 +49,7 @@ class Capture:
             if self._key is not None:
                 keep_for(self._model, self._key, self._template)
         self._session = session
-        frame = sys._getframe(1)
-        if frame.f_code.co_flags & _STEPWISE:
-            session.entered = id(frame), frame.f_code
+        session.entered = _generators(sys._getframe(1))
         forward = running.get()
         while forward is not None:  # a capture within a forward of another: from now on both have to be asked
             forward.ask_all()
@@ -71,7 +69,7 @@ class Capture:
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
-        if session.strayed:
+        if session.strayed and (session not in sessions or session.entered[0] in session.strayed):
             session.problems.append(strayed())
         own = error is not None and _stops(error, session)
         if own:
@@ -93,6 +91,20 @@ class Capture:
         if session is not None:  # dropped while it was open: nobody can close it any more
             session.closed = True
             hooks.abandon(session)
+
+
+def _generators(frame: FrameType) -> tuple[Mark | None, ...]:
+    """Those that run just now, and may go on in another context: first the one whose block it is, or None, then all
+    around it, as the block may be that of a function or a generator (``contextlib``) that it called. () without any."""
+    marks: list[Mark | None] = [None]
+    outer: FrameType | None = frame
+    while outer is not None:
+        if outer.f_code.co_flags & _STEPWISE:
+            marks.append((id(outer), outer.f_code))
+            if outer is frame:
+                del marks[0]
+        outer = outer.f_back
+    return tuple(marks) if marks[-1] is not None else ()
 
 
 def _stops(error: BaseException, session: Session) -> bool:

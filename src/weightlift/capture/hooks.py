@@ -26,7 +26,7 @@ _NOTHING = object()
 # The template of each open capture. The captures hold the modules whose ids these know, so an id is its owner's.
 # Replaced as a whole, under the lock: whoever looks at it needs none.
 _open: tuple[Work, ...] = ()
-_stepwise: tuple[Session, ...] = ()  # captures that generators hold open
+_stepwise: tuple[Session, ...] = ()  # captures that were entered below generators
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
 _lock = threading.Lock()
 _abandoned: deque[Session] = deque()
@@ -41,8 +41,10 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if not _is_hooked(module):
             _drop_copied(module)
         elif _stepwise:
-            _stray(module)
+            _stray(module, sessions)
         return None
+    if _stepwise:
+        _stray(module, sessions)
     given = kwargs
     changed = False
     for session in sessions:
@@ -142,7 +144,7 @@ def install(session: Session) -> None:
         if _abandoned:
             _remove_abandoned()
         _open = (*_open, template)
-        if session.entered is not None:
+        if session.entered:
             _stepwise = (*_stepwise, session)
         for place in template.hooked_with_kwargs:
             held[place]._forward_pre_hooks_with_kwargs[HOOK_ID] = True
@@ -183,7 +185,7 @@ def remove(session: Session) -> None:
 def _remove(session: Session) -> None:
     global _open, _stepwise
     template, held = session.template, session.held
-    if session.entered is not None:
+    if session.entered:
         _stepwise = tuple(other for other in _stepwise if other is not session)
     if template not in _open:  # it was interrupted before it got so far
         return
@@ -234,18 +236,18 @@ def _remove_abandoned() -> None:
         session.forget()
 
 
-def _stray(module: nn.Module) -> None:
-    """Notes captures that a generator holds open which runs this forward of their model, in a context without them.
+def _stray(module: nn.Module, known: tuple[Session, ...]) -> None:
+    """Notes captures below a generator which runs this forward of their model, in a context that knows others alone.
 
     A thread pool gives each step of a generator a copy of the pool's own context.
     """
-    waiting = {session.entered for session in _stepwise if id(module) in session.template.models}
+    waiting = [one for one in _stepwise if id(module) in one.template.models and one not in known]
     frame: FrameType | None = sys._getframe(2) if waiting else None
     while frame is not None:
-        entered = id(frame), frame.f_code
-        if entered in waiting:
-            for session in _stepwise:
-                session.strayed |= session.entered == entered
+        mark = id(frame), frame.f_code
+        for session in waiting:
+            if mark in session.entered:
+                session.strayed |= {mark}
         frame = frame.f_back
 
 

@@ -25,6 +25,7 @@ backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 _NOTHING: dict[int, Any] = {}
 _NO_TAPS: frozenset[int] = frozenset()
 Due: TypeAlias = "tuple[nn.Module | None, Any, Any]"
+Mark: TypeAlias = "tuple[int, CodeType]"  # a frame, which is not held
 NONE_DUE: Due = (None, None, None)
 _NONE_LEFT: Iterator[Due] = iter(())
 _NOWHERE: deque[Any] = deque(maxlen=0)  # keeps nothing of what is appended
@@ -244,9 +245,10 @@ class Session:
         self.lacks: list[Entry] = []  # calls that did not give what a tap takes: the value is a `Lack`
         self.stopped = False
         self.grad = is_grad_enabled()
-        # Which generator entered the block, if one did (its frame, not held), and whether a forward of its went unseen.
-        self.entered: tuple[int, CodeType] | None = None
-        self.strayed = False
+        # The generators that ran when the block was entered, the one with the block first, and those that ran the model
+        # where it went unseen.
+        self.entered: tuple[Mark | None, ...] = ()
+        self.strayed: frozenset[Mark] = frozenset()
 
     def forget(self) -> None:
         """A context that was copied meanwhile still knows the session: from now on it holds no tensor and no module."""
