@@ -19,9 +19,9 @@ from weightlift.checkpoint.dcp_metadata import SUMMARY, Item, Piece, read_metada
 from weightlift.checkpoint.entry import Chunk, ShardContents, ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, shard_file
 from weightlift.checkpoint.index import member
-from weightlift.checkpoint.part import WHOLE, Part
+from weightlift.checkpoint.part import WHOLE, Part, told
 from weightlift.checkpoint.stored_zip import Window, damage_told
-from weightlift.checkpoint.torch_globals import Opaque, TensorRef
+from weightlift.checkpoint.torch_globals import Opaque, TensorRef, is_integer
 from weightlift.checkpoint.torch_lenient import LenientReader
 from weightlift.checkpoint.torch_pickle import PickleReader
 from weightlift.checkpoint.torch_state import StateDict, flat_problem, unpickle
@@ -75,20 +75,25 @@ def _nested(items: Iterable[Item], path: Path) -> dict[str, Any]:
     root: dict[Any, Any] = {}
     problems = []
     for item in items:
-        within: dict[Any, Any] | None = root
-        if len(item.path) > _MAX_DEPTH or not all(type(step) in (str, int) for step in item.path):
-            within = None
-        for step, after in pairwise(item.path):
+        steps = item.path[: _MAX_DEPTH + 1]  # many may share one that is very long
+        is_place = len(steps) <= _MAX_DEPTH and all(type(step) is str or is_integer(step) for step in steps)
+        within: dict[Any, Any] | None = root if is_place else None
+        for step, after in pairwise(steps):
             if within is not None:
                 within = _held_by(within.setdefault(step, _List() if type(after) is int else {}))
         if within is None or item.path[-1] in within:
-            found = ", ".join(f"{step!r:.40}" for step in item.path[:_SHOWN])
+            found = ", ".join(map(_step, steps[:_SHOWN]))
             problems.append(Problem("its place among the others is no place", key=item.key, file=path, found=found))
         else:
             within[item.path[-1]] = item
     if problems:
         raise CheckpointError(SUMMARY, problems)
     return root
+
+
+def _step(step: Any) -> str:
+    """A step of a path, for an error: whatever a pickle may have there."""
+    return repr(step[:40]) if type(step) is str else str(step) if is_integer(step) else told(step)
 
 
 def _held_by(value: Any) -> dict[Any, Any] | None:

@@ -29,6 +29,7 @@ SUMMARY = "not a valid distributed checkpoint"
 MAX_BYTES = 1_000_000_000
 """A longer one is refused."""
 
+_SHOWN = 8
 _MODULES = "torch.distributed."
 _RECORDS = frozenset(
     {
@@ -188,7 +189,8 @@ def _piece(
     if type(file) is not str or not is_integer(start) or not is_integer(length) or start < 0 or length < 0:
         raise BrokenPickleError(f"a place of {key:.100} that is no range of a file")
     if packed := stored.get("transform_descriptors"):
-        what = f"is written with the extension {', '.join(map(str, packed))}"[:200]
+        names = [name[:40] for name in packed[:_SHOWN] if type(name) is str] if type(packed) in (list, tuple) else []
+        what = f"is written with the extension {', '.join(names) or 'of no name'}"
         hint = "save it without extensions of the storage writer"
         return Problem(what, key=key, file=path, expected="as torch.save writes it", hint=hint)
     return Piece(file, start, start + length, index[1] or (), sizes)

@@ -306,6 +306,14 @@ def _rekey(metadata, path):
     metadata.planner_data["weight"] = path
 
 
+def _nest(kind):
+    """Two of what holds two of what …: printed it would fill every memory."""
+    made = kind((1,))
+    for _ in range(60):
+        made = kind((made, made))
+    return made
+
+
 EDITS = {
     "outside": (lambda m: _place(m, relative_path="../x.distcp"), "leads out of the folder"),
     "absolute": (lambda m: _place(m, relative_path="/etc/passwd"), "absolute path"),
@@ -316,6 +324,9 @@ EDITS = {
     "cut": (lambda m: _place(m, length=100), "the zip is damaged"),
     "nothing": (lambda m: _place(m, length=0), "the zip is damaged"),
     "packed": (lambda m: _place(m, transform_descriptors=("zstd",)), "written with the extension zstd"),
+    "packed by a number": (lambda m: _place(m, transform_descriptors=5), "with the extension of no name"),
+    "packed by a long number": (lambda m: _place(m, transform_descriptors=[10**5000]), "the extension of no name"),
+    "packed by a nest": (lambda m: _place(m, transform_descriptors=_nest(list)), "with the extension of no name"),
     "a hole": (lambda m: _chunks(m).pop(), "its boxes do not make it up"),
     "another shape": (lambda m: setattr(m.state_dict_metadata["weight"], "size", torch.Size([9, 9])), "do not make it"),
     "another box": (lambda m: setattr(_chunks(m)[0], "sizes", torch.Size([4, 3])), "is not what its metadata says"),
@@ -327,6 +338,8 @@ EDITS = {
     "no place": (lambda m: m.storage_data.clear(), "no file holds it"),
     "no metadata": (lambda m: [1, 2], "is no Metadata"),
     "a step of its own": (lambda m: _rekey(m, ((),)), "is no place"),
+    "a nested step": (lambda m: _rekey(m, (_nest(tuple), "a")), "is no place"),
+    "a long number": (lambda m: _rekey(m, ("a", 10**5000)), "is no place"),
     "very deep": (lambda m: _rekey(m, ("a",) * 1000), "is no place"),
     "within another": (lambda m: _rekey(m, ("bias", "x")), "is no place"),
     "twice": (lambda m: _rekey(m, ("bias",)), "is no place"),
