@@ -30,6 +30,7 @@ MAX_BYTES = 1_000_000_000
 """A longer one is refused."""
 
 _SHOWN = 8
+_MAX_DIMS = 100  # of a tensor
 _MODULES = "torch.distributed."
 _RECORDS = frozenset(
     {
@@ -136,11 +137,12 @@ def _items(root: Any, path: Path) -> Iterator[Item]:
     paths = paths if isinstance(paths, dict) else {}
     places = {_index(key): value for key, value in stored.items()}
     problems: list[Problem] = []
+    boxes: dict[int, _Boxes] = {}
     items = []
     for key, value in described.items():
         if type(key) is not str or not isinstance(value, _Record):
             raise BrokenPickleError("a value without a name or a description")
-        found = _pieces(key, value, places, path)
+        found = _pieces(key, value, places, path, boxes)
         problems += [piece for piece in found if isinstance(piece, Problem)]
         pieces = tuple(piece for piece in found if isinstance(piece, Piece))
         where = paths.get(key)
@@ -153,6 +155,7 @@ def _items(root: Any, path: Path) -> Iterator[Item]:
 
 
 _Index = tuple[Any, "tuple[int, ...] | None"]
+_Boxes = dict["tuple[int, ...]", "tuple[int, ...]"]  # sizes, by offsets
 
 
 def _index(key: Any) -> _Index:
@@ -162,18 +165,27 @@ def _index(key: Any) -> _Index:
     return key.get("fqn"), None if offset is None else _sizes(offset)
 
 
-def _pieces(key: str, value: _Record, places: Mapping[_Index, Any], path: Path) -> list[Piece | Problem]:
+def _pieces(
+    key: str, value: _Record, places: Mapping[_Index, Any], path: Path, known: dict[int, _Boxes]
+) -> list[Piece | Problem]:
+    """Where the boxes of a value lie, up to the first that lies nowhere: a list that many values share is looked at
+    once, and for each of them no further than it has places."""
     if value.name == "BytesStorageMetadata":
         return [_piece(key, (key, None), places, path)]
     chunks = value.get("chunks")
     if value.name != "TensorStorageMetadata" or type(chunks) is not list:
         raise BrokenPickleError(f"a description of {key:.100} that is none of a tensor")
-    boxes = {}  # of ranks that hold the same, one
-    for chunk in chunks:
+    boxes = known.setdefault(id(chunks), {})  # of ranks that hold the same, one
+    for chunk in chunks if not boxes else ():
         if not isinstance(chunk, _Record):
             raise BrokenPickleError(f"a part of {key:.100} that is not described")
         boxes[_sizes(chunk.get("offsets"))] = _sizes(chunk.get("sizes"))
-    return [_piece(key, (key, offsets), places, path, sizes) for offsets, sizes in boxes.items()]
+    found = list[Piece | Problem]()
+    for offsets, sizes in boxes.items():
+        found.append(_piece(key, (key, offsets), places, path, sizes))
+        if isinstance(found[-1], Problem):
+            break
+    return found
 
 
 def _piece(
@@ -197,7 +209,9 @@ def _piece(
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or not all(is_integer(item) and item >= 0 for item in value):
+    if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMS:
+        raise BrokenPickleError(f"a shape or an offset that is none of {_MAX_DIMS} dimensions at most")
+    if not all(is_integer(item) and item >= 0 for item in value):
         raise BrokenPickleError("a shape or an offset that is not integers")
     return tuple(value)
 

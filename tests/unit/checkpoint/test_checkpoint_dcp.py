@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 import warnings
 import zipfile
 
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from dcp_boxes import Boxed, save, split
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 import weightlift as wl
 from weightlift.checkpoint import dcp as ours
@@ -368,7 +369,41 @@ def test_overlaps(folder):
         stored[MetadataIndex("weight", [0, 0])] = stored[MetadataIndex("weight", [1, 0])]
         metadata.state_dict_metadata["weight"].size = torch.Size([6, 3])
 
-    assert "its boxes do not make it up" in refusal(edited(folder, shift))
+    assert "lies where another value does" in refusal(edited(folder, shift))
+
+
+def _same_chunks(metadata):
+    weight = metadata.state_dict_metadata["weight"]
+    weight.chunks = [ChunkStorageMetadata(torch.Size((i, 0)), torch.Size((1, 3))) for i in range(4000)]
+    metadata.state_dict_metadata.update({f"k{i}": weight for i in range(4000)})
+
+
+def _same_sizes(metadata):
+    long = [1] * 100_000
+    metadata.state_dict_metadata["weight"].chunks = [ChunkStorageMetadata(long, long) for _ in range(4000)]
+
+
+def _same_path(metadata):
+    long = ("a",) * 100_000
+    for i in range(4000):
+        metadata.state_dict_metadata[f"k{i}"] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(f"k{i}")] = next(iter(metadata.storage_data.values()))
+        metadata.planner_data[f"k{i}"] = long
+
+
+def _same_archive(metadata):
+    place = next(iter(metadata.storage_data.values()))
+    for i in range(20_000):
+        metadata.state_dict_metadata[f"k{i}._extra_state"] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(f"k{i}._extra_state")] = place
+
+
+@pytest.mark.parametrize("change", [_same_chunks, _same_sizes, _same_path, _same_archive])
+def test_what_many_share_is_refused_in_linear_time(folder, change):
+    edited(folder, change)
+    start = time.process_time()
+    refusal(folder)
+    assert time.process_time() - start < 8
 
 
 def test_code_in_metadata_is_passed_over(folder):
@@ -427,6 +462,8 @@ def test_tiles():
     assert not ours.tiles((4,), [((2,), (4,))])
     assert not ours.tiles((1,) * 20, [((0,) * 19, (1,) * 19)])
     assert not ours.tiles((1 << 40, 1 << 40), [((0, 0), (1 << 40, 1 << 40))])
+    many = [((i, *(i >> j & 1 for j in range(11))), (1,) * 12) for i in range(4096)]
+    assert not ours.tiles((2, *(2,) * 11), many)  # 2**24 corners, which would fill the memory
     rng = random.Random(0)
     for _ in range(300):
         shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 3)))
