@@ -26,6 +26,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")  # signature, size, versions, disks, record
 _LOCATOR64 = struct.Struct("<4sIQI")  # signature, disk, offset, disks
 _MAX_TAIL_BYTES = _END.size + 0xFFFF
 _KEPT_BYTES = 4096
+_CHECKSUM_AT = 16  # in an entry of the directory
 
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error, ValueError)
 
@@ -53,6 +54,12 @@ class Window(io.RawIOBase):
         self._head = self._kept(0, min(_KEPT_BYTES, self._size))
         self._tail_at = max(0, self._size - _KEPT_BYTES)
         self._tail = self._kept(self._tail_at, self._size - self._tail_at)
+
+    def around(self, start: int, end: int) -> bytearray | None:
+        """What lies before ``start`` and behind ``end``; None where not all of that is kept."""
+        if start > len(self._head) or end < self._tail_at:
+            return None
+        return bytearray(self._head[:start] + self._tail[end - self._tail_at :])
 
     def _kept(self, start: int, count: int) -> bytes:
         return read_exactly(self._stream, self._path, self._begin + start, count)
@@ -198,6 +205,23 @@ class StoredZip:
         if stored != info.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
             return self.damaged(name, "its header has another name")
         return self._begin + start, self._begin + end
+
+    def spans(self) -> dict[str, tuple[int, int, int]]:
+        """Of each record: where in the zip its bytes begin, what comes behind it, and its checksum in the directory.
+        Empty where records overlap, or have names of which that would be hard to tell."""
+        found = {}
+        at = behind = self.limit
+        checksums = {}
+        for name, info in self.records.items():
+            checksums[name] = at + _CHECKSUM_AT
+            at += _ENTRY.size + len(info.orig_filename) + len(info.extra) + len(info.comment)
+        for name, info in sorted(self.records.items(), key=lambda item: -item[1].header_offset):
+            where = self.range(name)
+            if isinstance(where, Problem) or where[1] - self._begin > behind or not info.orig_filename.isascii():
+                return {}
+            found[name] = where[0] - self._begin, behind, checksums[name]
+            behind = info.header_offset
+        return found
 
     def damaged(self, name: str, why: str) -> Problem:
         """A problem with a record."""

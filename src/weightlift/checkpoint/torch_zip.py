@@ -9,7 +9,7 @@ import io
 from functools import partial
 from pathlib import Path
 
-from weightlift.checkpoint.entry import ShardContents
+from weightlift.checkpoint.entry import ShardContents, TensorEntry
 from weightlift.checkpoint.files import opened, shard_file
 from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.sniff import FROM_NUMPY
@@ -19,7 +19,8 @@ from weightlift.checkpoint.torch_state import SUMMARY, StateDict, reader_for, un
 from weightlift.errors import CheckpointError, Problem
 
 _VERSIONS = range(1, 11)
-_TEXTS = ("byteorder", ".data/serialization_id")
+_IDENTITY = ".data/serialization_id"  # made of all checksums
+_TEXTS = ("byteorder", _IDENTITY)
 _NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")
 
 
@@ -131,7 +132,47 @@ class TorchArchive(StoredZip):
         return where
 
 
-def _is_text(data: bytes) -> bool:
+class Likeness:
+    """An archive that holds one tensor, and others that differ from it in nothing but values and their checksums: what
+    was found in the one is in each of them, at the same places."""
+
+    def __init__(self, archive: TorchArchive, found: TensorEntry, begin: int) -> None:
+        self._found, self._begin = found, begin
+        self._rest: bytearray | None = None
+        spans = archive.spans()
+        values = [name for name in spans if name.startswith("data/")]
+        if len(values) != 1:
+            return
+        start, behind, checksum = spans[values[0]]
+        varies = [(checksum, checksum + 4)]
+        identity = (0, 0)
+        if _IDENTITY in spans:
+            at, end, checksum = spans[_IDENTITY]
+            identity = at, at + archive.records[_IDENTITY].file_size
+            varies += [(at, end), (checksum, checksum + 4)]
+        self._gap = start, behind
+        self._identity, *self._varies = (
+            slice(*(at if at < behind else at - behind + start for at in span)) for span in (identity, *varies)
+        )
+        self._rest = self._told(archive.stream)
+
+    def of(self, window: Window, key: str, path: Path, begin: int) -> TensorEntry | None:
+        """The tensor of an archive of the same length that begins there in its file; None if it is not alike."""
+        if self._rest is None or self._told(window) != self._rest:
+            return None
+        found, moved = self._found, begin - self._begin
+        return TensorEntry(key, found.shape, found.dtype, path, found.start + moved, found.end + moved, found.stride)
+
+    def _told(self, window: io.FileIO | Window) -> bytearray | None:
+        told = window.around(*self._gap) if isinstance(window, Window) else None
+        if told is None or not _is_text(told[self._identity]):
+            return None
+        for span in self._varies:
+            told[span] = bytes(span.stop - span.start)
+        return told
+
+
+def _is_text(data: bytes | bytearray) -> bool:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:

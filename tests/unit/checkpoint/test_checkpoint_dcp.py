@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 import weightlift as wl
 from weightlift.checkpoint import dcp as ours
 from weightlift.checkpoint import verify
+from weightlift.checkpoint.torch_zip import Likeness, TorchArchive
 from weightlift.cli.main import main
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool, torch.complex64,
@@ -440,6 +441,36 @@ def test_damage_is_told_with_key_and_place(folder):
         wl.open_checkpoint(folder)
     (problem,) = caught.value.problems
     assert problem.key == "bias" and problem.file == path and "compressed" in problem.what
+
+
+def test_what_is_taken_to_be_alike(tmp_path, monkeypatch):
+    """One byte of the second of two boxes is another: what is found is what a look at each of them finds."""
+    weight = torch.arange(8.0).view(2, 4)
+    folder = save({"weight": Boxed(weight, [((0, 0), (1, 4)), ((1, 0), (1, 4))])}, tmp_path / "saved")
+    path = folder / "__0_0.distcp"
+    raw = path.read_bytes()
+    first, second = (chunk.entry for chunk in wl.open_checkpoint(folder)["weight"].chunks)
+    looks = []
+    monkeypatch.setattr(ours, "TorchArchive", lambda *args, **more: looks.append(1) or TorchArchive(*args, **more))
+    wl.open_checkpoint(folder)
+    assert len(looks) == 1 and second.start - first.start == len(raw) // 2
+
+    def found():
+        try:
+            return dict(wl.open_checkpoint(folder))
+        except wl.CheckpointError as error:
+            return str(error)
+
+    rng = random.Random(0)
+    refused = 0
+    for at in rng.sample([at for at in range(len(raw) // 2, len(raw)) if not second.start <= at < second.end], 250):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
+        here = found()
+        with monkeypatch.context() as patch:
+            patch.setattr(Likeness, "of", lambda *_: None)
+            assert here == found(), at
+        refused += isinstance(here, str)
+    assert refused > 50
 
 
 def test_other_archives(folder, tmp_path):
