@@ -8,7 +8,7 @@ from dataclasses import replace
 from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import TensorSpec
 from weightlift.errors import Problem
-from weightlift.plan.parts import overlap, within
+from weightlift.plan.parts import box_of, overlap, within
 from weightlift.plan.records import Offer
 from weightlift.plan.regions import Region
 from weightlift.strides import has_overlap, interval, is_row_major, row_major, span_elements
@@ -73,11 +73,13 @@ def _overlap(a: TensorSpec, b: TensorSpec) -> bool:
 
 def _part_of(whole: TensorSpec, offer: Offer, item: TensorSpec) -> Offer | None:
     """What ``offer``, the value of ``whole``, says about ``item``; None where it does not say all of it."""
-    if whole.dtype != item.dtype or offer.parts:
+    if whole.dtype != item.dtype:
         return None
     region = Region(item.shape, item.stride, item.offset - whole.offset)
     if region.offset < 0 or region.offset + span_elements(region.shape, region.stride) > whole.numel:
         return None
+    if offer.parts:
+        return box_of(offer, region) if is_row_major(whole.shape, whole.stride) else None
     laid = _as_it_lies(whole, replace(offer.entry, shape=whole.shape) if not whole.shape else offer.entry)
     entry = None if laid is None else within(laid, region)
     return None if entry is None else offer._replace(entry=entry)

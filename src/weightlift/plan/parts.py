@@ -160,11 +160,25 @@ def paired(one: Offer, other: Offer) -> list[tuple[TensorEntry, TensorEntry]] | 
     return pairs
 
 
+def box_of(offer: Offer, region: Region) -> Offer | None:
+    """What an offer that is made of parts says about a region of its value; None where that is no box of it."""
+    shape = offer.entry.shape
+    start = _corner(region, shape)
+    if start is None:
+        return None
+    try:
+        parts = local_parts(offer.parts, shape, start=start, size=region.shape)
+    except ValueError:
+        return None
+    nbytes = prod(region.shape) * offer.entry.dtype.itemsize
+    return offer._replace(entry=replace(offer.entry, shape=region.shape, end=nbytes, chunks=()), parts=parts)
+
+
 def _regions(offer: Offer) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
     return [(item.shape, item.stride, item.offset) for item in offer.parts]
 
 
-def _corner(item: Part, shape: Sequence[int]) -> tuple[int, ...] | None:
+def _corner(item: Part | Region, shape: Sequence[int]) -> tuple[int, ...] | None:
     """Where the box begins that a part fills; None if it fills none."""
     steps = row_major(shape)
     if len(item.shape) != len(steps):

@@ -220,6 +220,28 @@ def test_ties(tmp_path, equal, alike):
         assert torch.equal(model.one.weight, weight) and torch.equal(model.two.weight, other)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_buffer_that_is_a_view_of_a_weight(tmp_path, equal, seed):
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(5, 4))
+            self.register_buffer("rows", self.weight.data[1:4])
+
+    weight, rng = torch.randn(5, 4), random.Random(seed)
+    rows = weight[1:4].clone() if equal else weight[1:4] + 1
+    boxed = {"weight": Boxed(weight, [((0, 0), (2, 4)), ((2, 0), (3, 4))]), "rows": Boxed(rows, split((3, 4), rng))}
+    folder = save(boxed, tmp_path / "saved")
+    if equal:
+        model = wl.load(Viewed, folder)
+        assert torch.equal(model.weight, weight) and torch.equal(model.rows, rows)
+        assert model.rows.data_ptr() == model.weight[1:].data_ptr()
+    else:
+        with pytest.raises(wl.PlanError, match="rows"):
+            wl.load(Viewed, folder)
+
+
 def test_lazy_modules_and_mismatches(tmp_path):
     weight = torch.randn(4, 3)
     boxed = {"weight": Boxed(weight, [((0, 0), (3, 3)), ((3, 0), (1, 3))]), "bias": torch.zeros(4)}
