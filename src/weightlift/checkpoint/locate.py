@@ -36,6 +36,11 @@ _WHOSE = tuple(
             "a pipeline of Diffusers: wl.from_pretrained(DiffusionPipeline, …) loads it; or pass a sub-folder",
         ),
         (
+            r"__\d+\.metadata",
+            "torch.distributed.checkpoint wrote it with use_collectives=False, metadata of each rank's own: "
+            "load it with torch on as many ranks, and save it without that",
+        ),
+        (
             r".*\.distcp",
             "torch.distributed.checkpoint wrote it, and its .metadata is missing, which is written last: the save did "
             "not end, or hidden files were not copied",

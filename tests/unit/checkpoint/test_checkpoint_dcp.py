@@ -545,3 +545,10 @@ def test_a_copy_without_hidden_files(folder, tmp_path):
     other.mkdir()
     shutil.copy(folder / "__0_0.distcp", other)
     assert "hidden files were not copied" in refusal(other)
+
+
+def test_metadata_of_each_rank(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True, use_collectives=False)
+    assert "use_collectives=False" in refusal(tmp_path)
