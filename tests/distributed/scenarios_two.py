@@ -216,6 +216,21 @@ def what_ranks_saved_together_is_read_as_it_is_needed():
     assert_same_state(model, reference)
 
 
+def what_ranks_saved_as_safetensors_is_read_as_it_is_needed():
+    path = _saved("before.pt", checkpoint_of(Tied))
+    reference = wl.load(Tied, path)
+    for saved, parallelize in (("fsdp", fsdp(mesh(2))), ("tensors", tensor_parallel(mesh(2)))):
+        model = wl.load(Tied, path, parallelize=parallelize)
+        folder = FOLDER / f"hf-{saved}"
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        state = {name: value for name, value in model.state_dict().items() if name != "head.weight"}  # it is tied
+        dcp.save(state, storage_writer=writer)
+        dist.barrier()
+        assert any(entry.chunks for entry in wl.open_checkpoint(folder).values())
+        for again in (None, fsdp(mesh(2)), tensor_parallel(mesh(2))):
+            assert_same_state(wl.load(Tied, folder, parallelize=again), reference)
+
+
 def every_byte_of_what_ranks_saved_together_is_read_once():
     def build():
         return Tied(width=256, layers=4, vocabulary=1000)
@@ -671,6 +686,7 @@ SCENARIOS = {
         fsdp2_and_experts,
         every_byte_is_read_once_over_all_ranks,
         what_ranks_saved_together_is_read_as_it_is_needed,
+        what_ranks_saved_as_safetensors_is_read_as_it_is_needed,
         every_byte_of_what_ranks_saved_together_is_read_once,
         no_rank_holds_the_model_on_the_way,
         a_quantised_model_comes_through_unchanged,

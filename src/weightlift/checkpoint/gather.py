@@ -9,6 +9,7 @@ from pathlib import Path
 from weightlift.checkpoint.dcp import read_dcp
 from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
 from weightlift.checkpoint.dcp_metadata import SUFFIX as DCP_SUFFIX
+from weightlift.checkpoint.dcp_safetensors import joined
 from weightlift.checkpoint.dduf import member_at, read_member
 from weightlift.checkpoint.entry import ShardContents, TensorEntry
 from weightlift.checkpoint.files import sniff_file
@@ -104,11 +105,13 @@ def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
 
 def _merge(gathered: Gathered, index: Index | None) -> None:
     entries, owner = gathered.entries, index.weight_map if index is not None else None
+    whole = joined(gathered.contents if owner is None else ())
+    gathered.problems += whole.problems
     for contents in gathered.contents:
         path = contents.file.path
         for entry in contents.entries:
-            first = entries.setdefault(entry.key, entry)
-            if first is not entry:
+            first = entries.setdefault(entry.key, whole.entries.get(entry.key, entry))
+            if first is not entry and id(entry) not in whole.boxes:
                 gathered.problems.append(_twice(entry.key, first.file, path))
         for key, value in contents.extras.items():
             gathered.extras.setdefault(key, value)

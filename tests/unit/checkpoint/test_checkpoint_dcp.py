@@ -251,6 +251,75 @@ def test_lazy_modules_and_mismatches(tmp_path):
         wl.load(lambda: nn.Linear(5, 4), folder)
 
 
+# -- safetensors of several ranks -------------------------------------------------------------------------------------
+
+
+def save_by_ranks(folder, ranks):
+    """As `HuggingFaceStorageWriter` does it where it does not consolidate: a file for each rank, none that lists them.
+    ``ranks``: for each a mapping of keys to a box's offsets and values."""
+    folder.mkdir()
+    for number, boxes in enumerate(ranks, 1):
+        info = {key: {"saved_offsets": list(offsets)} for key, (offsets, _) in boxes.items()}
+        path = folder / f"shard-{number:05}-model-00001-of-00001.safetensors"
+        tensors = {key: value.contiguous() for key, (_, value) in boxes.items()}
+        save_file(tensors, path, metadata={"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info)})
+    return folder
+
+
+def as_torch_reads(folder, wanted):
+    theirs = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(theirs, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return theirs
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_safetensors_of_several_ranks(tmp_path, seed):
+    rng = random.Random(seed)
+    wanted, ranks = {}, [{} for _ in range(4)]
+    for number in range(10):
+        shape = tuple(rng.randint(1, 6) for _ in range(rng.randint(0, 3)))
+        value = wanted[f"t{number}"] = random_tensor(shape, rng.choice((torch.float32, torch.bfloat16)), number)
+        boxes = split(shape, rng)
+        while len(boxes) > len(ranks):
+            boxes = split(shape, rng)
+        for rank, (offsets, sizes) in zip(rng.sample(ranks, len(boxes)), boxes):
+            box = value[tuple(slice(at, at + size) for at, size in zip(offsets, sizes))]
+            rank[f"t{number}"] = offsets, box
+    folder = save_by_ranks(tmp_path / "saved", ranks)
+    found, theirs = wl.open_checkpoint(folder), as_torch_reads(folder, wanted)
+    assert set(found) == set(wanted) and verify(folder) == ()
+    model = nn.Module()
+    for name, value in wanted.items():
+        assert same(found.read(name), value) and same(theirs[name], value), name
+        model.register_buffer(name, torch.zeros_like(value))
+    wl.load(model, folder)
+    assert all(same(model.get_buffer(name), value) for name, value in wanted.items())
+
+
+def test_safetensors_of_several_ranks_that_do_not_go_together(tmp_path):
+    weight = torch.arange(12.0).view(4, 3)
+    good = [{"weight": ((0, 0), weight[:1])}, {"weight": ((1, 0), weight[1:])}]
+    folder = save_by_ranks(tmp_path / "good", good)
+    assert wl.open_checkpoint(folder)["weight"].shape == (4, 3)
+    assert "the files of all ranks" in refusal(next(folder.glob("shard-00002*")))
+    save_file({"weight": weight}, folder / "other.safetensors")
+    assert "two shard files hold the key" in refusal(folder)
+    bad = {
+        "hole": [{"weight": ((0, 0), weight[:1])}, {"weight": ((2, 0), weight[2:])}],
+        "overlap": [{"weight": ((0, 0), weight[:3])}, {"weight": ((2, 0), weight[2:])}],
+        "dtypes": [{"weight": ((0, 0), weight[:1])}, {"weight": ((1, 0), weight[1:].double())}],
+        "dims": [{"weight": ((0, 0), weight[:1])}, {"weight": ((1,), weight[1])}],
+    }
+    for name, ranks in bad.items():
+        assert "its boxes do not make it up" in refusal(save_by_ranks(tmp_path / name, ranks)), name
+    for number, info in enumerate(('{"weight": 3}', "[", "3", '{"weight": {"saved_offsets": [0, -1]}}', "[" * 100_000)):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"weight": weight}, path, metadata={"DCP_SHARDING_INFO": info})
+        assert torch.equal(wl.open_checkpoint(path).read("weight"), weight)  # not torch's: a file like any other
+
+
 # -- where it is looked for -------------------------------------------------------------------------------------------
 
 
