@@ -333,3 +333,13 @@ def test_no_module_is_imported(tmp_path: Path, saved: Path) -> None:
     assert "antigravity" not in sys.modules
     assert "antigravity.x" in opcodes(tmp_path, saved, b"\x80\x02cantigravity\nx\n.")
     assert "antigravity" not in sys.modules
+
+
+def test_keys_that_all_have_one_hash(tmp_path: Path) -> None:
+    """A mapping of integers that are multiples of the modulus of Python's hash costs the square of their number."""
+    path = tmp_path / "x.pt"
+    step = 2**61 - 1
+    torch.save({"a": torch.ones(1), "n": {number * step: None for number in range(20)}}, path)
+    assert "a key that is an integer of more than 64 bits" in refused(path)
+    torch.save({"a": torch.ones(1), "n": dict.fromkeys((-2 ** 63 + 1, 0, 2 ** 63 - 1))}, path)
+    assert len(open_checkpoint(path).extras["n"]) == 3  # type: ignore[arg-type]

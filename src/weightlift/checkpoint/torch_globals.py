@@ -275,8 +275,12 @@ def reduce(function: Any, args: Any) -> Any:
 
 
 def hashable(key: Any) -> Any:
-    """Only flat keys: hashing a tuple of a million levels would overflow the C stack."""
+    """Only flat keys, since hashing a tuple of a million levels would overflow the C stack, and no integers but those
+    of 64 bits, of which hardly any have the same hash."""
     flat = key if type(key) is tuple else (key,)
-    if any(type(part) not in (str, int, float, bool, bytes, type(None)) for part in flat):
-        raise BrokenPickleError(f"a key of type {type(key).__name__}")
+    for part in flat:
+        if type(part) not in (str, int, float, bool, bytes, type(None)):
+            raise BrokenPickleError(f"a key of type {type(key).__name__}")
+        if type(part) is int and not is_integer(part):
+            raise BrokenPickleError("a key that is an integer of more than 64 bits")
     return key
