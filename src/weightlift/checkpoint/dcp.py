@@ -180,9 +180,9 @@ class _Folder:
                 self._refs[raw] = held
         found = StateDict(path, archive.place, PickleReader()).value(item.key, held)
         if not isinstance(found, TensorEntry) or (found.dtype, found.shape) != (item.dtype, piece.sizes):
-            told = f"{found.dtype}, {list(found.shape)}" if isinstance(found, TensorEntry) else type(found).__name__
+            shown = f"{found.dtype}, {list(found.shape)}" if isinstance(found, TensorEntry) else type(found).__name__
             what, expected = "is not what its metadata says", f"{item.dtype}, {list(piece.sizes)}"
-            problem = Problem(what, file=path, start=piece.start, end=piece.end, expected=expected, found=told)
+            problem = Problem(what, file=path, start=piece.start, end=piece.end, expected=expected, found=shown)
             raise CheckpointError(SUMMARY, [problem])
         self._alike[kind] = Likeness(archive, found, piece.start)
         return found
