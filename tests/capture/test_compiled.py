@@ -215,6 +215,35 @@ def test_what_a_compiled_recorder_wants_and_is_gone_is_said_as_uncompiled(fullgr
     assert len(said[0][1]) == 2 and said == said[:1] * 3
 
 
+class Strict(nn.Module):
+    """Refuses what is not two rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = self.first(value)
+        if value.shape[0] != 2:
+            raise ValueError("two rows, please")
+        return value
+
+
+def test_what_fails_in_a_compiled_recorder_is_said_as_uncompiled() -> None:
+    """torch gives up on the trace then and calls the same code again, whose modules it compiles one by one."""
+
+    def refuse(value: torch.Tensor) -> torch.Tensor:
+        raise ValueError("two rows, please")
+
+    editing = wl.recorder(Strict(), seen=wl.Output("first", replace=refuse))
+    plain = wl.recorder(Strict(), seen="first")
+    for record, rows in ((plain, 3), (editing, 2)):
+        fast = torch.compile(record, backend="eager")
+        for run in (record, fast, fast):
+            with pytest.raises(ValueError, match="two rows, please"):
+                run(torch.ones(rows, 4))
+
+
 class Catches(nn.Module):
     """Goes on with something else when its first layer fails."""
 

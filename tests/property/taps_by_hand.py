@@ -114,6 +114,10 @@ def fnmatch_of(part: str) -> str:
 # ---- records by hand
 
 
+class NoTensor(TypeError):
+    """An edit of a part of what is no tensor."""
+
+
 class Stop(BaseException):
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -202,6 +206,7 @@ class ByHand:
         self.numbers = 0
         self.stopped = False
         self.detached = self.edited = self.doubtful = False
+        self.refused = False  # whether an edit could not be made, which the model may have caught
         self.lost = False  # whether a wanted call may have been let go
         self.handles: list[Any] = []
         self.awaited = None
@@ -314,6 +319,9 @@ class ByHand:
         part = part_of(options)
         if part is None:
             return options["replace"](value)
+        if not isinstance(value, torch.Tensor):
+            self.refused = True
+            raise NoTensor("only a part of a tensor can be edited")
         copied = value.clone()
         copied[part] = options["replace"](value[part])
         return copied

@@ -92,6 +92,7 @@ class State:
         self.lock = threading.Lock()
         self.built = self.build()
         self.template: Template | None = None  # of the latest call outside compiled code
+        self.call_eagerly = run_eagerly
 
     def refresh(self) -> None:
         """Looks at the model again."""
@@ -101,6 +102,9 @@ class State:
 
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
+        # Where torch gives up (an option or `replace` raises while it traces), it calls the same code and compiles what
+        # that calls: there no hook would see anything.
+        self.call_eagerly = torch.compiler.disable(run_eagerly)  # type: ignore[no-untyped-call]
         with self.lock:
             built = self.look_again()
             if built.pick() is None:
@@ -201,7 +205,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
 
     def record(*args: Any, **kwargs: Any) -> tuple[Any, Records]:
         if not is_dynamo_compiling():
-            return run_eagerly(state, args, kwargs)
+            return state.call_eagerly(state, args, kwargs)
         prepare()
         built = state.built
         output, entries = run(state, built, built.pick(), None, args, kwargs)
