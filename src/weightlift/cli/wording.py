@@ -16,6 +16,8 @@ _FLAGS = {
     "defer=False": "--no-defer",
     "drop one of the two keys: key_mapping=lambda key: None for it": "drop one of the two keys, which takes Python: "
     "key_mapping=lambda key: None for it",
+    "drop the key: key_mapping=lambda key: None for it": "drop the key, which takes Python: "
+    "key_mapping=lambda key: None for it",
     "drop them: key_mapping=lambda": "in Python drop them: key_mapping=lambda",
     "in device or device_map": "in --device",
     "key_mapping": "--rename",

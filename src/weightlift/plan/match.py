@@ -69,7 +69,8 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         lacks = lacking(missing, unexpected)
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        extra = [(item, unplaced(item)) for item in unexpected]
+        computed = {item.fqn for item in spec.tensors if not item.persistent}
+        extra = [(item, unplaced(item, computed=item.name in computed)) for item in unexpected]
         problems += in_short(lacks, extra, rows, supply.present, options.key_mapping)
     problems += without_value(spec, rows, options)
     return Decisions(

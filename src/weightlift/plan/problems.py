@@ -11,6 +11,7 @@ from weightlift.plan.nearest import nearest_names
 from weightlift.plan.records import Action, Offer, Row, Unexpected
 
 _HINTS = 20
+_DROPPED = "drop the key: key_mapping=lambda key: None for it"
 
 
 def unfit(item: TensorSpec, offer: Offer) -> Problem:
@@ -33,8 +34,8 @@ def unfillable(item: TensorSpec, offer: Offer) -> Problem:
         fqn=item.fqn,
         file=offer.entry.file,
         found=f"a {item.unstrided} tensor in the module",
-        hint="make it a strided one in the module, or drop the key (key_mapping=lambda key: None for it, with"
-        " strict=False) and keep what the constructor computed",
+        hint=f"make it a strided one in the module, or {_DROPPED}, with strict=False, and keep what the constructor"
+        " computed",
     )
 
 
@@ -99,18 +100,23 @@ def without_value(spec: ModuleSpec, rows: Sequence[Row], options: LoadOptions) -
         Problem(
             f"the {row.kind} was built without a value, on meta, and nothing provides one",
             fqn=row.fqn,
-            hint="build it outside torch.device('meta'), or add it to the checkpoint",
+            # A buffer that is not persistent is never looked for in a checkpoint.
+            hint="build it outside torch.device('meta')" + (", or add it to the checkpoint" if item.persistent else ""),
         )
         for item, row in zip(spec.tensors, rows, strict=True)
         if item.device == "meta" and not item.lazy and row.target not in provided and row.fqn not in told
     ]
 
 
-def unplaced(item: Unexpected) -> Problem:
-    """For what the checkpoint holds and the module has no place for."""
+def unplaced(item: Unexpected, *, computed: bool) -> Problem:
+    """For what the checkpoint holds and the module has no place for. ``computed``: the module has a buffer of this
+    name that it does not save."""
     entry = item.entry
     file = None if entry is None else entry.file
-    what = "no tensor of the module has this name" if entry is not None else "the module has no place for this"
+    if computed:
+        what = "the module computes its buffer of this name itself (persistent=False)"
+    else:
+        what = "no tensor of the module has this name" if entry is not None else "the module has no place for this"
     return Problem(
         what if item.name == item.key else f"renamed to {item.name}; {what}",
         key=item.key,
@@ -118,5 +124,7 @@ def unplaced(item: Unexpected) -> Problem:
         start=entry.start if entry is not None and file else None,
         end=entry.end if entry is not None and file else None,
         found=f"a tensor of shape {list(entry.shape)}" if entry is not None else None,
-        hint="map names with key_mapping, or pass strict=False to leave it out",
+        hint=f"pass strict=False to leave it out, or {_DROPPED}"
+        if computed
+        else "map names with key_mapping, or pass strict=False to leave it out",
     )

@@ -218,6 +218,16 @@ def test_meta_without_a_value_is_known_to_the_plan():
     assert all(tensor.is_meta for tensor in module.state_dict().values())
 
 
+def test_what_no_checkpoint_can_give_is_not_to_be_added_to_one():
+    with torch.device("meta"):
+        module = nn.Linear(2, 2)
+        module.register_buffer("saved", torch.ones(1))
+        module.register_buffer("computed", torch.ones(1), persistent=False)
+    saved, computed = wl.plan(module, nn.Linear(2, 2).state_dict(), strict=False).problems
+    assert saved.hint == "build it outside torch.device('meta'), or add it to the checkpoint"
+    assert computed.hint == "build it outside torch.device('meta')"
+
+
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weightlift as wl
+from weightlift.cli.wording import as_flags
 
 
 class Block(nn.Module):
@@ -332,3 +333,21 @@ def test_a_refused_plan_calls_nothing_initialised_or_kept(existing):
     del state["2.weight"]
     lenient = wl.plan(build() if existing else build, state, strict=False)
     assert f"{0 if existing else 4} initialised, {4 if existing else 0} kept, 0 mismatched" in str(lenient)
+
+
+def test_what_the_module_computes_itself_is_told_as_that():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(2, 2)
+            self.register_buffer("mask", torch.ones(2, 2).tril(), persistent=False)
+
+    state = {**Masked().state_dict(), "mask": torch.ones(2, 2), "gone": torch.ones(1)}  # as older versions saved it
+    mask, gone = wl.plan(Masked, state).problems
+    assert mask.key == "mask" and mask.what == "the module computes its buffer of this name itself (persistent=False)"
+    assert as_flags(str(mask)).endswith(
+        "pass --no-strict to leave it out, or drop the key, which takes Python: key_mapping=lambda key: None for it"
+    )
+    assert gone.what == "no tensor of the module has this name"
+    kept = wl.load(Masked, state, key_mapping=lambda key: None if key in ("mask", "gone") else key)
+    assert torch.equal(kept.mask, Masked().mask)
