@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -208,3 +209,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert problem.what == "no such file or folder"
     with pytest.raises(TypeError, match="cannot open a checkpoint from int"):
         open_checkpoint(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"from Linear; .* give its state_dict\(\)"):
+        open_checkpoint(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"from BytesIO; .* the mapping that torch\.load makes of it"):
+        open_checkpoint(io.BytesIO())  # type: ignore[arg-type]

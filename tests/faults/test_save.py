@@ -237,6 +237,14 @@ def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_lazy_module_that_has_not_run_yet(tmp_path: Path) -> None:
+    lazy = nn.LazyLinear(2)
+    with pytest.raises(wl.CheckpointError, match="weight: is an UninitializedParameter, which has no values yet — run"):
+        wl.save(lazy, tmp_path)
+    lazy(torch.ones(1, 3))
+    wl.save(lazy, tmp_path)
+
+
 def test_a_header_that_no_reader_takes(tmp_path: Path) -> None:
     wl.save({"weight": torch.ones(1)}, tmp_path)
     with pytest.raises(wl.CheckpointError, match="header would be too long") as caught:

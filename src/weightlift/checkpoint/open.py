@@ -55,13 +55,22 @@ def open_checkpoint(
         entries, tensors, values, versions = read_mapping(source, part)
         return Checkpoint(SOURCE, entries, tensors=tensors, extras=values, state_dict_metadata=versions)
     if not isinstance(source, (str, os.PathLike)):
-        expected = "a path, a hub id, a mapping of tensors or a Checkpoint"
+        expected = f"a path, a hub id, a mapping of tensors or a Checkpoint{_instead_of(source)}"
         raise TypeError(f"cannot open a checkpoint from {type(source).__name__}; expected {expected}")
     paths, is_index, name = resolve(source, revision=revision, token=token, local_files_only=local_files_only)
     opened = open_files(paths, name=name, is_index=is_index, part=part)
     if verify:
         require_content(opened.files, opened.index)
     return opened
+
+
+def _instead_of(source: object) -> str:
+    """What to give in place of ``source``, for a message."""
+    if isinstance(source, torch.nn.Module):
+        return "; give its state_dict(), and copy=True where the two are not to share memory"
+    if hasattr(source, "read"):
+        return "; give the path of an open file, or the mapping that torch.load makes of it"
+    return ""
 
 
 def open_files(

@@ -164,14 +164,7 @@ def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         _, tensors, extras, _ = read_mapping(state)
     except CheckpointError as error:  # which speaks of a mapping to load
         raise CheckpointError(_SUMMARY, [replace(problem, file=None) for problem in error.problems]) from None
-    problems = [
-        Problem(
-            f"is of type {type(value).__name__}, not a tensor",
-            key=key,
-            hint="safetensors files hold tensors only; save this value by other means",
-        )
-        for key, value in extras.items()
-    ]
+    problems = [_not_a_tensor(key, value) for key, value in extras.items()]
     for key, tensor in tensors.items():
         if not _is_plain(tensor):
             hint = "gather a distributed tensor, or unwrap a quantised one, first"
@@ -195,6 +188,14 @@ def _savable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _is_plain(tensor: torch.Tensor) -> bool:
     plain = (_Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
     return type(tensor).__torch_dispatch__ in plain
+
+
+def _not_a_tensor(key: str, value: object) -> Problem:
+    if isinstance(value, torch.Tensor):  # a lazy module's, which `read_mapping` puts with the others
+        hint = "run the lazy module once, or load into it, before it is saved"
+        return Problem(f"is an {type(value).__name__}, which has no values yet", key=key, hint=hint)
+    hint = "safetensors files hold tensors only; save this value by other means"
+    return Problem(f"is of type {type(value).__name__}, not a tensor", key=key, hint=hint)
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
