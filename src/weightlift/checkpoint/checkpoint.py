@@ -19,7 +19,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
     """What `open_checkpoint` found: every key's shape, dtype, file and byte range. Headers only; no file stays open.
 
     Immutable, and safe to use from any number of threads at once. Keys come in the order of the files, and within a
-    file in the order of its header.
+    file in the order of its header. It can be pickled for another process: of files without, of a mapping with its
+    tensors.
     """
 
     __slots__ = (
@@ -53,6 +54,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
             merged = {**file.metadata, **merged}
         self._metadata = MappingProxyType(merged)
         self._total = sum([nbytes_of(entry) for entry in entries.values()])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Proxies can't be pickled.
+        extras = self._extras.values_by_key if isinstance(self._extras, _Extras) else dict(self._extras)
+        versions = None if self._versions is None else {name: dict(item) for name, item in self._versions.items()}
+        parts = self._source, dict(self._entries), self._files, extras, dict(self._tensors), versions, self._index
+        return _checkpoint, parts
 
     @property
     def source(self) -> str:
@@ -127,29 +135,50 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return f"<Checkpoint {self._source}: {count} tensor{'s' * (count != 1)}{files}, {self._total:,} bytes{extras}>"
 
 
-class _Extras(Mapping[str, object]):
-    """Non-tensor values of a pickle, whose nested tensors are read on access."""
+def _checkpoint(
+    source: str,
+    entries: dict[str, TensorEntry],
+    files: tuple[ShardFile, ...],
+    extras: dict[str, object],
+    tensors: dict[str, torch.Tensor],
+    versions: dict[str, dict[str, object]] | None,
+    index: Path | None,
+) -> Checkpoint:
+    frozen = None if versions is None else {name: MappingProxyType(item) for name, item in versions.items()}
+    return Checkpoint(
+        source,
+        entries,
+        files=files,
+        extras=extras,
+        tensors=tensors,
+        state_dict_metadata=None if frozen is None else MappingProxyType(frozen),
+        index=index,
+    )
 
-    __slots__ = ("_files", "_values")
+
+class _Extras(Mapping[str, object]):
+    """Non-tensor values of a pickle, whose nested tensors are read on access; ``values_by_key`` has them as records."""
+
+    __slots__ = ("_files", "values_by_key")
 
     def __init__(self, values: dict[str, object], files: Mapping[Path, ShardFile]) -> None:
-        self._values = values
+        self.values_by_key = values
         self._files = files
 
     def __getitem__(self, key: str) -> object:
-        return self._copy(self._values[key], {})
+        return self._copy(self.values_by_key[key], {})
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(self.values_by_key)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values_by_key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._values
+        return key in self.values_by_key
 
     def __repr__(self) -> str:
-        return f"<extras {list(self._values)}>"
+        return f"<extras {list(self.values_by_key)}>"
 
     def _copy(self, value: Any, seen: dict[int, Any]) -> Any:
         if id(value) in seen:

@@ -29,6 +29,17 @@ class ShardFile:
     device: int
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A proxy can't be pickled.
+        values = self.path, self.format, self.size_bytes, self.mtime_ns, self.inode, self.device
+        return _shard_file, (*values, dict(self.metadata))
+
+
+def _shard_file(
+    path: Path, kind: Format, size_bytes: int, mtime_ns: int, inode: int, device: int, metadata: dict[str, str]
+) -> ShardFile:
+    return ShardFile(path, kind, size_bytes, mtime_ns, inode, device, MappingProxyType(metadata))
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -381,3 +383,27 @@ def test_other_values_across_files(tmp_path):
     torch.save({"b": torch.ones(2), "a": "no tensor"}, tmp_path / "2.bin")
     with pytest.raises(CheckpointError, match="two shard files hold the key"):
         open_checkpoint(index)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "legacy", "mapping"])
+def test_it_can_be_given_to_another_process(tmp_path: Path, kind: str) -> None:
+    class Counts(nn.BatchNorm1d):
+        def get_extra_state(self) -> dict[str, object]:
+            return {"seen": torch.arange(3), "of": [4]}
+
+        def set_extra_state(self, state: dict[str, Any]) -> None:
+            self.got = state["seen"].tolist(), state["of"]
+
+    state: Any = Counts(3).state_dict()
+    if kind == "safetensors":
+        del state["_extra_state"]
+        save_file(state, tmp_path / "m.safetensors", metadata={"by": "me"})
+    elif kind != "mapping":
+        torch.save(state, tmp_path / "m", _use_new_zipfile_serialization=kind == "torch")
+    opened = open_checkpoint(state if kind == "mapping" else next(tmp_path.iterdir()))
+    for again in (pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+        assert dict(again) == dict(opened) and again.files == opened.files and again.source == opened.source
+        assert again.metadata == opened.metadata and again.state_dict_metadata == opened.state_dict_metadata
+        assert all(torch.equal(again.read(key), opened.read(key)) for key in opened)
+        if kind != "safetensors":
+            assert wl.load(lambda: Counts(3), again).got == ([0, 1, 2], [4])
