@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from weightlift.options import (
     DeviceOption,
     DtypeOption,
     KeyMapping,
+    LoadKeywords,
     LoadOptions,
     Parallelize,
     ProgressOption,
@@ -32,7 +33,17 @@ from weightlift.options import (
 from weightlift.transfer.subject import Subject
 from weightlift.transfer.trace import timed
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+class PlanKeywords(LoadKeywords, total=False):
+    """What `plan` takes by name, for type checkers."""
+
+    mesh_shape: MeshShape | None
+    placements: Placements
 
 
 def defer(build: Callable[[], _Module], *, seed: int | None = None) -> Deferred[_Module]:
@@ -52,6 +63,13 @@ def defer(build: Callable[[], _Module], *, seed: int | None = None) -> Deferred[
     return Deferred(inventory, recorder, used, seed_given=seed is not None)
 
 
+# A module is a callable too, one that returns anything: without overloads it would come back as ``_Module | Any``.
+@overload
+def plan(module: _Module, ckpt: CheckpointSource, **options: Unpack[PlanKeywords]) -> LoadPlan[_Module]: ...
+@overload
+def plan(
+    module: Callable[[], _Module], ckpt: CheckpointSource, **options: Unpack[PlanKeywords]
+) -> LoadPlan[_Module]: ...
 def plan(
     module: _Module | Callable[[], _Module],
     ckpt: CheckpointSource,
@@ -113,6 +131,10 @@ def plan(
     return made  # type: ignore[return-value]
 
 
+@overload
+def load(module: _Module, ckpt: CheckpointSource, **options: Unpack[LoadKeywords]) -> _Module: ...
+@overload
+def load(module: Callable[[], _Module], ckpt: CheckpointSource, **options: Unpack[LoadKeywords]) -> _Module: ...
 def load(
     module: _Module | Callable[[], _Module],
     ckpt: CheckpointSource,
@@ -193,7 +215,7 @@ def load(
     Thread-safety: any number of loads may run at once, in any threads, of the same or of other checkpoints; no state
     of the process is written. One module must not be loaded into from two threads.
     """
-    made = plan(
+    made: LoadPlan[_Module] = plan(
         module, ckpt,
         dtype=dtype, device=device, device_map=device_map, strict=strict, ignore_mismatched=ignore_mismatched,
         key_mapping=key_mapping, copy=copy, workers=workers, memory_budget_bytes=memory_budget_bytes, seed=seed,

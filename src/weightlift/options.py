@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -39,6 +39,33 @@ def default_workers() -> int:
     except ValueError:
         return DEFAULT_WORKERS
     return count if count > 0 else DEFAULT_WORKERS
+
+
+class LoadKeywords(TypedDict, total=False):
+    """What `weightlift.load` takes by name, for type checkers."""
+
+    dtype: DtypeOption
+    device: DeviceOption
+    device_map: Mapping[str, DeviceOption] | None
+    strict: bool
+    ignore_mismatched: bool
+    key_mapping: KeyMapping | None
+    copy: bool
+    workers: int | None
+    memory_budget_bytes: int | None
+    seed: int | None
+    progress: ProgressOption
+    cancel: threading.Event | None
+    defer: bool
+    trace: str | os.PathLike[str] | None
+    verify: bool
+    parallelize: Parallelize | None
+    source_rank: int | None
+    process_group: Any
+    rank_patience_seconds: float
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weightlift as wl
+from weightlift.api import PlanKeywords
+from weightlift.options import LoadKeywords
 
 
 class Net(nn.Module):
@@ -633,3 +635,9 @@ def test_signatures_are_the_same_in_every_process():
     for name in wl.__all__:
         if callable(getattr(wl, name)) and not isinstance(getattr(wl, name), type):
             assert " at 0x" not in str(inspect.signature(getattr(wl, name))), name
+
+
+@pytest.mark.parametrize(("function", "keywords"), [(wl.load, LoadKeywords), (wl.plan, PlanKeywords)])
+def test_type_checkers_know_every_option(function, keywords):
+    named = [name for name, given in inspect.signature(function).parameters.items() if given.kind is given.KEYWORD_ONLY]
+    assert keywords.__optional_keys__ == set(named) and not keywords.__required_keys__
