@@ -166,7 +166,8 @@ def load(
 
     Args:
         module: a zero-argument callable, built deferred and returned complete; or a module, filled in place: its
-            parameters stay the same objects, in the same memory where dtype and device stay.
+            parameters stay the same objects, in the same memory where dtype and device stay (those on ``meta`` are
+            replaced, as ``to_empty`` does it).
         ckpt: a ``.safetensors``, ``.pt`` or ``.bin`` file, an index, a folder, a hub id, a mapping of tensors, or what
             `open_checkpoint` returned.
         dtype: None keeps the module's own dtypes, as ``load_state_dict`` does; "auto" takes the checkpoint's; a

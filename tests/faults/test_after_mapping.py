@@ -137,6 +137,27 @@ def test_the_file_is_deleted_or_replaced(path: Path, model: Net) -> None:
     assert not same(model, before)
 
 
+@pytest.mark.parametrize("way", ["existing", "copied", "mapped"])
+def test_torch_saves_to_the_file_that_was_loaded(tmp_path: Path, way: str) -> None:
+    """docs/checkpoints.md, Saving. The first two own their memory, the last is killed while it writes."""
+    program = """
+        import sys, torch, weightlift as wl
+        from torch import nn
+        way, path = sys.argv[1:]
+        build = lambda: nn.Linear(512, 512)
+        model = wl.load(build() if way == "existing" else build, path, copy=way == "copied")
+        torch.save(model.state_dict(), path)
+    """
+    path = tmp_path / "last.pt"
+    state = nn.Linear(512, 512).state_dict()
+    torch.save(state, path)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), way, path], check=False)
+    if way == "mapped":
+        assert done.returncode < 0 or sys.platform != "linux"
+    else:
+        assert done.returncode == 0 and same(wl.load(lambda: nn.Linear(512, 512), path), state)
+
+
 def test_the_model_outlives_its_checkpoint_object_and_pages_go_with_it(path: Path) -> None:
     import gc
 
