@@ -12,6 +12,7 @@ from weightlift.plan.records import Row, Unexpected
 from weightlift.plan.renamings import Renaming, find_renaming
 
 _MANY = 5  # fewer are better listed
+_FEW = 20  # of which more are too long a line
 
 
 def find(
@@ -38,7 +39,7 @@ def in_short(
     items = [item for item, _ in unexpected]
     remedy = find(rows, items, present(), key_mapping) if missing and items else None
     if remedy is None:
-        beside = None if missing or key_mapping is not None else _beside([item.name for item in items], rows)
+        beside = None if missing or key_mapping is not None else _beside(items, rows, present)
         problems = [problem if beside is None else replace(problem, implied=True) for _, problem in unexpected]
         return [*missing, *([] if beside is None else [beside]), *problems]
     known = {row.fqn for row in rows}.union(problem.fqn for problem in missing if problem.fqn is not None)
@@ -54,14 +55,25 @@ def in_short(
     ]
 
 
-def _beside(names: Sequence[str], rows: Sequence[Row]) -> Problem | None:
+def _beside(
+    items: Sequence[Unexpected], rows: Sequence[Row], present: Callable[[], Mapping[str, str]]
+) -> Problem | None:
     """Where nothing is missing, and all that is too much lies under one part that the module has not: averaged weights
-    beside the others, an optimiser's state."""
+    beside the others, an optimiser's state. Or is of several values that are no tensors, as a trainer has them."""
+    if 1 < len(items) <= _FEW and all(item.entry is None for item in items):
+        keys = [item.key for item in items]
+        if not set(keys) <= present().keys():  # but made up by a hook
+            return None
+        what = f"the module has no place for {len(keys)} values beside the tensors: {', '.join(keys)}"
+        return _to_be_dropped(what, f"key in {{{', '.join(map(quoted, keys))}}}")
+    names = [item.name for item in items]
     first = names[0].partition(".")[0] + "." if len(names) >= _MANY else ""
     if not first or not all(name.startswith(first) for name in names) or any(row.fqn.startswith(first) for row in rows):
         return None
-    drop = f"key_mapping=lambda key: None if key.startswith({quoted(first)}) else key"
     what = f"all {len(names)} keys that the module has no place for begin with {first!r}"
+    return _to_be_dropped(what, f"key.startswith({quoted(first)})")
+
+
+def _to_be_dropped(what: str, condition: str) -> Problem:
+    drop = f"key_mapping=lambda key: None if {condition} else key"
     return Problem(what, hint=f"pass strict=False to leave them out, or drop them: {drop}")
-
-
