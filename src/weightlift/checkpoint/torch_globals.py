@@ -71,6 +71,11 @@ _ALIASES = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
 _PARAMETER = "torch.nn.parameter.Parameter"
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _COUNTS = 2**63
+_OF_RANKS = ("torch.distributed.tensor.", "torch.distributed._tensor.", "torch.distributed._shard.")
+_GATHER = (
+    "one rank's part of tensors that several hold: save them with torch.distributed.checkpoint, or torch.save what "
+    "get_model_state_dict gathers with StateDictOptions(full_state_dict=True)"
+)
 _STORAGES: Mapping[str, StorageType] = MappingProxyType(
     {
         name: StorageType(dtype)
@@ -246,6 +251,11 @@ _REDUCERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "builtins.complex": _complex,
     }
 )
+
+
+def hint_for(name: str) -> str | None:
+    """What to do about a name that is not on the list, where there is something better than to do without code."""
+    return _GATHER if name.startswith(_OF_RANKS) else None
 
 
 def find(module: str, name: str) -> Any:

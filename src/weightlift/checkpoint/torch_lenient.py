@@ -16,6 +16,7 @@ from weightlift.checkpoint.torch_globals import (
     Global,
     Opaque,
     find,
+    hint_for,
     reduce,
 )
 from weightlift.checkpoint.torch_pickle import Handler, PickleReader
@@ -25,7 +26,7 @@ _FLAT = (str, int, float, bool, bytes, type(None))
 
 
 def _code(name: str) -> Opaque:
-    return Opaque(f"an object of {name}")
+    return Opaque(f"an object of {name}", hint_for(name))
 
 
 class LenientReader(PickleReader):
@@ -54,7 +55,8 @@ class LenientReader(PickleReader):
             if not isinstance(function, Global):
                 raise
             if "_rebuild_" in function.name:
-                return Opaque(f"a tensor that can't be told: {str(error)[:200]}")
+                hints = [item.hint for item in args if isinstance(item, Opaque)] if type(args) is tuple else []
+                return Opaque(f"a tensor that can't be told: {str(error)[:200]}", next(filter(None, hints), None))
             return _code(function.name)  # something known, made of what is not
 
     def _call_by_name(self, _: Any) -> None:

@@ -20,6 +20,7 @@ from weightlift.checkpoint.torch_globals import (
     StorageRef,
     StorageType,
     TensorRef,
+    hint_for,
     is_integer,
 )
 from weightlift.checkpoint.torch_lenient import LenientReader
@@ -49,13 +50,13 @@ def unpickle(reader: PickleReader, stream: Any, path: Path, again: Callable[[], 
     try:
         return reader.read(stream)
     except ForbiddenGlobalError as error:
-        inside = None if again is None else _weights_amid_code(again())
+        hint = hint_for(str(error)) or (None if again is None else _weights_amid_code(again()))
         problem = Problem(
             "the pickle holds code, which weightlift never runs",
             file=path,
             expected="a state dict of tensors",
             found=str(error),
-            hint=inside or "have somebody you trust save the state dict again, best as safetensors",
+            hint=hint or "have somebody you trust save the state dict again, best as safetensors",
         )
         raise CheckpointError(SUMMARY, [problem]) from None
     except BrokenPickleError as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import weightlift as wl
 from weightlift.checkpoint import verify
@@ -24,6 +25,13 @@ class Callback:
     def __init__(self):
         self.best = [1.0]
         self.kept = {"weight": torch.ones(2)}
+
+
+class OfRanks:
+    """What pickles as a DTensor, or anything else that holds one rank's part, without several ranks."""
+
+    def __reduce__(self):
+        return torch._tensor._rebuild_from_type_v2, (torch.Size, DTensor, (), {})
 
 
 class Stage(enum.Enum):
@@ -295,3 +303,15 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch):
     for command in ("plan", "load"):
         assert main([command, path, "--model", "made_within:build", *within]) == 0
         assert "2 loaded" in capsys.readouterr().out
+
+
+def test_tensors_of_several_ranks(tmp_path):
+    """What ``torch.save(model.state_dict())`` leaves under FSDP2."""
+    remedy = "gathers with StateDictOptions(full_state_dict=True)"
+    torch.save({"weight": OfRanks(), "bias": torch.ones(2)}, tmp_path / "flat.pt")
+    torch.save({"model": {"weight": OfRanks(), "bias": torch.ones(2)}, "epoch": 3}, tmp_path / "nested.pt")
+    for name, within in (("flat", None), ("nested", None), ("nested", "model")):
+        with pytest.raises(wl.CheckpointError) as caught:
+            wl.open_checkpoint(tmp_path / f"{name}.pt", within=within)
+        assert [remedy in str(problem.hint) for problem in caught.value.problems] == [True], name
+    assert caught.value.problems[0].key == "weight"
