@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from weightlift.checkpoint.dcp_metadata import SUMMARY, Item, Piece, read_metadata
+from weightlift.checkpoint.dcp_metadata import SUMMARY, UNFLATTENED, Item, Piece, read_metadata
 from weightlift.checkpoint.entry import Chunk, ShardContents, ShardFile, TensorEntry
 from weightlift.checkpoint.files import opened, shard_file
 from weightlift.checkpoint.index import member
@@ -49,6 +49,8 @@ def read_dcp(path: Path, part: Part = WHOLE) -> tuple[ShardContents, ...]:
     root = part.find(_nested(read_metadata(path), path), path)
     problem = flat_problem(root, path, _is_tensor, part)
     if problem is not None:
+        if root and all(isinstance(value, Item) and value.shape is None for value in root.values()):
+            problem = replace(problem, hint=UNFLATTENED)
         raise CheckpointError(SUMMARY, [problem])
     folder = _Folder(path)
     folder.look(_items_in(root.values()))

@@ -29,6 +29,12 @@ SUMMARY = "not a valid distributed checkpoint"
 MAX_BYTES = 1_000_000_000
 """A longer one is refused."""
 
+UNFLATTENED = (
+    "a planner with flatten_state_dict=False makes one value of a mapping, with no more than one rank's parts of its "
+    "tensors: save it without that"
+)
+"""What to do where a mapping is expected and a value is found."""
+
 _SHOWN = 8
 _MAX_DIMS = 100  # of a tensor
 _MODULES = "torch.distributed."

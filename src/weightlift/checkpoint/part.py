@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightlift.checkpoint.dcp_metadata import Item
+import torch
+
+from weightlift.checkpoint.dcp_metadata import UNFLATTENED, Item
 from weightlift.checkpoint.torch_globals import Opaque, TensorRef
 from weightlift.errors import CheckpointError, Problem
 
@@ -71,8 +73,13 @@ class Part:
             held = [key for key, value in root.items() if type(key) is str and isinstance(value, Mapping)]
             listed = ", ".join(f"{name!r:.100}" for name in held[:_MANY]) + (" …" if len(held) > _MANY else "")
             found = f"mappings under {listed}" if held else "no mapping within it"
-        expected = f"a mapping there, by {self.call}"
-        return Problem("holds no such mapping", file=file, expected=expected, found=found)
+        expected, hint = f"a mapping there, by {self.call}", None
+        if isinstance(root, Mapping) and isinstance(value := root.get(self.names[at]), Item) and value.shape is None:
+            hint = UNFLATTENED
+        elif isinstance(root, Mapping) and self.names[at] not in root and any(map(_is_tensor, root.values())):
+            shorter = Part(self.names[:at])
+            hint = f"tensors are there already: {shorter.call if at else 'leave within out'}"
+        return Problem("holds no such mapping", file=file, expected=expected, found=found, hint=hint)
 
     @property
     def path(self) -> str:
@@ -89,11 +96,16 @@ def told(value: Any) -> str:
     """What a value of a pickle is, for an error."""
     if isinstance(value, Opaque):
         return value.what
-    if isinstance(value, TensorRef) or (isinstance(value, Item) and value.shape is not None):
+    if _is_tensor(value):
         return "a tensor"
     if isinstance(value, Item):
         return "a value"
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _is_tensor(value: Any) -> bool:
+    is_in_boxes = isinstance(value, Item) and value.shape is not None
+    return is_in_boxes or isinstance(value, (TensorRef, torch.Tensor))
 
 
 WHOLE = Part()

@@ -32,7 +32,8 @@ SUMMARY = "not a valid torch checkpoint"
 _AMID = "the weights are inside: {} reads them alone"
 _LOSSY = "holds what only code could make, which weightlift never runs"
 _MAX_DEPTH = 100
-_NO_WEIGHTS = ("optim", "sched", "lr_sched", "scaler", "grad_scaler")
+_NO_WEIGHTS = ("optim", "sched", "lr_sched", "scaler", "grad_scaler", "callbacks")
+_ELSEWHERE = "that is what a trainer keeps beside weights, which are in another file or folder"
 _USUAL = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 
 Place = Callable[[StorageRef], "tuple[int, int] | Problem"]
@@ -219,7 +220,7 @@ def flat_problem(
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
     nested = _nested(root, is_tensor)
     if any(map(is_tensor, root.values())):  # beside weights an optimiser's state is no weights, however large it is
-        nested = {key: value for key, value in nested.items() if not key.lower().startswith(_NO_WEIGHTS)}
+        nested = {key: value for key, value in nested.items() if not _is_no_weights(key)}
     if nested:
         names = _weights_in(nested, is_tensor, set())
         inside = Part((*part.names, *names))
@@ -228,7 +229,8 @@ def flat_problem(
             hint = _AMID.format(inside.call)
         found = f"mappings under {', '.join(map(repr, nested))}"
         what = "the state dict is nested"
-        return Problem(what, file=file, expected=expected, found=found, hint=hint if names else None)
+        elsewhere = _ELSEWHERE if all(_is_no_weights(key) for key in nested) else None
+        return Problem(what, file=file, expected=expected, found=found, hint=hint if names else elsewhere)
     if not any(is_tensor(value) or key.endswith("_extra_state") for key, value in root.items()):
         found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
         return Problem("holds no tensor", file=file, expected=expected, found=found)
@@ -267,12 +269,16 @@ def _nested(root: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[s
     }
 
 
+def _is_no_weights(key: str) -> bool:
+    return key.lower().startswith(_NO_WEIGHTS)
+
+
 def _weights_in(
     mappings: Mapping[str, Any], is_tensor: Callable[[Any], bool], seen: set[int]
 ) -> tuple[str, ...]:
     """The most likely way to a model's weights: by a usual name, else to a mapping of tensors; what optimisers and
     averages hold lies deeper, or comes after. Empty where none was found."""
-    mappings = {key: value for key, value in mappings.items() if not key.lower().startswith(_NO_WEIGHTS)}
+    mappings = {key: value for key, value in mappings.items() if not _is_no_weights(key)}
     flat = [key for key in mappings if any(map(is_tensor, mappings[key].values()))]
     for key in dict.fromkeys((*(key for key in _USUAL if key in mappings), *flat, *mappings)):
         within = mappings[key]

@@ -173,8 +173,36 @@ def test_weights_beside_an_optimiser(tmp_path):
     assert "BytesIO" in str(found.extras["loss"])
     model = wl.load(lambda: nn.Linear(3, 4), found, strict=False)
     assert torch.equal(model.weight, weights["weight"])
-    with pytest.raises(wl.PlanError, match="optimizer"):
+    with pytest.raises(wl.PlanError, match="optimizer") as caught:
         wl.load(lambda: nn.Linear(3, 4), found)
+    drop = eval(str(caught.value.problems[0].hint).partition("key_mapping=")[2])
+    assert torch.equal(wl.load(lambda: nn.Linear(3, 4), found, key_mapping=drop).weight, weights["weight"])
+    assert "tensors are there already: leave within out" in refusal(tmp_path / "saved", within="model")
+
+
+def test_within_too_deep(tmp_path):
+    folder = save({"app": {"model": {"layers.weight": torch.ones(2)}}}, tmp_path / "saved")
+    text = refusal(folder, within=("app", "model", "layers"))
+    assert "tensors are there already: open_checkpoint(…, within=('app', 'model'))" in text
+    assert "mappings under 'app'" in refusal(folder, within="model")
+
+
+def test_an_optimiser_without_weights(tmp_path):
+    """accelerate has the two in folders beside one another."""
+    moments = {name: {"exp_avg": torch.ones(2)} for name in ("weight", "bias")}
+    text = refusal(save({"optimizer": {"state": moments, "param_groups": [{"lr": 0.1}]}}, tmp_path / "saved"))
+    assert "mappings under 'optimizer'" in text and "weights, which are in another file or folder" in text
+
+
+def test_mappings_that_a_planner_left_whole(tmp_path):
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
+        dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / "b", planner=planner, no_dist=True)
+    for within in (None, "model"):
+        assert "a planner with flatten_state_dict=False" in refusal(tmp_path / "a", within=within)
+    assert torch.equal(wl.open_checkpoint(tmp_path / "b").read("weight"), torch.ones(2))
 
 
 def test_code_of_extra_state_is_refused(tmp_path):

@@ -315,3 +315,16 @@ def test_tensors_of_several_ranks(tmp_path):
             wl.open_checkpoint(tmp_path / f"{name}.pt", within=within)
         assert [remedy in str(problem.hint) for problem in caught.value.problems] == [True], name
     assert caught.value.problems[0].key == "weight"
+
+
+def test_what_a_trainer_keeps_beside_weights(tmp_path):
+    for name in ("optimizer_states", "callbacks"):
+        torch.save({name: {"best": {"score": torch.ones(1)}}, "epoch": 3}, tmp_path / "meta.pt")
+        with pytest.raises(wl.CheckpointError, match="weights, which are in another file or folder"):
+            wl.open_checkpoint(tmp_path / "meta.pt")
+
+
+def test_the_command_line_says_to_leave_within_out(tmp_path, capsys):
+    torch.save({"weight": torch.ones(2), "optimizer": {"lr": 0.1}}, tmp_path / "x.pt")
+    assert main(["inspect", str(tmp_path / "x.pt"), "--within", "model"]) == 1
+    assert "tensors are there already: leave --within out" in capsys.readouterr().err
