@@ -18,7 +18,7 @@ _FLAGS = {
     "key_mapping=lambda key: None for it",
     "drop the key: key_mapping=lambda key: None for it": "drop the key, which takes Python: "
     "key_mapping=lambda key: None for it",
-    "drop them: key_mapping=lambda": "in Python drop them: key_mapping=lambda",
+    "drop it: key_mapping=lambda": "in Python drop it: key_mapping=lambda",
     "leave within out": "leave --within out",
     "in device or device_map": "in --device",
     "key_mapping": "--rename",

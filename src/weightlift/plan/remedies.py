@@ -40,8 +40,12 @@ def in_short(
     remedy = find(rows, items, present(), key_mapping) if missing and items else None
     if remedy is None:
         beside = None if missing or key_mapping is not None else _beside(items, rows, present)
-        problems = [problem if beside is None else replace(problem, implied=True) for _, problem in unexpected]
-        return [*missing, *([] if beside is None else [beside]), *problems]
+        problems = [problem for _, problem in unexpected]
+        if beside is None:
+            return [*missing, *problems]
+        if len(problems) == 1:
+            return [replace(problems[0], hint=beside.hint)]
+        return [beside, *(replace(problem, implied=True) for problem in problems)]
     known = {row.fqn for row in rows}.union(problem.fqn for problem in missing if problem.fqn is not None)
     if isinstance(remedy, Prefix):
         placed = {remedy.of_checkpoint(fqn): fqn for fqn in known}
@@ -59,13 +63,15 @@ def _beside(
     items: Sequence[Unexpected], rows: Sequence[Row], present: Callable[[], Mapping[str, str]]
 ) -> Problem | None:
     """Where nothing is missing, and all that is too much lies under one part that the module has not: averaged weights
-    beside the others, an optimiser's state. Or is of several values that are no tensors, as a trainer has them."""
-    if 1 < len(items) <= _FEW and all(item.entry is None for item in items):
-        keys = [item.key for item in items]
-        if not set(keys) <= present().keys():  # but made up by a hook
+    beside the others, an optimiser's state. Or is no tensors, as what a trainer keeps."""
+    keys = [item.key for item in items if item.entry is None]
+    if len(items) == len(keys) <= _FEW:
+        if not keys or not set(keys) <= present().keys():  # but made up by a hook
             return None
-        what = f"the module has no place for {len(keys)} values beside the tensors: {', '.join(keys)}"
-        return _to_be_dropped(what, f"key in {{{', '.join(map(quoted, keys))}}}")
+        values = "a value" if len(keys) == 1 else f"{len(keys)} values"
+        what = f"the module has no place for {values} beside the tensors: {', '.join(keys)}"
+        listed = ", ".join(map(quoted, keys))
+        return _to_be_dropped(what, f"key in {{{listed}}}" if len(keys) > 1 else f"key == {listed}")
     names = [item.name for item in items]
     first = names[0].partition(".")[0] + "." if len(names) >= _MANY else ""
     if not first or not all(name.startswith(first) for name in names) or any(row.fqn.startswith(first) for row in rows):
@@ -76,4 +82,4 @@ def _beside(
 
 def _to_be_dropped(what: str, condition: str) -> Problem:
     drop = f"key_mapping=lambda key: None if {condition} else key"
-    return Problem(what, hint=f"pass strict=False to leave them out, or drop them: {drop}")
+    return Problem(what, hint=f"pass strict=False to leave that out, or drop it: {drop}")

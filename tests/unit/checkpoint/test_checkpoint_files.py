@@ -198,6 +198,12 @@ def test_mappings_beside_the_weights(tmp_path: Path) -> None:
         assert {problem.key for problem in rest if problem.implied} == {"optimizer", "ema"}
         drop = eval(str(first.hint).partition("key_mapping=")[2])
         assert same(wl.load(lambda: nn.Linear(2, 2), checkpoint, key_mapping=drop).weight.detach(), source["weight"])
+    del source["ema"]
+    with pytest.raises(wl.PlanError, match="optimizer: the module has no place for this") as caught:
+        wl.load(lambda: nn.Linear(2, 2), source)
+    (problem,) = caught.value.problems
+    drop = eval(str(problem.hint).partition("key_mapping=")[2])
+    assert same(wl.load(lambda: nn.Linear(2, 2), source, key_mapping=drop).weight.detach(), source["weight"])
 
 
 @pytest.mark.parametrize(
