@@ -15,7 +15,7 @@ import pytest
 import torch
 from tests.capture.nets import Net, same, x
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import weightlift as wl
 
@@ -320,7 +320,14 @@ def test_a_forward_within_another_that_skips_a_module(within: int) -> None:
     assert len(got["seen"]) == 1
 
 
-@pytest.mark.parametrize("tap", [wl.Output("a", tokens=[0, 2]), wl.Output("a", index=lambda output: output * output)])
+@pytest.mark.parametrize(
+    "tap",
+    [
+        wl.Output("a", tokens=[0, 2]),
+        wl.Output("a", index=lambda output: output * output),
+        wl.Input("b", index=lambda call: call[0][0] * call[0][0]),
+    ],
+)
 def test_what_is_made_of_an_output_within_checkpointing_is_not_the_regions(tap: wl.Output) -> None:
     """The recomputation does not make it again: torch missed tensors there, in the user's backward."""
 
@@ -345,3 +352,47 @@ def test_what_is_made_of_an_output_within_checkpointing_is_not_the_regions(tap: 
         (output.sum() + got["taken"][0].pow(2).sum()).backward()
         grads.append([parameter.grad for parameter in net.parameters()])
     assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["afterwards", "within the block"])
+@pytest.mark.parametrize(
+    "tap",
+    [
+        wl.Output("*", clone=True),
+        wl.Output("a", dtype=torch.float64),
+        wl.Output("a", tokens=[0, 2]),
+        wl.Output("a", index=lambda output: output.clone()),
+        wl.Input("b", index=lambda call: call[0][0].clone()),
+    ],
+)
+def test_what_selective_checkpointing_keeps_is_the_models_own(tap: wl.Output, within: bool) -> None:
+    """It gives the recomputation what it kept by the order of the operators: gradients were wrong and nothing said."""
+    kept = torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.index.Tensor
+
+    def policy(_: object, operator: object, *__: Any, **___: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            choose = functools.partial(create_selective_checkpoint_contexts, policy)
+            return checkpoint(self.work, value, use_reentrant=False, context_fn=choose)
+
+        def work(self, value: torch.Tensor) -> torch.Tensor:
+            value = self.b(self.a(value).sin().clone()[:, [0, 2]]).to(torch.float64)
+            return (value.cos() * value).clone()
+
+    torch.manual_seed(0)
+    net, value = Checkpointed(), torch.randn(2, 3, 4)
+    plain = torch.autograd.grad(net(value).sum(), [*net.parameters()])
+    with wl.capture(net, taken=tap) as got:
+        output = net(value)
+        if within:
+            output.sum().backward()
+    if not within:
+        output.sum().backward()
+    assert got["taken"]
+    assert all(map(torch.equal, plain, [parameter.grad for parameter in net.parameters()]))

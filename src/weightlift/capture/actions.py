@@ -20,7 +20,7 @@ from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
 from weightlift.capture.session import Session, backward_id, resting
 from weightlift.capture.taps import Output
-from weightlift.capture.values import Lack, beyond, finish, pick, put, reached, recipe_of, untouched, version_of
+from weightlift.capture.values import Lack, beyond, finish, pick, put, reached, recipe_of, take, untouched, version_of
 
 _NO_CALL = -1  # what is computed again counts as none
 
@@ -128,6 +128,8 @@ class TakeOutput(Action):
         if tap.edits and tap.number in resting(session):
             return output
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
+        if recomputing and not tap.edits:  # a callable index would do its work again, within the recomputation
+            return output
         value = output
         if not tap.whole:
             value = pick(output, tap.recipe.index)
@@ -241,6 +243,8 @@ class TakeInput(TakeOutput):
         if tap.edits and tap.number in resting(session):
             return None
         recomputing = backward_id() != -1 and session.recomputing(self.fqn)
+        if recomputing and not tap.edits:
+            return None
         index = tap.recipe.index
         by_place = type(index) is int and 0 <= index < len(args)  # then nobody asks for names
         place = argument_place(() if by_place else parameters_of(original(module)), index, args, kwargs)
@@ -285,7 +289,7 @@ def argument_place(names: Sequence[str], index: Any, args: tuple[Any, ...], kwar
 def take_argument(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(place, int):
         return args[place]
-    return kwargs[place] if isinstance(place, str) else place((args, kwargs))
+    return kwargs[place] if isinstance(place, str) else take((args, kwargs), place)
 
 
 def put_argument(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import is_grad_enabled
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode_temporarily
 
 _outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -67,11 +68,31 @@ def checkpointed_region(forward: Running | None) -> tuple[str | None, bool]:
 def unseen() -> AbstractContextManager[Any]:
     """For tensor work of ours within a region: what it saves for its backward is not the region's to count.
 
-    The recomputation does not repeat it, so torch would miss tensors there, in the user's backward.
+    The recomputation does not repeat it, so torch would miss tensors there, in the user's backward. Where a region
+    chooses what it keeps, by the operators' order, others would even get the results of ours.
     """
-    if not is_grad_enabled() or _outer_hooks(False) is None:
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    hooked = is_grad_enabled() and _outer_hooks(False) is not None
+    if torch._C._len_torch_dispatch_stack() and _keeps_results():
+        return _out_of_sight(hooked)
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooked else nullcontext()
+
+
+def _keeps_results() -> bool:
+    """Whether this is within a region with ``create_selective_checkpoint_contexts``."""
+    module = sys.modules.get("torch.utils.checkpoint")
+    return module is not None and any(
+        isinstance(mode, module._CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+@contextmanager
+def _out_of_sight(hooked: bool) -> Iterator[None]:
+    with ExitStack() as left:
+        while _keeps_results():
+            left.enter_context(_pop_mode_temporarily())
+        if hooked:
+            left.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        yield
 
 
 def _same(tensor: Any) -> Any:
