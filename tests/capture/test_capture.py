@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from torch import nn
 
 import weightlift as wl
 from weightlift.capture import hooks
+from weightlift.capture.session import open_sessions
 
 
 def test_outputs_inputs_and_elements() -> None:
@@ -458,6 +459,27 @@ def test_a_generator_may_end_elsewhere() -> None:
     contextvars.copy_context().run(next, generator)
     contextvars.copy_context().run(lambda: list(generator))
     assert hooks_on(net) == 0
+
+
+def test_captures_that_were_closed_elsewhere_do_not_gather_in_a_context() -> None:
+    """Each made every hook that ran in the context a little slower, for as long as that lived."""
+
+    async def stream(net: Net) -> AsyncIterator[None]:
+        with wl.capture(net, hidden=wl.Output("layers.*", expect="maybe")):
+            yield
+
+    async def serve() -> None:
+        net = Net()
+        for _ in range(4):
+            steps = stream(net)
+            await anext(steps)
+            await asyncio.create_task(steps.aclose())
+        with wl.capture(net, hidden="layers.*") as got:
+            assert len(open_sessions.get()) == 1
+            net(x())
+        assert len(got["hidden"]) == 3
+
+    asyncio.run(serve())
 
 
 def test_the_steps_of_a_generator_in_contexts_of_their_own() -> None:

@@ -162,6 +162,59 @@ def test_an_interrupt_before_the_hooks_are_on_takes_those_of_no_other_capture(mo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("late", [False, True], ids=["before the hooks are off", "afterwards"])
+def test_an_interrupt_while_the_capture_closes_leaves_no_hook(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    remove = hooks.remove
+
+    def interrupted(session: Session) -> None:
+        if late:
+            remove(session)
+        raise KeyboardInterrupt
+
+    net, x = Pair(), torch.ones(1, 4)
+    with wl.capture(net, both="*") as got:  # of the same taps: what stands there once for both must be taken off once
+        net(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(hooks, "remove", interrupted)
+            with pytest.raises(KeyboardInterrupt), wl.capture(net, both="*"):
+                pass
+        gc.collect()
+        net(x)
+    assert len(got["both"]) == 4
+    assert hooks_on(net) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tap", [wl.Output("*"), wl.Output("*", clone=True), wl.Input("*")])
+@pytest.mark.parametrize("within", [False, True], ids=["between forwards", "in a forward"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_that_leaves_the_block_takes_nothing_of_the_forwards_before_it(
+    tap: wl.Output, within: bool, error: type[BaseException]
+) -> None:
+    """Without options everything was lost, and with them an interrupted forward left its part."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    net, x = Pair(), torch.ones(1, 4)
+    with pytest.raises(error), wl.capture(net, both=tap) as got:
+        net(x)
+        if not within:
+            fail()
+        net.b.register_forward_pre_hook(fail)
+        net(x)
+    assert [*map(len, got.forwards("both"))] == [2]
+
+
+@torch.no_grad()
+def test_a_stop_around_a_block_takes_nothing_of_what_that_recorded() -> None:
+    net, x = Pair(), torch.ones(1, 4)
+    with wl.capture(net, last=wl.Output("b", stop=True)), wl.capture(net, both="*") as got:
+        net(x)
+    assert list(got.named("both")) == ["a"]
+
+
+@torch.no_grad()
 def test_a_forward_that_begins_while_the_capture_closes_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     begins, closed = threading.Event(), threading.Event()
     begin = Session.begin

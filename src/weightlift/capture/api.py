@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from weightlift.capture import hooks
-from weightlift.capture.checks import settle
+from weightlift.capture.checks import keep_ended, settle
 from weightlift.capture.result import Records, strayed
 from weightlift.capture.select import keep_for, kept_for, own_taps
 from weightlift.capture.session import Mark, Session, Stopped, open_sessions, running, without
@@ -55,13 +55,14 @@ class Capture:
             forward.ask_all()
             forward = forward.outer
         hooks.install(session)
-        open_sessions.set((*open_sessions.get(), session))
+        # Without those that were closed elsewhere, as in another task, or while an interrupt came.
+        open_sessions.set((*[other for other in open_sessions.get() if not other.closed], session))
         return Records(self._template.names, session.entries, session=session)  # type: ignore[union-attr]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        session, self._session = self._session, None
+        session = self._session
         assert session is not None and self._template is not None
         session.closed = True
         sessions = open_sessions.get()
@@ -69,6 +70,7 @@ class Capture:
         if running.get() is not None:
             running.set(without(session, running.get()))
         hooks.remove(session)
+        self._session = None  # not before: interrupted until here, it is closed by `__del__`
         if session.strayed and (session not in sessions or session.entered[0] in session.strayed):
             session.problems.append(strayed())
         own = error is not None and _stops(error, session)
@@ -82,6 +84,8 @@ class Capture:
                 problems = settle(session, self._model, self._template)
                 if problems:
                     raise CaptureError(f"the capture of {type(self._model).__name__} can't be trusted", problems)
+            else:
+                keep_ended(session)
         finally:
             session.forget()
         return own

@@ -79,6 +79,12 @@ def _drop_failed(session: Session) -> None:
         session.drop(forward)
 
 
+def keep_ended(session: Session) -> None:
+    """What an error that leaves the block has not undone: that of the forwards that had ended before."""
+    session.settle_raw()
+    _drop_failed(session)
+
+
 def _gave(session: Session) -> set[str]:
     return set().union(*session.gave.values())
 

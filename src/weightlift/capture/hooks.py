@@ -143,7 +143,7 @@ def install(session: Session) -> None:
     with _lock:
         if _abandoned:
             _remove_abandoned()
-        _open = (*_open, template)
+        _open, session.installed = (*_open, template), True  # both or none, should an interrupt come
         if session.entered:
             _stepwise = (*_stepwise, session)
         for place in template.hooked_with_kwargs:
@@ -187,11 +187,11 @@ def _remove(session: Session) -> None:
     template, held = session.template, session.held
     if session.entered:
         _stepwise = tuple(other for other in _stepwise if other is not session)
-    if template not in _open:  # it was interrupted before it got so far
+    if not session.installed:  # it was interrupted before it got so far, or after this
         return
     place = _open.index(template)
     others = (*_open[:place], *_open[place + 1 :])
-    _open = others
+    _open, session.installed = others, False
     if template in others:
         return
     before, after, with_kwargs = template.hooked_before, template.hooked_after, template.hooked_with_kwargs

@@ -201,8 +201,8 @@ class Session:
 
     __slots__ = (
         "after", "around", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entered",
-        "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "lacks", "last", "numbers",
-        "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
+        "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "installed", "lacks", "last",
+        "numbers", "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -213,6 +213,7 @@ class Session:
     ) -> None:
         self.closed = False
         self.forgotten = False
+        self.installed = False  # its template is among the open ones
         self.template = template
         self.before: dict[int, list[Any]] = template.before
         self.after: dict[int, list[Any]] = template.after
