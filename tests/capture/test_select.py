@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,19 @@ def test_remembering_holds_nothing() -> None:
     del net
     gc.collect()
     assert whole() is None
+
+
+@pytest.mark.parametrize("where", ["at", "tokens"])
+def test_remembering_holds_no_mask(where: str) -> None:
+    net = Net()
+    mask = torch.tensor([0, 1])
+    options: dict[str, Any] = {where: mask}
+    with wl.capture(net, part=wl.Output("layers.0", **options)) as got:
+        net(x())
+    reference = weakref.ref(mask)
+    del mask, options, got
+    gc.collect()
+    assert reference() is None
 
 
 def test_conflicting_names() -> None:

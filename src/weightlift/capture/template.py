@@ -15,7 +15,8 @@ from weightlift.capture.gathering import Gather, GiveDeclared
 from weightlift.capture.regions import inside_compiled, inside_scripts
 from weightlift.capture.select import Selected, Watch, merged, path_to, select
 from weightlift.capture.session import Session
-from weightlift.capture.taps import Declared, Input, Output, Tap, no_option
+from weightlift.capture.taps import Declared, Input, Options, Output, Tap, no_option
+from weightlift.capture.values import holds_tensors
 from weightlift.errors import CaptureError, Problem
 
 _NOT_LIKE_THIS = "{} can't be captured like this"
@@ -198,6 +199,8 @@ def lasting(tap: Any) -> bool:
         return True
     if isinstance(tap, type):
         return issubclass(tap, nn.Module)
+    if not isinstance(tap, Options) or holds_tensors((tap.tokens, tap.at)):  # a mask
+        return False
     if isinstance(tap, Output):
         return isinstance(tap.select, str | type) and not callable(tap.index) and tap.replace is None
     return isinstance(tap, Declared)
