@@ -174,6 +174,53 @@ def test_a_recomputation_within_the_forward_is_not_recorded(grad: bool) -> None:
     assert same(got["hidden"], states(net, value))
 
 
+class Records(nn.Module):
+    """Has what its layers gave in its own forward, which is recomputed as a whole."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.own = own
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        if not self.own:
+            value, hidden = self.flagged(value, output_hidden=True)
+        else:
+            with wl.capture(self, hidden=["first", "second"]) as got:
+                value = self.second(self.first(value).tanh())
+            hidden = got["hidden"]
+        return (value + sum(hidden)).exp().exp()
+
+    @wl.records(hidden=["first", "second"])
+    def flagged(self, value: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(value).tanh())
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_within_what_is_recomputed_records_again(own: bool, reentrant: bool) -> None:
+    """It was told that nothing ran, in the user's backward."""
+    net, value = Records(own), torch.randn(2, 8, requires_grad=True)
+    plain = torch.autograd.grad(net(value).sum(), [value, *net.parameters()])
+    checkpoint(net, value, use_reentrant=reentrant).sum().backward()
+    assert same(plain, [tensor.grad for tensor in (value, *net.parameters())])
+
+
+def test_a_block_within_a_backward_pass() -> None:
+    net, value = Net(), x().requires_grad_()
+    seen: list[int] = []
+
+    def probe(gradient: torch.Tensor) -> None:
+        with torch.enable_grad(), wl.capture(net, hidden="layers.*") as got:
+            checkpoint(net, value, use_reentrant=False).sum().backward()
+        seen.append(len(got["hidden"]))
+
+    doubled = value * 2
+    doubled.register_hook(probe)
+    doubled.sum().backward()
+    assert seen == [3]
+
+
 def test_reentrant_checkpointing_detaches() -> None:
     net, value = Checkpointed(), x().requires_grad_()
     net.reentrant = True

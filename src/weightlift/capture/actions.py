@@ -90,7 +90,7 @@ class Root(Action):
         session.begin(self.gather or self, sys._getframe(2), is_root=True)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.gather is None and backward_id() == -1:  # else that has just ended it; or it was not begun
+        if self.gather is None and not session.in_backward():  # else that has just ended it; or it was not begun
             session.end(self)
         return output
 

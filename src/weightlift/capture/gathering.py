@@ -74,7 +74,7 @@ class Gather(Action):
             session.begin(self, sys._getframe(2), is_root=False)
 
     def leave(self, session: Session, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = None if backward_id() != -1 else session.end(self)
+        forward = None if session.in_backward() else session.end(self)
         if forward is None or forward.gathered is None or not self.taps:
             return output
         try:

@@ -200,9 +200,9 @@ class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
     __slots__ = (
-        "after", "around", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere", "entered",
-        "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "installed", "lacks", "last",
-        "numbers", "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
+        "after", "around", "backward", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere",
+        "entered", "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "installed", "lacks",
+        "last", "numbers", "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -246,6 +246,7 @@ class Session:
         self.lacks: list[Entry] = []  # calls that did not give what a tap takes: the value is a `Lack`
         self.stopped = False
         self.grad = is_grad_enabled()
+        self.backward: int = backward_id()  # the backward pass around the block
         # The generators that ran when the block was entered, the one with the block first, and those that ran the model
         # where it went unseen.
         self.entered: tuple[Mark | None, ...] = ()
@@ -392,9 +393,14 @@ class Session:
                 forward = forward.outer
             raise Stopped(self)
 
+    def in_backward(self) -> bool:
+        """Whether a backward pass runs that began within the block. In one around it, as where a checkpointed region
+        has the block, what runs there is all that there is to record."""
+        return backward_id() not in (-1, self.backward)
+
     def recomputing(self, fqn: str) -> bool:
         """Whether this call repeats one of an earlier forward for a backward pass; noted for the messages."""
-        if backward_id() == -1:
+        if not self.in_backward():
             return False
         with _lock:
             self.recomputed |= {fqn}
