@@ -201,6 +201,32 @@ def test_a_failure_elsewhere_leaves_nothing_where_the_last_forward_was_stopped()
     assert same(got["first"], [value, value * 3])
 
 
+def test_a_stopped_forward_does_not_excuse_another_that_skips_a_module() -> None:
+    class Skips(Net):
+        def forward(self, value: torch.Tensor, skipped: int = -1) -> torch.Tensor:
+            for place, layer in enumerate(self.layers):
+                value = value if place == skipped else layer(value)
+            return value
+
+    net = Skips()
+
+    def stop() -> None:
+        with wl.capture(net, first=wl.Output("layers.0", stop=True)):
+            net(x())
+
+    with wl.capture(net, hidden="layers.*") as got:
+        net(x())
+        stop()
+    assert [*map(len, got.forwards("hidden"))] == [3, 1]
+    for before in (0, 1):
+        text = r"layers\.1.*as often as the model ran"
+        with pytest.raises(wl.CaptureError, match=text), wl.capture(net, hidden="layers.*"):
+            for _ in range(before):
+                net(x())
+            stop()
+            net(x(), skipped=1)
+
+
 def test_a_stopped_forward_stays_when_another_begins() -> None:
     net, value = Net(), x()
     with wl.capture(net, first="layers.0") as outer:
