@@ -16,9 +16,10 @@ from torch import nn
 
 from weightlift.capture.checkpointing import unseen
 from weightlift.capture.edits import Misfit, edit, edits
+from weightlift.capture.forwards import resting
 from weightlift.capture.result import Entry, out_of_reach
 from weightlift.capture.select import original, scripted
-from weightlift.capture.session import Session, backward_id, resting
+from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Output
 from weightlift.capture.values import Lack, beyond, finish, pick, put, reached, recipe_of, take, untouched, version_of
 

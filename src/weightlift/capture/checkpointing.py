@@ -79,10 +79,8 @@ def unseen() -> AbstractContextManager[Any]:
 
 def _keeps_results() -> bool:
     """Whether this is within a region with ``create_selective_checkpoint_contexts``."""
-    module = sys.modules.get("torch.utils.checkpoint")
-    return module is not None and any(
-        isinstance(mode, module._CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack()
-    )
+    kinds = getattr(sys.modules.get("torch.utils.checkpoint"), "_CachingTorchDispatchMode", ())
+    return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager

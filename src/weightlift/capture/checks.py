@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from weightlift.capture.forwards import Forward
 from weightlift.capture.result import (
     Entry,
     Recorded,
@@ -17,7 +18,7 @@ from weightlift.capture.result import (
     places,
 )
 from weightlift.capture.select import Selected, at, original
-from weightlift.capture.session import Forward, Session
+from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Output, Tap
 from weightlift.capture.template import Template, choose
 from weightlift.capture.values import Lack, Recipe, beyond, reached, recipe_of, untouched, written

@@ -13,8 +13,9 @@ from torch.compiler import is_dynamo_compiling
 from weightlift.capture.actions import Action, Likely, in_order, likely
 from weightlift.capture.checkpointing import unseen
 from weightlift.capture.declared import Scope, Site
+from weightlift.capture.forwards import Forward
 from weightlift.capture.result import Entry, no_such_layers, places, undeclared
-from weightlift.capture.session import Forward, Session, backward_id
+from weightlift.capture.session import Session, backward_id
 from weightlift.capture.taps import Declared
 from weightlift.capture.values import Absent, Recipe, finish, recipe_of, take, untouched, version_of
 
