@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import weightlift as wl
-from weightlift.capture import compiled, hooks, select, session
+from weightlift.capture import compiled, forwards, hooks, select, session
 
 recorder = sys.modules[wl.recorder.__module__]
-MODULES = (hooks, select, session, recorder, compiled)
+MODULES = (forwards, hooks, select, session, recorder, compiled)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def _scene(*kinds):
 
 @pytest.mark.parametrize("kinds", [("output", "plain"), ("output", "output"), ("input", "output")], ids="-".join)
 def test_hooks_come_and_go(kinds):
-    assert explore(_scene(*kinds), inside=[hooks, select, session, torch_module], preemptions=1).complete
+    assert explore(_scene(*kinds), inside=[forwards, hooks, select, session, torch_module], preemptions=1).complete
 
 
 def test_a_capture_opened_while_a_forward_begins_is_asked():
@@ -80,9 +80,9 @@ def test_a_capture_opened_while_a_forward_begins_is_asked():
             expected_first=[None, None],
         )  # fmt: skip
         context = contextvars.Context()
-        context.run(session.open_sessions.set, (open_one,))
-        forward = context.run(session.Forward, open_one, owner, None, 0, True)
-        context.run(session.running.set, forward)
+        context.run(forwards.open_sessions.set, (open_one,))
+        forward = context.run(forwards.Forward, open_one, owner, None, 0, True)
+        context.run(forwards.running.set, forward)
         assert forward.due[1] == "one"
 
         def begin():
@@ -96,7 +96,7 @@ def test_a_capture_opened_while_a_forward_begins_is_asked():
 
         return [begin, forward.ask_all], check
 
-    assert explore(scene, inside=[hooks, session], preemptions=2).complete
+    assert explore(scene, inside=[forwards, hooks, session], preemptions=2).complete
 
 
 def test_a_recorder_that_two_threads_find_out_of_date():
