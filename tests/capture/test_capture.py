@@ -24,7 +24,7 @@ from torch import nn
 
 import weightlift as wl
 from weightlift.capture import hooks
-from weightlift.capture.forwards import open_sessions
+from weightlift.capture.session import open_sessions
 
 
 def test_outputs_inputs_and_elements() -> None:

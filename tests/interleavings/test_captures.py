@@ -80,8 +80,8 @@ def test_a_capture_opened_while_a_forward_begins_is_asked():
             expected_first=[None, None],
         )  # fmt: skip
         context = contextvars.Context()
-        context.run(forwards.open_sessions.set, (open_one,))
-        forward = context.run(forwards.Forward, open_one, owner, None, 0, True)
+        context.run(session.open_sessions.set, (open_one,))
+        forward = context.run(forwards.Forward, open_one, owner, None, 0, True, False)
         context.run(forwards.running.set, forward)
         assert forward.due[1] == "one"
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from weightlift.capture import hooks
 from weightlift.capture.checks import keep_ended, settle
-from weightlift.capture.forwards import open_sessions, running, without
+from weightlift.capture.forwards import running, without
 from weightlift.capture.result import Records, strayed
 from weightlift.capture.select import keep_for, kept_for, own_taps
-from weightlift.capture.session import Mark, Session, Stopped
+from weightlift.capture.session import Mark, Session, Stopped, open_sessions
 from weightlift.capture.taps import Declared, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, lasting
 from weightlift.errors import CaptureError, Problem

@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import is_grad_enabled, is_inference_mode_enabled, nn
 
 from weightlift.capture.result import Entry
-
-if TYPE_CHECKING:
-    from weightlift.capture.session import Session
 
 _NOTHING: dict[int, Any] = {}
 _NO_TAPS: frozenset[int] = frozenset()
@@ -26,12 +23,28 @@ NOWHERE: deque[Any] = deque(maxlen=0)
 """Keeps nothing of what is appended."""
 
 
+class Captures(Protocol):
+    """A session, as far as forwards look at it."""
+
+    held: Sequence[nn.Module]
+    grad: bool
+    raw: list[tuple[Any, Any, int, int | None]]
+    numbers: Iterator[int]
+    frames: dict[Forward, FrameType]
+
+    def drop(self, forward: Forward) -> None:
+        """As if it had not been: it failed."""
+
+    def stop_with(self, forward: Forward) -> None:
+        """Another session has stopped it."""
+
+
 class Edit:
     """A call of a tap's ``replace``. ``over``: a context that was copied meanwhile still knows it afterwards."""
 
     __slots__ = ("number", "over", "session")
 
-    def __init__(self, session: Session, number: int) -> None:
+    def __init__(self, session: Captures, number: int) -> None:
         self.session = session
         self.number = number
         self.over = False
@@ -53,13 +66,15 @@ class Forward:
         "raw", "rest", "resting", "root", "session", "simple", "stopped", "thread",
     )  # fmt: skip
 
-    def __init__(self, session: Session, owner: Any, outer: Forward | None, thread: int, is_root: bool) -> None:
+    def __init__(
+        self, session: Captures, owner: Any, outer: Forward | None, thread: int, is_root: bool, asks_all: bool
+    ) -> None:
         self.session = session
         self.owner = owner
         self.outer = outer
         self.thread = thread
         self.is_root = is_root
-        self.asks_all: bool = len(open_sessions.get()) != 1
+        self.asks_all = asks_all
         self.done = False
         self.stopped = False  # nobody wanted the rest of it
         self.around = False  # another forward of the same model runs within it
@@ -115,12 +130,11 @@ class Forward:
             self.gathered = {}
 
 
-open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
 running: ContextVar[Forward | None] = ContextVar("weightlift_forwards", default=None)
 edits: ContextVar[tuple[Edit, ...]] = ContextVar("weightlift_edits", default=())
 
 
-def resting(session: Session) -> frozenset[int]:
+def resting(session: Captures) -> frozenset[int]:
     """The numbers of the taps whose ``replace`` runs just now: what that calls runs without them."""
     known = edits.get()
     return frozenset([one.number for one in known if one.session is session and not one.over]) if known else _NO_TAPS
@@ -136,7 +150,7 @@ def is_on_stack(wanted: FrameType | None) -> bool:
     return False
 
 
-def running_root(session: Session, forward: Forward | None) -> Forward | None:
+def running_root(session: Captures, forward: Forward | None) -> Forward | None:
     while forward is not None:
         if forward.session is session and forward.is_root:
             return forward
@@ -158,7 +172,7 @@ def nearest() -> Forward | None:
     return forward
 
 
-def without(session: Session, forward: Forward | None) -> Forward | None:
+def without(session: Captures, forward: Forward | None) -> Forward | None:
     """The chain of running forwards without those of a session at its top."""
     while forward is not None and forward.session is session:
         forward = forward.outer

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
-from weightlift.capture.forwards import NONE_DUE, Forward, nearest, open_sessions, running
-from weightlift.capture.session import Session, Work, backward_id
+from weightlift.capture.forwards import NONE_DUE, Forward, nearest, running
+from weightlift.capture.session import Session, Work, backward_id, open_sessions
 from weightlift.capture.values import version_of
 
 HOOK_ID = -770_310

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, Protocol, TypeAlias
 
@@ -51,6 +52,9 @@ class Stopped(BaseException):
         self.session = session
 
 
+open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
+
+
 class Session:
     """What the hooks look up. Everything but ``entries`` and the sets of what was noticed is fixed once it is open."""
 
@@ -75,7 +79,7 @@ class Session:
         self.held = held
         self.children = children
         self.count = sum(map(len, children))
-        self.numbers = itertools.count()
+        self.numbers: Iterator[int] = itertools.count()
         # What came since, not yet among the entries: what took it, the value, its version, the number of its forward.
         self.raw: list[tuple[Any, Any, int, int | None]] = []
         self.entries: list[Entry] = []
@@ -130,7 +134,7 @@ class Session:
         around = running_root(self, outer) if is_root else None
         if around is not None and not around.done:
             around.around = True
-        forward = Forward(self, owner, outer, threading.get_ident(), is_root)
+        forward = Forward(self, owner, outer, threading.get_ident(), is_root, len(open_sessions.get()) != 1)
         self.frames[forward] = frame
         if is_root:
             self.forwards.append(forward)
