@@ -15,7 +15,7 @@ from fuzz_targets import archive_of, open_dduf, pipeline_members
 from huggingface_hub import export_entries_as_dduf, read_dduf_file
 from safetensors.torch import save
 
-from weightlift.checkpoint.dduf import Member, member_at, read_dduf, read_member, standing_for
+from weightlift.checkpoint.dduf import ArchivedFile, member_at, read_dduf, read_member, standing_for
 from weightlift.checkpoint.gather import gather
 from weightlift.errors import CheckpointChanged, CheckpointError, CheckpointNotFound
 
@@ -187,7 +187,7 @@ def test_an_archive_that_changed(tmp_path: Path) -> None:
 def test_a_member_stands_for_a_file_in_its_context_only(tmp_path: Path) -> None:
     archive = read_dduf(written(tmp_path / "x.dduf", archive_of(pipeline_members())))
     place = tmp_path / "model.safetensors"
-    member: Member = archive.members[WEIGHTS]
+    member: ArchivedFile = archive.members[WEIGHTS]
     with standing_for({place: member}):
         gathered = gather((place,), is_index=False)
         assert not gathered.problems and {entry.file for entry in gathered.entries.values()} == {tmp_path / "x.dduf"}

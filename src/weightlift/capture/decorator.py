@@ -13,7 +13,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
-from weightlift.capture.recorder import State, refusals, run
+from weightlift.capture.recorder import Recording, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
 from weightlift.errors import CaptureError
@@ -47,7 +47,7 @@ def records(**taps: Any) -> Callable[[Function], Function]:
                 return forward(self, *args, **kwargs)
             if is_dynamo_compiling():
                 prepare(self, chosen)
-                state: State = getattr(self.__dict__[_PLACE], "_".join(chosen))
+                state: Recording = getattr(self.__dict__[_PLACE], "_".join(chosen))
                 built = state.built
                 output, recorded = run(state, built, built.pick(), forward, args, kwargs)
                 entries, problems = built.settle(recorded)
@@ -91,7 +91,7 @@ def _preparer(known: dict[str, Tap]) -> Callable[[nn.Module, tuple[str, ...]], b
             place = module.__dict__.setdefault(_PLACE, _Place())
             state = getattr(place, "_".join(chosen), None)
             if state is None:
-                setattr(place, "_".join(chosen), State(module, {name: known[name] for name in chosen}))
+                setattr(place, "_".join(chosen), Recording(module, {name: known[name] for name in chosen}))
             else:
                 state.prepare()
         return True

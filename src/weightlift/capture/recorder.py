@@ -81,7 +81,7 @@ class Setup:
         return settle_recorded(raw, self.expected)
 
 
-class State:
+class Recording:
     """A recorder's model and taps, and what was built for them."""
 
     def __init__(self, model: nn.Module, taps: dict[str, Tap]) -> None:
@@ -195,7 +195,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     later on modules it had to copy (those on the way to what is wanted) are seen after ``record.refresh()``.
     """
     require_module(model)
-    state = State(model, collect_taps(declared, taps, own_taps(model)))
+    state = Recording(model, collect_taps(declared, taps, own_taps(model)))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare() -> bool:
@@ -220,7 +220,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
 
 
 def run(
-    state: State, built: Setup, twin: Twin | None, forward: Callable[..., Any] | None, args: Any, kwargs: Any
+    state: Recording, built: Setup, twin: Twin | None, forward: Callable[..., Any] | None, args: Any, kwargs: Any
 ) -> tuple[Any, list[Any]]:
     """One call through a twin. Everything it records is made, filled and returned here."""
     assert twin is not None, "the model changed while it ran"
@@ -240,7 +240,7 @@ def run(
     return output, entries
 
 
-def run_eagerly(state: State, args: Any, kwargs: Any) -> tuple[Any, Records]:
+def run_eagerly(state: Recording, args: Any, kwargs: Any) -> tuple[Any, Records]:
     built = state.built
     if built.regions is not None and not built.stands():
         with state.lock:

@@ -33,7 +33,7 @@ _CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchivedFile:
     """One file within an archive: the half-open byte range in the archive's file, and its checksum (CRC-32)."""
 
     name: str
@@ -48,7 +48,7 @@ class DdufArchive:
     """What is in a DDUF file, by name, in the order of its directory; nothing stays open."""
 
     file: ShardFile
-    members: Mapping[str, Member]
+    members: Mapping[str, ArchivedFile]
 
     def read(self, name: str) -> bytes:
         """The content of a member, its checksum compared. Raises KeyError, `CheckpointError`, `CheckpointChanged`."""
@@ -58,7 +58,7 @@ class DdufArchive:
             require_unchanged(self.file, status)
             return _content(stream, member)
 
-    def weights(self) -> dict[str, Member]:
+    def weights(self) -> dict[str, ArchivedFile]:
         """The members that hold tensors."""
         return {name: member for name, member in self.members.items() if name.endswith(WEIGHTS)}
 
@@ -73,7 +73,7 @@ def read_dduf(path: Path) -> DdufArchive:
         for name, info in archive.records.items():
             where = archive.range(name)
             assert not isinstance(where, Problem)
-            members[name] = Member(name, file, *where, info.CRC)
+            members[name] = ArchivedFile(name, file, *where, info.CRC)
         _check_structure(path, members, _content(stream, members[INDEX]))
         return DdufArchive(file, MappingProxyType(members))
 
@@ -134,7 +134,7 @@ def _wrong_name(name: str) -> str | None:
     return None
 
 
-def _check_structure(path: Path, members: Mapping[str, Member], index_text: bytes) -> None:
+def _check_structure(path: Path, members: Mapping[str, ArchivedFile], index_text: bytes) -> None:
     problems = []
     try:
         index = json.loads(index_text.decode("utf-8"))
@@ -154,7 +154,7 @@ def _check_structure(path: Path, members: Mapping[str, Member], index_text: byte
         raise CheckpointError(_SUMMARY, problems)
 
 
-def _content(stream: io.FileIO, member: Member) -> bytes:
+def _content(stream: io.FileIO, member: ArchivedFile) -> bytes:
     """The bytes of a member, no more than the file has."""
     path = member.archive.path
     content = read_exactly(stream, path, member.start, member.end - member.start)
@@ -171,18 +171,18 @@ def _content(stream: io.FileIO, member: Member) -> bytes:
     return content
 
 
-def read_member(member: Member) -> ShardContents:
+def read_member(member: ArchivedFile) -> ShardContents:
     """The header of a safetensors file within an archive; byte ranges are those of the archive's file."""
     return read_safetensors(member.archive.path, within=(member.start, member.end), known=member.archive)
 
 
 # -- members in the place of files ------------------------------------------------------------------------------------
 
-_standing: ContextVar[Mapping[Path, Member]] = ContextVar("weightlift.dduf_members", default=MappingProxyType({}))
+_standing: ContextVar[Mapping[Path, ArchivedFile]] = ContextVar("weightlift.dduf_members", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
-def standing_for(members: Mapping[Path, Member]) -> Iterator[None]:
+def standing_for(members: Mapping[Path, ArchivedFile]) -> Iterator[None]:
     """In this context, opening one of the paths opens the member: for libraries that look for files by their names."""
     token = _standing.set({**_standing.get(), **members})
     try:
@@ -191,6 +191,6 @@ def standing_for(members: Mapping[Path, Member]) -> Iterator[None]:
         _standing.reset(token)
 
 
-def member_at(path: Path) -> Member | None:
+def member_at(path: Path) -> ArchivedFile | None:
     """The member that stands for a path in this context."""
     return _standing.get().get(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from weightlift.checkpoint.dcp import file_names
 from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
 from weightlift.checkpoint.index import read_index
-from weightlift.checkpoint.locate import Choice, choose, choose_in
+from weightlift.checkpoint.locate import Located, choose, choose_in
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -25,7 +25,7 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.endswith(_FILE_SUFFIXES)
 
 
-def fetch(repo: str, *, revision: str | None, token: str | bool | None, local_files_only: bool) -> tuple[Path, Choice]:
+def fetch(repo: str, *, revision: str | None, token: str | bool | None, local_files_only: bool) -> tuple[Path, Located]:
     """Bring a repository's checkpoint into the cache; its folder there, and what was chosen in it.
 
     Raises `CheckpointNotFound` when neither the hub nor the cache has it.
@@ -45,7 +45,7 @@ def fetch(repo: str, *, revision: str | None, token: str | bool | None, local_fi
     return folder, choose_in(folder)
 
 
-def _download(repo: str, revision: str | None, token: str | bool | None) -> tuple[Path, Choice]:
+def _download(repo: str, revision: str | None, token: str | bool | None) -> tuple[Path, Located]:
     from huggingface_hub import HfApi, snapshot_download
 
     siblings = HfApi(token=token).model_info(repo, revision=revision).siblings or []

@@ -58,14 +58,14 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Located:
     """The chosen names within a folder: an index, or files (in the order of their names) without one."""
 
     names: tuple[str, ...]
     is_index: bool
 
 
-def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ()) -> Choice:
+def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ()) -> Located:
     """Choose among the file names of a folder. ``where``, and its sub-``folders``, are for messages.
 
     Raises `CheckpointNotFound` when no name is that of a checkpoint, `CheckpointError` when several indexes compete.
@@ -77,7 +77,7 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
     safe_names = [name for name in visible if name.endswith(".safetensors")]
     choice = _pick(visible, safe_names, ".safetensors", ("model", "diffusion_pytorch_model"), where)
     if choice is None and is_dcp:  # before torch's: trainers leave a file of other things beside it
-        choice = Choice((DCP_METADATA,), is_index=True)
+        choice = Located((DCP_METADATA,), is_index=True)
     if choice is None:
         choice = _pick(visible, torch_names, ".bin", ("pytorch_model", "diffusion_pytorch_model"), where)
     if choice is None:
@@ -97,10 +97,10 @@ def choose(names: Iterable[str], where: Path | str, folders: Sequence[str] = ())
 
 def _pick(
     visible: list[str], weights: list[str], suffix: str, stems: tuple[str, ...], where: Path | str
-) -> Choice | None:
+) -> Located | None:
     single = next((stem + suffix for stem in stems if stem + suffix in weights), None)
     if single is not None:
-        return Choice((single,), is_index=False)
+        return Located((single,), is_index=False)
     indexes = [name for name in visible if name.endswith(f"{suffix}.index.json")]
     if len(indexes) > 1:
         problem = Problem(
@@ -112,11 +112,11 @@ def _pick(
         )
         raise CheckpointError("ambiguous checkpoint", [problem])
     if indexes:
-        return Choice(tuple(indexes), is_index=True)
+        return Located(tuple(indexes), is_index=True)
     if not weights:
         return None
     _require_complete(weights, where)
-    return Choice(tuple(weights), is_index=False)
+    return Located(tuple(weights), is_index=False)
 
 
 def _require_complete(names: list[str], where: Path | str) -> None:
@@ -147,7 +147,7 @@ def _require_complete(names: list[str], where: Path | str) -> None:
         raise CheckpointError("incomplete checkpoint", problems)
 
 
-def choose_in(folder: Path) -> Choice:
+def choose_in(folder: Path) -> Located:
     """`choose` among the files (not the folders) in a folder of the disk."""
     names: list[str] = []
     folders: list[str] = []

@@ -28,7 +28,7 @@ from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manife
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
 from weightlift.checkpoint.safetensors import MAX_HEADER_BYTES
-from weightlift.checkpoint.write import Layout, laid_out, permit, write_safetensors
+from weightlift.checkpoint.write import FileLayout, laid_out, permit, write_safetensors
 from weightlift.errors import CheckpointError, Problem, TransferError
 from weightlift.lazy_views import shown
 
@@ -234,7 +234,7 @@ def _split(
 
 def _layouts(
     split: Mapping[str, list[str]], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> dict[str, Layout]:
+) -> dict[str, FileLayout]:
     """File name → how it is to be. Raises `CheckpointError` for headers that no reader of the format takes."""
     layouts = {file: laid_out({key: tensors[key] for key in keys}, metadata) for file, keys in split.items()}
     problems = [
@@ -302,7 +302,7 @@ class _Saving:
             )
             raise CheckpointError("not saved", [problem])
 
-    def run(self, layouts: Mapping[str, Layout], tensors: Mapping[str, torch.Tensor], *, manifest: bool) -> None:
+    def run(self, layouts: Mapping[str, FileLayout], tensors: Mapping[str, torch.Tensor], *, manifest: bool) -> None:
         """Write, then rename. On an error the folder is as it was."""
         sums = self._sums()
         mode = self._mode()

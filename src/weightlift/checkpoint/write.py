@@ -24,7 +24,7 @@ _LENGTH_BYTES = 8  # before the header
 _CALL_BYTES = 64 << 20
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """The beginning of a file, its header's length included, and each tensor's bytes behind that, in their order."""
 
     header: bytes
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], layout: Layout, *, hashed: bool, mode: int | None
+    path: Path, tensors: Mapping[str, torch.Tensor], layout: FileLayout, *, hashed: bool, mode: int | None
 ) -> str | None:
     """Write a new file, flushed to the disk, with the permissions ``mode`` (None: the umask's); its sha256 when
     ``hashed``. ``layout``: that of its tensors, by `laid_out`.
@@ -79,7 +79,7 @@ def permit(fd: int, mode: int | None) -> None:
             os.fchmod(fd, mode)
 
 
-def laid_out(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Layout:
+def laid_out(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileLayout:
     """How a file of these tensors is to be."""
     names = sorted(tensors, key=lambda name: _place(name, tensors[name]))
     described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -97,7 +97,7 @@ def laid_out(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
         described[name] = {"dtype": kind, "shape": shape, "data_offsets": list(spans[name])}
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGN_BYTES)
-    return Layout(struct.pack("<Q", len(text)) + text, spans)
+    return FileLayout(struct.pack("<Q", len(text)) + text, spans)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

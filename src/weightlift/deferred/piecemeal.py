@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from weightlift.deferred.calls import Call
 from weightlift.deferred.replay import needed
-from weightlift.deferred.tape import Node, Record, TensorRef, live_readers
+from weightlift.deferred.tape import Node, Record, ViewRef, live_readers
 
 _FIRST = 64  # calls; asked again whenever there are twice as many, so that asking stays linear
 _PIECE_BYTES = 64 << 10
@@ -47,7 +47,7 @@ def is_piece(call: Call, targets: list[torch.Tensor], record: Record, beside: It
     wait. ``beside``: the records of all its tensors."""
     if len(targets) != 1 or call.random or not is_ready(record):
         return False
-    if call.overwrites and TensorRef(record, targets[0]).covers():
+    if call.overwrites and ViewRef(record, targets[0]).covers():
         return False
     waiting = [other for other in beside if other is not None and other.pending]
     return not waiting or _are_cheap(needed(waiting), _PIECE_BYTES)

@@ -46,7 +46,7 @@ from weightlift.deferred.tape import (
     Node,
     Operation,
     Record,
-    TensorRef,
+    ViewRef,
     frozen,
     generator_for,
     live_readers,
@@ -194,7 +194,7 @@ class Recorder(Memory, TorchDispatchMode):
 
     def _append(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: tuple[Record, ...],
-        deps: tuple[tuple[Record, Node | None], ...], outputs: tuple[TensorRef, ...] | None, random: bool,
+        deps: tuple[tuple[Record, Node | None], ...], outputs: tuple[ViewRef, ...] | None, random: bool,
     ) -> None:  # fmt: skip
         self._seq += 1
         node = Operation(self._seq, func, args, kwargs, writes, deps, outputs, random)
@@ -212,7 +212,7 @@ class Recorder(Memory, TorchDispatchMode):
         if overwrites and tensor.nbytes == record.nbytes and tensor.is_contiguous() and not tensor.is_neg():
             record.last = Fill(self._seq, func, record, tensor, values, random)
             return
-        ref = TensorRef(record, tensor)
+        ref = ViewRef(record, tensor)
         deps = () if overwrites and ref.covers() else ((record, record.last),)
         record.last = Operation(self._seq, func, (ref, *values), {}, (record,), deps, None, random)
         if deps:
@@ -227,7 +227,7 @@ class Recorder(Memory, TorchDispatchMode):
         record = self.record_of(tensor)
         if record is None or record.pinned or (random and self._seeding.seeded()):
             return False
-        if record.at_once and not random and not (overwrites and TensorRef(record, tensor).covers()):
+        if record.at_once and not random and not (overwrites and ViewRef(record, tensor).covers()):
             return False
         self.trials.make(func, tensor, values, random=random)
         self.append_alone(func, record, tensor, values, overwrites, random)
@@ -237,7 +237,7 @@ class Recorder(Memory, TorchDispatchMode):
         """Record that ``fill(tensor)`` gives a whole storage its values."""
         record = self.record_of(tensor)
         assert record is not None
-        self._append(fill, (TensorRef(record, tensor),), {}, (record,), (), None, False)
+        self._append(fill, (ViewRef(record, tensor),), {}, (record,), (), None, False)
 
     def _write(self, func: Any, call: Call, args: Any, kwargs: Any) -> Any:
         named = (kwargs[name] if isinstance(name, str) else args[name] for name in call.written)
@@ -256,7 +256,7 @@ class Recorder(Memory, TorchDispatchMode):
         reads: dict[Record, Node | None] = {}
         frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         writes = tuple(dict.fromkeys(record for record in records if record is not None))
-        if call.overwrites and len(writes) == 1 and TensorRef(writes[0], targets[0]).covers():
+        if call.overwrites and len(writes) == 1 and ViewRef(writes[0], targets[0]).covers():
             # By position: a tensor may also be copied onto itself.
             read = [item for place, item in [*enumerate(args), *kwargs.items()] if place not in call.written]
             if all(self.record_of(source) is not writes[0] for source in tensors_in(read)):
@@ -308,7 +308,7 @@ class Recorder(Memory, TorchDispatchMode):
         frozen_args, frozen_kwargs = frozen(args, reads, self.record_of), frozen(kwargs, reads, self.record_of)
         born = [self._born(Birth(out.shape, out.dtype, stride=out.stride)) for out in outputs]
         records = tuple(self.records[_storage_address(tensor)] for tensor in born)
-        refs = tuple(TensorRef(record, tensor) for record, tensor in zip(records, born))
+        refs = tuple(ViewRef(record, tensor) for record, tensor in zip(records, born))
         if call.random:
             func = seeded_variant(func)
             frozen_kwargs.pop("generator", None)

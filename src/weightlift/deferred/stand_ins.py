@@ -20,7 +20,7 @@ from weightlift.deferred.calls import DTYPES
 from weightlift.deferred.inventory import is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.schema import is_plain
-from weightlift.deferred.tape import Node, Operation, Record, TensorRef
+from weightlift.deferred.tape import Node, Operation, Record, ViewRef
 from weightlift.unstrided import unstrided
 
 _aten = torch.ops.aten
@@ -192,14 +192,14 @@ class StandIns:
         record = self._recorder.record_of(tensor)
         if record is None or record.pinned or record.at_once or tensor.layout is not torch.strided:
             return None
-        here = TensorRef(record, tensor)
+        here = ViewRef(record, tensor)
         if record in self._first and record.last is self._first[record]:
             return self._first_value(here)
         node = record.last
         if not isinstance(node, Operation) or node.func is not _aten.copy_.default or len(node.args) < 2:
             return None
         into, source = node.args[0], node.args[1]
-        if not isinstance(source, TensorRef) or not _same_place(into, here) or source.size != here.size:
+        if not isinstance(source, ViewRef) or not _same_place(into, here) or source.size != here.size:
             return None
         version = dict(node.deps).get(source.record)
         if source.record in self._offers and version is self._first[source.record]:
@@ -208,7 +208,7 @@ class StandIns:
             return OWN  # copied onto itself
         return None
 
-    def _first_value(self, ref: TensorRef) -> Origin:
+    def _first_value(self, ref: ViewRef) -> Origin:
         """What a view of a stand-in shows that nothing has been done to."""
         name, dtype = self._offers.get(ref.record, (None, None))
         if name is None or dtype != ref.dtype or not ref.is_whole():
@@ -218,7 +218,7 @@ class StandIns:
     def same_place(self, tensor: torch.Tensor, other: torch.Tensor) -> bool:
         """True when two tensors are the same view of one recorded storage."""
         first, second = self._recorder.record_of(tensor), self._recorder.record_of(other)
-        return first is not None and first is second and _same_place(TensorRef(first, tensor), TensorRef(first, other))
+        return first is not None and first is second and _same_place(ViewRef(first, tensor), ViewRef(first, other))
 
     def dissolve(self) -> None:
         """Let go of the memory, and of the recorded calls, which know this object."""
@@ -232,7 +232,7 @@ class StandIns:
             return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _same_place(first: TensorRef, second: TensorRef) -> bool:
+def _same_place(first: ViewRef, second: ViewRef) -> bool:
     return (
         first.record is second.record
         and first.offset == second.offset

@@ -104,7 +104,7 @@ class Record(weakref.ref):  # type: ignore[type-arg]
         """A plain tensor over the memory; no autograd, no user's storage object."""
         return torch.frombuffer(self.memory(), dtype=dtype, count=self.nbytes // dtype.itemsize)
 
-    def tensor(self, ref: TensorRef) -> torch.Tensor:
+    def tensor(self, ref: ViewRef) -> torch.Tensor:
         """As `flat`, with the geometry of ``ref``, and conjugated or negated where that is."""
         return shown_as(self.flat(ref.dtype).as_strided(ref.size, ref.stride, ref.offset), ref.lazily)
 
@@ -161,7 +161,7 @@ def live_readers(record: Record) -> list[Operation]:
     return record.readers.live() if record.readers is not None else []
 
 
-class TensorRef:
+class ViewRef:
     """A tensor argument of a recorded call: which storage, the geometry of the view, and whether it shows the memory's
     numbers conjugated (``tensor.conj()``) or negated (the ``imag`` of that)."""
 
@@ -298,7 +298,7 @@ class Operation(Node):
         kwargs: dict[str, Any],
         writes: tuple[Record, ...],
         deps: tuple[tuple[Record, Node | None], ...],
-        outputs: tuple[TensorRef, ...] | None,
+        outputs: tuple[ViewRef, ...] | None,
         random: bool,
     ) -> None:
         self.seq = seq
@@ -343,7 +343,7 @@ def frozen(
         if record.pinned:
             return value.detach().clone()
         reads[record] = record.last
-        return TensorRef(record, value)
+        return ViewRef(record, value)
     if isinstance(value, dict):
         return {name: frozen(item, reads, record_of) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -352,7 +352,7 @@ def frozen(
 
 
 def _thaw(value: Any) -> Any:
-    if type(value) is TensorRef:
+    if type(value) is ViewRef:
         return value.record.tensor(value)
     if isinstance(value, (tuple, list)):
         return type(value)(_thaw(item) for item in value)

@@ -57,7 +57,7 @@ def _importer(imports: Mapping[str, Any]) -> Callable[..., Any]:
     return load
 
 
-class Handle:
+class Facade:
     """A class as another library's code sees it, whose ``from_pretrained`` is ``load``."""
 
     def __init__(self, cls: Any, load: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from weightlift.deferred.functions import FunctionRecorder
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import label_samples, needed, replays
 from weightlift.deferred.seeding import SeedWatch
-from weightlift.deferred.tape import TensorRef, generator_for
+from weightlift.deferred.tape import ViewRef, generator_for
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ def test_what_a_view_covers(view, whole, covers):
     with recording() as recorder:
         tensor = torch.empty(3, 4)
         seen = view(tensor)
-    ref = TensorRef(recorder.record_of(tensor), seen)
+    ref = ViewRef(recorder.record_of(tensor), seen)
     assert (ref.is_whole(), ref.covers()) == (whole, covers)
 
 

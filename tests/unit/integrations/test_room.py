@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from weightlift.integrations.room import Handle, in_room
+from weightlift.integrations.room import Facade, in_room
 
 
 def theirs(*_: Any) -> None:
@@ -15,7 +15,7 @@ def theirs(*_: Any) -> None:
 def test_a_warning_names_the_caller_and_none_of_this_library() -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        Handle(object, in_room(theirs, {})).from_pretrained()
+        Facade(object, in_room(theirs, {})).from_pretrained()
     assert [item.filename for item in found] == [__file__]
 
 

@@ -25,7 +25,7 @@ from weightlift.integrations.diffusers import dduf, pipeline, single_file, singl
 from weightlift.integrations.diffusers.model import ORIGINAL, load_pretrained
 from weightlift.integrations.diffusers.originals import original
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
-from weightlift.integrations.room import Handle, in_room, unwrapped
+from weightlift.integrations.room import Facade, in_room, unwrapped
 
 AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
 _AUTO_PIPELINES = tuple(
@@ -80,9 +80,9 @@ def load_single_file(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
     return single_file.load_model(cls, *args, **kwargs)
 
 
-def _handle(cls: Any) -> Handle:
+def _facade(cls: Any) -> Facade:
     """A class as code of Diffusers sees it, with our ``from_pretrained`` where there is one."""
-    return Handle(cls, lambda name, /, *args, **kwargs: (loader(cls) or cls.from_pretrained)(name, *args, **kwargs))
+    return Facade(cls, lambda name, /, *args, **kwargs: (loader(cls) or cls.from_pretrained)(name, *args, **kwargs))
 
 
 def loader(cls: Any) -> Callable[..., Any] | None:
@@ -111,10 +111,10 @@ def load_auto(cls: Any, /, pretrained_model_or_path: Any = None, **kwargs: Any) 
 
     def candidates(*args: Any, **more: Any) -> Any:
         found, others = get_class_obj_and_candidates(*args, **more)
-        return (None if found is None else _handle(found)), others
+        return (None if found is None else _facade(found)), others
 
     def dynamic(*args: Any, **more: Any) -> Any:
-        return _handle(get_class_from_dynamic_module(*args, **more))
+        return _facade(get_class_from_dynamic_module(*args, **more))
 
     run = in_room(
         AUTO_ORIGINAL,
@@ -130,7 +130,7 @@ def _auto_pipeline(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
 
     def found(*args: Any, **more: Any) -> Any:
         task = task_class(*args, **more)
-        return None if task is None else _handle(task)
+        return None if task is None else _facade(task)
 
     run = in_room(cls.from_pretrained, {"_get_task_class": found})
     with LOADING.shared():
@@ -162,7 +162,7 @@ def _somebody_elses(cls: Any, method: str, call: Callable[[], Any]) -> Any:
 def _handles_in(function: FunctionType) -> dict[str, Any]:
     """The model classes that a function finds among its globals: those of which it loads several into one."""
     return {
-        key: _handle(value)
+        key: _facade(value)
         for key, value in function.__globals__.items()
         if isinstance(value, type) and issubclass(value, ModelMixin) and value is not ModelMixin
     }
@@ -173,10 +173,10 @@ def _legacy(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     def remapped(config: Any, old: Any) -> Any:
         found = _fetch_remapped_cls_from_config(config, old)
-        return found if found is cls else _handle(found)
+        return found if found is cls else _facade(found)
 
-    def parent(_: Any, found: Any) -> Handle:
-        return Handle(found, partial(load_pretrained, found))
+    def parent(_: Any, found: Any) -> Facade:
+        return Facade(found, partial(load_pretrained, found))
 
     run = in_room(
         LegacyModelMixin.from_pretrained, {"super": parent}, imports={"_fetch_remapped_cls_from_config": remapped}

@@ -27,7 +27,7 @@ from weightlift.integrations.diffusers.pipeline import Loader, Loading
 from weightlift.integrations.diffusers.single_file import fill, lazy_checkpoint, load_natively
 from weightlift.integrations.exclusive import native_or_alone
 from weightlift.integrations.lazy import Lazy, source_of
-from weightlift.integrations.room import Delegate, Handle, in_room
+from weightlift.integrations.room import Delegate, Facade, in_room
 
 ORIGINAL: Any = original(FromSingleFileMixin, "from_single_file")
 """Diffusers' own ``from_single_file`` of pipelines, whether or not `weightlift.install` has replaced it."""
@@ -124,7 +124,7 @@ class SingleFileLoading(Loading):
 
         load = self._loader(StableDiffusionSafetyChecker)
         assert load is not None
-        ours = {"StableDiffusionSafetyChecker": Handle(StableDiffusionSafetyChecker, load)}
+        ours = {"StableDiffusionSafetyChecker": Facade(StableDiffusionSafetyChecker, load)}
         return in_room(single_file_utils._legacy_load_safety_checker, {}, imports=ours)(*args, **kwargs)
 
 

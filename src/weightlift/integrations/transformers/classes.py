@@ -24,7 +24,7 @@ from transformers.models.auto.auto_factory import (
 )
 
 from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
-from weightlift.integrations.room import Delegate, Handle, in_room, unwrapped
+from weightlift.integrations.room import Delegate, Facade, in_room, unwrapped
 from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
@@ -90,14 +90,14 @@ def _of_transformers(method: Any) -> bool:
 # -- what Auto classes look up ----------------------------------------------------------------------------------------
 
 
-def _handle(cls: Any) -> Handle:
+def _facade(cls: Any) -> Facade:
     """A model class as an Auto class sees it."""
-    return Handle(cls, lambda name, /, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
+    return Facade(cls, lambda name, /, *args, **kwargs: from_pretrained(cls, name, args, kwargs))
 
 
-def _with_mixin(model_class: Any) -> Handle:
+def _with_mixin(model_class: Any) -> Facade:
     """A repository's class; what Transformers does to it (it is registered, may get another base) is done by then."""
-    return _handle(add_generation_mixin_to_remote_model(model_class))
+    return _facade(add_generation_mixin_to_remote_model(model_class))
 
 
 def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ def _hub() -> Any:
 
 _LEADING_HERE: Mapping[str, Any] = {
     "AutoConfig": Delegate(AutoConfig, from_pretrained=_one_at_a_time(AutoConfig.from_pretrained)),
-    "_get_model_class": lambda config, mapping: _handle(_get_model_class(config, mapping)),
+    "_get_model_class": lambda config, mapping: _facade(_get_model_class(config, mapping)),
     "add_generation_mixin_to_remote_model": _with_mixin,
     "get_class_from_dynamic_module": _one_at_a_time(get_class_from_dynamic_module),
     "hf_api": _hub,
