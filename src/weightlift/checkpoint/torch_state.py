@@ -220,7 +220,7 @@ def flat_problem(
         return Problem("has keys that are not strings", file=file, expected=expected, found=found)
     nested = _nested(root, is_tensor)
     if any(map(is_tensor, root.values())):  # beside weights an optimiser's state is no weights, however large it is
-        nested = {key: value for key, value in nested.items() if not _is_no_weights(key)}
+        nested = {key: value for key, value in nested.items() if not _is_no_weights(key, value)}
     if nested:
         names = _weights_in(nested, is_tensor, set())
         inside = Part((*part.names, *names))
@@ -229,7 +229,7 @@ def flat_problem(
             hint = _AMID.format(inside.call)
         found = f"mappings under {', '.join(map(repr, nested))}"
         what = "the state dict is nested"
-        elsewhere = _ELSEWHERE if all(_is_no_weights(key) for key in nested) else None
+        elsewhere = _ELSEWHERE if all(_is_no_weights(key, value) for key, value in nested.items()) else None
         return Problem(what, file=file, expected=expected, found=found, hint=hint if names else elsewhere)
     if not any(is_tensor(value) or key.endswith("_extra_state") for key, value in root.items()):
         found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
@@ -269,8 +269,9 @@ def _nested(root: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[s
     }
 
 
-def _is_no_weights(key: str) -> bool:
-    return key.lower().startswith(_NO_WEIGHTS)
+def _is_no_weights(key: str, value: Mapping[Any, Any]) -> bool:
+    """Whether it is an optimiser's state or the like, by its name or, whatever that is, by what it holds."""
+    return key.lower().startswith(_NO_WEIGHTS) or {"state", "param_groups"} <= value.keys()
 
 
 def _weights_in(
@@ -278,7 +279,7 @@ def _weights_in(
 ) -> tuple[str, ...]:
     """The most likely way to a model's weights: by a usual name, else to a mapping of tensors; what optimisers and
     averages hold lies deeper, or comes after. Empty where none was found."""
-    mappings = {key: value for key, value in mappings.items() if not _is_no_weights(key)}
+    mappings = {key: value for key, value in mappings.items() if not _is_no_weights(key, value)}
     flat = [key for key in mappings if any(map(is_tensor, mappings[key].values()))]
     for key in dict.fromkeys((*(key for key in _USUAL if key in mappings), *flat, *mappings)):
         within = mappings[key]

@@ -206,6 +206,21 @@ def test_mappings_beside_the_weights(tmp_path: Path) -> None:
     assert same(wl.load(lambda: nn.Linear(2, 2), source, key_mapping=drop).weight.detach(), source["weight"])
 
 
+def test_an_optimiser_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    adam = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2)).sum().backward()
+    adam.step()
+    torch.save({**module.state_dict(), "adam": adam.state_dict()}, tmp_path / "flat.pt")
+    assert set(wl.open_checkpoint(tmp_path / "flat.pt")) == {"weight", "bias"}
+    torch.save({"adam": adam.state_dict(), "net": {"a": module.state_dict()}}, tmp_path / "nested.pt")
+    with pytest.raises(CheckpointError, match=r"within=\('net', 'a'\)"):
+        wl.open_checkpoint(tmp_path / "nested.pt")
+    torch.save({"adam": adam.state_dict()}, tmp_path / "alone.pt")
+    with pytest.raises(CheckpointError, match="weights, which are in another file"):
+        wl.open_checkpoint(tmp_path / "alone.pt")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
