@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -219,6 +221,47 @@ def test_a_block_within_a_backward_pass() -> None:
     doubled.register_hook(probe)
     doubled.sum().backward()
     assert seen == [3]
+
+
+class Doubles(nn.Module):
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+        self.writes = writes
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = self.layer(value * 2)
+        return value.add_(1) if self.writes else value + 1
+
+
+@pytest.mark.parametrize("tap", [wl.Output("layer"), wl.Output("layer", expect="some"), wl.Input("layer")])
+@pytest.mark.parametrize("around", [False, True], ids=["whole", "within"])
+@pytest.mark.parametrize("how", [torch.vmap, torch.func.grad])
+def test_writes_to_what_vmap_and_grad_wrap(tap: wl.Output, around: bool, how: Any) -> None:
+    """The tensors that a model sees there count no writes themselves, or not those from outside."""
+
+    class Around(nn.Module):
+        def __init__(self, *, writes: bool) -> None:
+            super().__init__()
+            self.inner = Doubles(writes=writes)
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return how(lambda row: self.inner(row).sum())(value)
+
+    tap = dataclasses.replace(tap, select="inner.layer" if around else "layer")
+    for writes in (False, True):
+        told = pytest.raises(wl.CaptureError, match="written to") if writes else contextlib.nullcontext()
+        net: nn.Module = Around(writes=writes) if around else Doubles(writes=writes)
+        with told, wl.capture(net, seen=tap):
+            _ = net(torch.ones(2)) if around else how(lambda row, net=net: net(row).sum())(torch.ones(2))
+
+
+def test_a_write_to_what_vmap_returned() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Softplus())
+    with wl.capture(net, seen="1"):
+        _ = torch.vmap(net)(x()) + 1
+    with pytest.raises(wl.CaptureError, match="written to"), torch.no_grad(), wl.capture(net, seen="1"):
+        torch.vmap(net)(x()).add_(1)
 
 
 def test_reentrant_checkpointing_detaches() -> None:

@@ -334,7 +334,9 @@ class ByHand:
         number = self.running.get()[-1] if self.running.get() else None
         if lack is None:
             if any(options.get(key) for key in ("detach", "clone", "dtype")) or part_of(options) is not None:
-                value = apply(lambda tensor: finished(options, tensor), value)  # else it is the container itself
+                # What that saves for the backward is not a checkpointed region's, which is recomputed without it.
+                with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                    value = apply(lambda tensor: finished(options, tensor), value)  # else it is the container itself
             if self.grad and not options["detach"] and not torch.is_grad_enabled() and region.get():
                 self.detached |= region.get() == "reentrant" and bool(tensors_of(value))
                 self.doubtful = True
@@ -472,6 +474,10 @@ def finished(options: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:
     if options["dtype"] is not None:
         tensor = tensor.to(options["dtype"])
     return tensor.clone() if options["clone"] else tensor
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:

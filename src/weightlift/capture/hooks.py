@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.forwards import NONE_DUE, Forward, nearest, running
 from weightlift.capture.session import Session, Work, backward_id, open_sessions
-from weightlift.capture.values import version_of
+from weightlift.capture.values import is_wrapped, version_of
 
 HOOK_ID = -770_310
 FAILURE_ID = HOOK_ID - 1
@@ -79,7 +79,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
     ):
         value = kwargs if output is _NOTHING else output
         due = forward.due
-        if due[0] is module and type(value) is Tensor:
+        if due[0] is module and type(value) is Tensor and not is_wrapped(value):
             try:
                 if due[2] is None or _begin(forward, due[2], args):
                     forward.raw.append((due[1], value, value._version, forward.number))
@@ -92,10 +92,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
             if isinstance(value, tuple) and action.index is not None:
                 value = value[action.index] if -len(value) <= action.index < len(value) else None
             if value is not None:
-                version = (
-                    value._version if isinstance(value, Tensor) and not value.is_inference() else version_of(value)
-                )
-                forward.raw.append((action, value, version, forward.number))
+                forward.raw.append((action, value, version_of(value), forward.number))
                 forward.passed(module)
                 return None
     return _after_forward(module, args, kwargs, output)
@@ -103,7 +100,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output:
 
 def _begin(forward: Forward, action: Any, args: tuple[Any, ...]) -> bool:
     """Notes the first argument of the first layer, before its output, where that is all that came."""
-    if forward.raw or not args or type(args[0]) is not Tensor:
+    if forward.raw or not args or type(args[0]) is not Tensor or is_wrapped(args[0]):
         return False
     forward.raw.append((action, args[0], args[0]._version, forward.number))
     return True

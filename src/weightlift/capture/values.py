@@ -56,9 +56,15 @@ def recipe_of(tap: Options) -> Recipe:
     )
 
 
+# A tensor that ``torch.vmap`` or ``torch.func.grad`` made of another. It does not count what is written to that.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def version_of(value: Any) -> Any:
     """What tells later whether somebody wrote to a value: see `written`. -1 where torch counts no writes."""
     if isinstance(value, torch.Tensor):
+        while is_wrapped(value):
+            value = torch._C._functorch.get_unwrapped(value)
         return -1 if value.is_inference() else value._version
     parts: list[tuple[Any, Any]] = []
     _parts_of(value, parts, {})
@@ -68,7 +74,7 @@ def version_of(value: Any) -> Any:
 def written(value: Any, version: Any) -> bool:
     """Whether a value is no longer what it was when it had that version."""
     if isinstance(value, torch.Tensor):
-        return bool(version >= 0 and value._version != version)
+        return bool(version >= 0 and version_of(value) != version)
     if version == -1:
         return False
     now: list[tuple[Any, Any]] = []
