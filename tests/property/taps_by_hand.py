@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,7 +336,8 @@ class ByHand:
         if lack is None:
             if any(options.get(key) for key in ("detach", "clone", "dtype")) or part_of(options) is not None:
                 # What that saves for the backward is not a checkpointed region's, which is recomputed without it.
-                with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+                with torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooked else nullcontext():
                     value = apply(lambda tensor: finished(options, tensor), value)  # else it is the container itself
             if self.grad and not options["detach"] and not torch.is_grad_enabled() and region.get():
                 self.detached |= region.get() == "reentrant" and bool(tensors_of(value))
