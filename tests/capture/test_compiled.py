@@ -242,6 +242,27 @@ def test_what_fails_in_a_compiled_recorder_is_said_as_uncompiled() -> None:
         for run in (record, fast, fast):
             with pytest.raises(ValueError, match="two rows, please"):
                 run(torch.ones(rows, 4))
+    for run in (plain, torch.compile(plain, backend="eager")):
+        for rows in (2, 3, 2):
+            with contextlib.nullcontext() if rows == 2 else pytest.raises(ValueError, match="two rows, please"):
+                out, got = run(torch.ones(rows, 4))
+                assert torch.equal(got["seen"][0], out)
+
+
+def test_what_fails_in_a_compiled_forward_with_records() -> None:
+    """The next call was told that nothing had run."""
+
+    class Recorded(Strict):
+        @wl.records(seen="first")
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return super().forward(value)
+
+    net = Recorded()
+    for run in (net, torch.compile(net, backend="eager")):
+        for rows in (2, 3, 2, 3, 2):
+            with contextlib.nullcontext() if rows == 2 else pytest.raises(ValueError, match="two rows, please"):
+                out, (seen,) = run(torch.ones(rows, 4), output_seen=True)
+                assert torch.equal(seen, out)
 
 
 class Catches(nn.Module):

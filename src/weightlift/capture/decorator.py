@@ -13,7 +13,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
-from weightlift.capture.recorder import Recording, refusals, run
+from weightlift.capture.recorder import Eager, Recording, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
 from weightlift.errors import CaptureError
@@ -38,7 +38,13 @@ def records(**taps: Any) -> Callable[[Function], Function]:
     known = collect_taps((), taps)
 
     def decorate(forward: Function) -> Function:
-        prepare = _preparer(known)
+        def capturing(self: nn.Module, chosen: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+            with Capture(self, {name: known[name] for name in chosen}) as got:
+                output = forward(self, *args, **kwargs)
+            return attach(output, chosen, tuple([got[name] for name in chosen]))
+
+        eager = Eager(capturing)
+        prepare = _preparer(known, eager)
 
         @functools.wraps(forward)
         def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,9 +60,7 @@ def records(**taps: Any) -> Callable[[Function], Function]:
                 if problems:
                     raise CaptureError("the capture is not complete", problems)
                 return attach(output, chosen, gathered(chosen, entries))
-            with Capture(self, {name: known[name] for name in chosen}) as got:
-                output = forward(self, *args, **kwargs)
-            return attach(output, chosen, tuple([got[name] for name in chosen]))
+            return eager.call(self, chosen, args, kwargs)
 
         wrapper.__signature__ = _with_flags(forward, known)  # type: ignore[attr-defined]
         setattr(wrapper, OWN_TAPS, {**getattr(forward, OWN_TAPS, {}), **known})
@@ -82,11 +86,12 @@ class _Place:
         return _Place, ()
 
 
-def _preparer(known: dict[str, Tap]) -> Callable[[nn.Module, tuple[str, ...]], bool]:
+def _preparer(known: dict[str, Tap], eager: Eager) -> Callable[[nn.Module, tuple[str, ...]], bool]:
     lock = threading.Lock()
 
     def prepare(module: nn.Module, chosen: tuple[str, ...]) -> bool:
         """Runs while a call is being traced: its state exists and fits the module from then on."""
+        eager.keep_apart()
         with lock, refusals():
             place = module.__dict__.setdefault(_PLACE, _Place())
             state = getattr(place, "_".join(chosen), None)

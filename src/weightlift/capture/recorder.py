@@ -81,6 +81,23 @@ class Setup:
         return settle_recorded(raw, self.expected)
 
 
+class Eager:
+    """What runs where nothing is traced; ``call`` runs it.
+
+    Where torch gives up on a trace (a model, an option or ``replace`` raised meanwhile), it runs the same code instead,
+    then and later, and compiles what that calls, where no hook would see anything. So once something was traced,
+    nothing of it is compiled but what is by itself.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.call = call
+
+    def keep_apart(self) -> None:
+        """Something is being traced."""
+        self.call = torch.compiler.disable(self._call)  # type: ignore[no-untyped-call]
+
+
 class Recording:
     """A recorder's model and taps, and what was built for them."""
 
@@ -92,7 +109,6 @@ class Recording:
         self.lock = threading.Lock()
         self.built = self.build()
         self.template: Template | None = None  # of the latest call outside compiled code
-        self.call_eagerly = run_eagerly
 
     def refresh(self) -> None:
         """Looks at the model again."""
@@ -102,9 +118,6 @@ class Recording:
 
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
-        # Where torch gives up (an option or `replace` raises while it traces), it calls the same code and compiles what
-        # that calls: there no hook would see anything.
-        self.call_eagerly = torch.compiler.disable(run_eagerly)  # type: ignore[no-untyped-call]
         with self.lock:
             built = self.look_again()
             if built.pick() is None:
@@ -196,16 +209,18 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     """
     require_module(model)
     state = Recording(model, collect_taps(declared, taps, own_taps(model)))
+    eager = Eager(run_eagerly)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare() -> bool:
         """Runs while a call is being traced, not when the compiled code runs: what was built fits from then on."""
+        eager.keep_apart()
         with refusals():
             return state.prepare()
 
     def record(*args: Any, **kwargs: Any) -> tuple[Any, Records]:
         if not is_dynamo_compiling():
-            return state.call_eagerly(state, args, kwargs)
+            return eager.call(state, args, kwargs)  # type: ignore[no-any-return]
         prepare()
         built = state.built
         output, entries = run(state, built, built.pick(), None, args, kwargs)
