@@ -227,6 +227,7 @@ class ByHand:
         ):
             raise CaptureError("stop with the end", [])
         self.grad = torch.is_grad_enabled()
+        self.backward = torch._C._current_graph_task_id()  # that of the pass around it, if there is one
         for before in (True, False):
             for name, modules in self.chosen.items():
                 if self.choices[name].before is before:
@@ -304,10 +305,14 @@ class ByHand:
         self.note(name, fqn, value)
         return edited
 
+    def recomputes(self) -> bool:
+        """Whether a backward pass runs that has begun since this was opened: what runs in it counts as no call."""
+        return torch._C._current_graph_task_id() not in (-1, self.backward)
+
     def wants_edit(self, name: str, fqn: str) -> bool:
         """Only the calls that are chosen, if any are."""
         calls = self.options[name]["calls"]
-        chosen = calls is None or len(self.fired.get((name, fqn), ())) in calls
+        chosen = calls is None or (not self.recomputes() and len(self.fired.get((name, fqn), ())) in calls)
         return chosen and self.options[name]["replace"] is not None
 
     def edits(self) -> None:
@@ -328,7 +333,7 @@ class ByHand:
         return copied
 
     def note(self, name: str, fqn: str, value: Any = None, lack: Lacks | None = None) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if self.recomputes():
             return
         options = self.options[name]
         calls = self.fired.setdefault((name, fqn), [])
@@ -436,7 +441,8 @@ class ByHand:
                 continue
             if not any(fired.values()):
                 found.add("fired")
-            if options["expect"] == "every" and not self.stopped:
+            # A forward that was stopped excuses no other.
+            if options["expect"] == "every" and not (self.stopped and not set(self.done) - self.around):
                 for calls in fired.values():
                     within = {call for call in calls if call is not None}
                     missed = set(self.done) - self.around - within
