@@ -22,7 +22,6 @@ from weightlift.errors import Problem
 # Re-entrant: what the collector runs meanwhile may capture, too.
 _lock = threading.RLock()
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
-_NOTHING: dict[int, Any] = {}
 Mark: TypeAlias = "tuple[int, CodeType]"  # a frame, which is not held
 
 
@@ -122,7 +121,7 @@ class Session:
         self.forwards = []
         self.frames = {}
         self.last = {}
-        self.before = self.after = _NOTHING
+        self.before = self.after = {}
         self.held = self.children = ()
 
     def begin(self, owner: Any, frame: FrameType, *, is_root: bool) -> None:

@@ -49,7 +49,7 @@ def read_dcp(path: Path, part: Part = WHOLE) -> tuple[ShardContents, ...]:
     root = part.find(_nested(read_metadata(path), path), path)
     problem = flat_problem(root, path, _is_tensor, part)
     if problem is not None:
-        if root and all(isinstance(value, Item) and value.shape is None for value in root.values()):
+        if root and all(isinstance(value, Item) and not value.is_tensor for value in root.values()):
             problem = replace(problem, hint=UNFLATTENED)
         raise CheckpointError(SUMMARY, [problem])
     folder = _Folder(path)
@@ -62,7 +62,7 @@ def read_dcp(path: Path, part: Part = WHOLE) -> tuple[ShardContents, ...]:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Item) and value.shape is not None
+    return isinstance(value, Item) and value.is_tensor
 
 
 class _List:
@@ -173,7 +173,7 @@ class _Folder:
                 return alike
             archive = TorchArchive(path, window, size, begin=piece.start)
         raw = archive.read("data.pkl")
-        if item.shape is None:
+        if not item.is_tensor:
             return _other(path, archive, item, raw)
         held = self._refs.get(raw)
         if held is None:

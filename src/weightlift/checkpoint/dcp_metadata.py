@@ -71,6 +71,11 @@ class Item:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it lies in boxes."""
+        return self.shape is not None
+
 
 def read_metadata(path: Path) -> tuple[Item, ...]:
     """The values of a checkpoint, in the order in which they were saved. Raises `CheckpointError` with every problem,

@@ -74,7 +74,7 @@ class Part:
             listed = ", ".join(f"{name!r:.100}" for name in held[:_MANY]) + (" …" if len(held) > _MANY else "")
             found = f"mappings under {listed}" if held else "no mapping within it"
         expected, hint = f"a mapping there, by {self.call}", None
-        if isinstance(root, Mapping) and isinstance(value := root.get(self.names[at]), Item) and value.shape is None:
+        if isinstance(root, Mapping) and isinstance(value := root.get(self.names[at]), Item) and not value.is_tensor:
             hint = UNFLATTENED
         elif isinstance(root, Mapping) and self.names[at] not in root and any(map(_is_tensor, root.values())):
             shorter = Part(self.names[:at])
@@ -104,8 +104,7 @@ def told(value: Any) -> str:
 
 
 def _is_tensor(value: Any) -> bool:
-    is_in_boxes = isinstance(value, Item) and value.shape is not None
-    return is_in_boxes or isinstance(value, (TensorRef, torch.Tensor))
+    return value.is_tensor if isinstance(value, Item) else isinstance(value, (TensorRef, torch.Tensor))
 
 
 WHOLE = Part()

@@ -14,13 +14,9 @@ _FLAGS = {
     "copy=True": "--copy",
     "copy=False": "no --copy",
     "defer=False": "--no-defer",
-    "drop one of the two keys: key_mapping=lambda key: None for it": "drop one of the two keys, which takes Python: "
-    "key_mapping=lambda key: None for it",
-    "drop the key: key_mapping=lambda key: None for it": "drop the key, which takes Python: "
-    "key_mapping=lambda key: None for it",
-    "drop it: key_mapping=lambda": "in Python drop it: key_mapping=lambda",
     "leave within out": "leave --within out",
     "in device or device_map": "in --device",
+    "key_mapping=lambda": "key_mapping=lambda",  # has no flag
     "key_mapping": "--rename",
     "memory_budget_bytes": "--memory-budget",
     "all are in `.problems`": "weightlift plan --json lists all",
@@ -29,6 +25,9 @@ _FLAGS = {
     "trace must be": "--trace must be",
 }
 _KNOWN = re.compile("|".join(rf"(?<![\w-]){re.escape(words)}(?!\w)" for words in _FLAGS))
+
+# What can't be said there.
+_FUNCTION = re.compile(r": (?=key_mapping=lambda)")
 
 # A mapping that a hint gives ready to be passed.
 _MAPPING = re.compile(r"""key_mapping=(\{(?:r?(?:"[^"]*"|'[^']*')[:,]? ?)+\})""")
@@ -40,7 +39,7 @@ _WITHIN = re.compile(r"""open_checkpoint\(…, within=(\(.*?\)|'[^']*'|"[^"]*")\
 
 def as_flags(text: str) -> str:
     """A message in the command line's words. What has no flag stays as it is."""
-    text = _WITHIN.sub(_within, _MAPPING.sub(_renames, text))
+    text = _WITHIN.sub(_within, _MAPPING.sub(_renames, _FUNCTION.sub(", which takes Python: ", text)))
     return _KNOWN.sub(lambda match: _FLAGS[match[0]], text)
 
 

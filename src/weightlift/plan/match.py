@@ -69,7 +69,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         lacks = lacking(missing, unexpected)
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
-        computed = {item.fqn for item in spec.tensors if not item.persistent}
+        computed = {item.fqn for item in spec.tensors if not item.persistent} if unexpected else set()
         extra = [(item, unplaced(item, computed=item.name in computed)) for item in unexpected]
         problems += in_short(lacks, extra, rows, supply.present, options.key_mapping)
     problems += without_value(spec, rows, options)

@@ -68,8 +68,7 @@ def _beside(
     if len(items) == len(keys) <= _FEW:
         if not keys or not set(keys) <= present().keys():  # but made up by a hook
             return None
-        values = "a value" if len(keys) == 1 else f"{len(keys)} values"
-        what = f"the module has no place for {values} beside the tensors: {', '.join(keys)}"
+        what = f"the module has no place for {len(keys)} values beside the tensors: {', '.join(keys)}"
         listed = ", ".join(map(quoted, keys))
         return _to_be_dropped(what, f"key in {{{listed}}}" if len(keys) > 1 else f"key == {listed}")
     names = [item.name for item in items]

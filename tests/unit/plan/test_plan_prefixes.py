@@ -198,7 +198,7 @@ def test_averaged_weights_beside_the_others_are_told_as_one() -> None:
     assert str(caught.value).count("\n") == 2
     drop, flags = str(first.hint).partition("key_mapping=")[2], as_flags(str(first.hint))
     assert wl.load(build, both, key_mapping=eval(drop)) is not None
-    assert "in Python drop it: key_mapping=" in flags and "--no-strict" in flags
+    assert "drop it, which takes Python: key_mapping=" in flags and "--no-strict" in flags
     few = {key: value for key, value in both.items() if "ema." not in key or "0" in key}
     for other in ({**both, "step": torch.ones(1)}, {key: both[key] for key in both if key != "0.bias"}, few):
         assert not any("no place for begin" in problem.what for problem in wl.plan(build, other).problems)
