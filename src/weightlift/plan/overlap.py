@@ -9,6 +9,8 @@ from weightlift.checkpoint.entry import TensorEntry
 from weightlift.deferred.inventory import TensorSpec
 from weightlift.errors import Problem
 from weightlift.plan.parts import box_of, overlap, within
+from weightlift.plan.prefixes import quoted
+from weightlift.plan.problems import dropping
 from weightlift.plan.records import Offer
 from weightlift.plan.regions import Region
 from weightlift.strides import has_overlap, interval, is_row_major, row_major, span_elements
@@ -104,5 +106,6 @@ def _both(item: TensorSpec, offer: Offer, other: TensorSpec) -> Problem:
         key=offer.key,
         fqn=item.fqn,
         file=offer.entry.file,
-        hint="drop one of the two keys: key_mapping=lambda key: None for it",
+        hint="pass strict=False and drop one of the two, for instance this:"
+        f" {dropping(f'key == {quoted(offer.key)}')}",
     )

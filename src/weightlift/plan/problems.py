@@ -8,10 +8,19 @@ from weightlift.deferred.inventory import ModuleSpec, TensorSpec
 from weightlift.errors import Problem
 from weightlift.options import LoadOptions
 from weightlift.plan.nearest import nearest_names
+from weightlift.plan.prefixes import quoted
 from weightlift.plan.records import Action, Offer, Row, Unexpected
 
 _HINTS = 20
-_DROPPED = "drop the key: key_mapping=lambda key: None for it"
+
+
+def dropping(condition: str) -> str:
+    """What leaves out the keys of which ``condition``, an expression of ``key``, is true."""
+    return f"key_mapping=lambda key: None if {condition} else key"
+
+
+def _dropped(key: str) -> str:
+    return f"drop it: {dropping(f'key == {quoted(key)}')}"
 
 
 def unfit(item: TensorSpec, offer: Offer) -> Problem:
@@ -34,8 +43,8 @@ def unfillable(item: TensorSpec, offer: Offer) -> Problem:
         fqn=item.fqn,
         file=offer.entry.file,
         found=f"a {item.unstrided} tensor in the module",
-        hint=f"make it a strided one in the module, or {_DROPPED}, with strict=False, and keep what the constructor"
-        " computed",
+        hint="make it a strided one in the module, or keep what the constructor computed: pass strict=False and"
+        f" {_dropped(offer.key)}",
     )
 
 
@@ -124,7 +133,7 @@ def unplaced(item: Unexpected, *, computed: bool) -> Problem:
         start=entry.start if entry is not None and file else None,
         end=entry.end if entry is not None and file else None,
         found=f"a tensor of shape {list(entry.shape)}" if entry is not None else None,
-        hint=f"pass strict=False to leave it out, or {_DROPPED}"
+        hint=f"pass strict=False to leave it out, or {_dropped(item.key)}"
         if computed
         else "map names with key_mapping, or pass strict=False to leave it out",
     )

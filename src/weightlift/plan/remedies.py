@@ -8,6 +8,7 @@ from dataclasses import replace
 from weightlift.errors import Problem
 from weightlift.options import KeyMapping
 from weightlift.plan.prefixes import Prefix, find_prefix, quoted
+from weightlift.plan.problems import dropping
 from weightlift.plan.records import Row, Unexpected
 from weightlift.plan.renamings import Renaming, find_renaming
 
@@ -80,5 +81,4 @@ def _beside(
 
 
 def _to_be_dropped(what: str, condition: str) -> Problem:
-    drop = f"key_mapping=lambda key: None if {condition} else key"
-    return Problem(what, hint=f"pass strict=False to leave that out, or drop it: {drop}")
+    return Problem(what, hint=f"pass strict=False to leave that out, or drop it: {dropping(condition)}")

@@ -335,6 +335,38 @@ def test_a_refused_plan_calls_nothing_initialised_or_kept(existing):
     assert f"{0 if existing else 4} initialised, {4 if existing else 0} kept, 0 mismatched" in str(lenient)
 
 
+def told(problem):
+    """The ``key_mapping`` of a hint."""
+    return eval(problem.hint.partition("key_mapping=")[2])
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_can_only_be_left_out_is_left_out_by_what_the_hint_says(existing):
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.eye(3).to_sparse())
+
+    class Overlapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            base = torch.zeros(6)
+            self.a, self.b = nn.Parameter(base[:4]), nn.Parameter(base[2:])
+
+    for build, state in (
+        (Sparse, {"a": torch.ones(3, 3)}),
+        (Overlapping, {"a": torch.arange(4.0), "b": torch.arange(4.0) + 2}),
+    ):
+        module = build() if existing else build
+        (problem,) = wl.plan(module, state).problems
+        assert problem.hint.count("strict=False") == 1
+        loaded = wl.load(module, state, key_mapping=told(problem), strict=False)
+        expected = build()
+        expected.load_state_dict({"a": expected.a if build is Sparse else state["a"]}, strict=False)
+        for one, other in zip(loaded.parameters(), expected.parameters()):
+            assert torch.equal(one.to_dense(), other.to_dense())
+
+
 def test_what_the_module_computes_itself_is_told_as_that():
     class Masked(nn.Module):
         def __init__(self):
@@ -346,8 +378,11 @@ def test_what_the_module_computes_itself_is_told_as_that():
     mask, gone = wl.plan(Masked, state).problems
     assert mask.key == "mask" and mask.what == "the module computes its buffer of this name itself (persistent=False)"
     assert as_flags(str(mask)).endswith(
-        "pass --no-strict to leave it out, or drop the key, which takes Python: key_mapping=lambda key: None for it"
+        "pass --no-strict to leave it out, or drop it, which takes Python:"
+        ' key_mapping=lambda key: None if key == "mask" else key'
     )
+    kept = wl.load(Masked, {**Masked().state_dict(), "mask": torch.zeros(2, 2)}, key_mapping=told(mask))
+    assert torch.equal(kept.mask, Masked().mask)
     assert gone.what == "no tensor of the module has this name"
     kept = wl.load(Masked, state, key_mapping=lambda key: None if key in ("mask", "gone") else key)
     assert torch.equal(kept.mask, Masked().mask)
