@@ -116,6 +116,46 @@ def test_a_recorder_that_two_threads_find_out_of_date():
     assert explore(scene, inside=ours, preemptions=1).complete
 
 
+class _Failing(_Model):
+    def forward(self, x):
+        x = self.layer(x)
+        if x < 0:
+            raise ValueError("as it was asked to")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("options", "other"), [({}, 1.0), ({"clone": True}, 1.0), ({"clone": True}, -1.0)],
+    ids=["plain beside one", "clone beside one", "beside a failing one"],
+)  # fmt: skip
+def test_a_forward_that_fails_takes_no_record_of_another_one_along(options, other):
+    """Threads in copies of one capture's context."""
+
+    def scene():
+        model = _Failing()
+        taken = wl.capture(model, got=wl.Output("layer", **options))
+        outside = contextvars.copy_context()
+        got = outside.run(taken.__enter__)
+        outside.run(model, torch.tensor(7.0))
+
+        def run(context, number):
+            if number > 0:
+                context.run(model, torch.tensor(number))
+                return
+            with pytest.raises(ValueError, match="as it was asked to"):
+                context.run(model, torch.tensor(number))
+
+        def check():
+            outside.run(taken.__exit__, None, None, None)
+            assert got["got"] == ((7.0, other) if other > 0 else (7.0,))
+
+        contexts = outside.copy(), outside.copy()
+        return [lambda: run(contexts[0], -2.0), lambda: run(contexts[1], other)], check
+
+    # Between two that fail at their leisure; what comes while one fails, at every bytecode.
+    assert explore(scene, inside=[session], preemptions=1 if other > 0 else 2, opcodes=other > 0).complete
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     "kinds", [("output", "plain"), ("output", "output"), ("output", "input", "plain")], ids="-".join

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import operator
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -169,7 +168,7 @@ class TakeOutput(Action):
             entry = Entry(tap.number, self.fqn, kept, root, version, call)
             session.entries.append(entry)
             if tap.kept_last:
-                self._let_go(session, entry)
+                session.keep_last(self.site, entry, tap.kept_last, tap.calls or ())
         if session.wanted is not None:
             session.arrived(tap.number, self.fqn)
 
@@ -203,15 +202,6 @@ class TakeOutput(Action):
         """Whoever sees it far from the capture learns which tap it was."""
         if hasattr(error, "add_note") and not isinstance(error, Misfit):  # Python 3.11; that says it
             error.add_note(f"within the capture's tap {self.tap.name!r}, at module {self.fqn!r}")
-
-    def _let_go(self, session: Session, entry: Entry) -> None:
-        """Of the calls that are counted from the end, only as many are kept as may still be wanted."""
-        last = session.last.setdefault(self.site, deque())
-        last.append(entry)
-        if len(last) > self.tap.kept_last:
-            old = last.popleft()
-            if self.tap.calls is not None and old.call not in self.tap.calls:
-                session.entries.remove(old)
 
 
 class TakeWhole(TakeOutput):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FrameType
@@ -52,6 +52,12 @@ class Stopped(BaseException):
 
 
 open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("weightlift_captures", default=())
+
+
+def _take_out(items: list[Any], unwanted: Callable[[Any], bool]) -> None:
+    """What other threads append meanwhile stays. Those that take something out hold the lock."""
+    count = len(items)
+    items[:count] = [item for item in items[:count] if not unwanted(item)]
 
 
 class Session:
@@ -162,20 +168,21 @@ class Session:
         self.frames.pop(forward, None)
         if not forward.is_root:
             return
-        self.settle_raw()
         number = forward.number
-        self.entries[:] = [entry for entry in self.entries if entry.forward != number]
-        self.lacks[:] = [entry for entry in self.lacks if entry.forward != number]
-        self.forwards[:] = [other for other in self.forwards if other is not forward]
-        self._renumber(number)
-        for calls in self.fired:
-            calls[:] = [call for call in calls if call != number]
-        for site, last in self.last.items():
-            self.last[site] = deque(entry for entry in last if entry.forward != number)
-        self.gave.pop(number, None)
-        if self.template.awaited is not None:
-            left = {key: n - len(self.fired[self.template.sites[key]]) for key, n in self.template.awaited.items()}
-            self.wanted = {key: n for key, n in left.items() if n > 0}
+        with _lock:
+            self.settle_raw()
+            self._renumber(number)
+            _take_out(self.entries, lambda entry: entry.forward == number)
+            _take_out(self.lacks, lambda entry: entry.forward == number)
+            _take_out(self.forwards, lambda other: other is forward)
+            for calls in self.fired:
+                _take_out(calls, lambda call: call == number)
+            for site, last in self.last.items():
+                self.last[site] = deque(entry for entry in last if entry.forward != number)
+            self.gave.pop(number, None)
+            if self.template.awaited is not None:
+                left = {key: n - len(self.fired[self.template.sites[key]]) for key, n in self.template.awaited.items()}
+                self.wanted = {key: n for key, n in left.items() if n > 0}
 
     def _renumber(self, number: int) -> None:
         """The calls of a forward that failed are not counted: those of others that came after them move up."""
@@ -183,6 +190,16 @@ class Session:
             site = self.template.sites.get((entry.tap, entry.fqn))
             if site is not None:
                 entry.call -= self.fired[site][: entry.call].count(number)
+
+    def keep_last(self, site: int, entry: Entry, count: int, wanted: Collection[int]) -> None:
+        """Of the calls of a site only the last ``count`` are kept, and those that are ``wanted``."""
+        with _lock:
+            last = self.last.setdefault(site, deque())
+            last.append(entry)
+            if len(last) > count:
+                old = last.popleft()
+                if old.call not in wanted:
+                    self.entries.remove(old)
 
     def stop_with(self, forward: Forward) -> None:
         """Another capture has stopped this forward, if it does not run any more: that is no failure."""
