@@ -156,6 +156,28 @@ def test_a_forward_that_fails_takes_no_record_of_another_one_along(options, othe
     assert explore(scene, inside=[session], preemptions=1 if other > 0 else 2, opcodes=other > 0).complete
 
 
+def test_two_forwards_of_one_capture_are_stopped():
+    def scene():
+        model, after = _Model(), []
+        model.register_forward_hook(lambda module, args, output: after.append(output))
+        taken = wl.capture(model, got=wl.Output("layer", stop=True))
+        outside = contextvars.copy_context()
+        got = outside.run(taken.__enter__)
+
+        def run(context, number):
+            with pytest.raises(session.Stopped):
+                context.run(model, torch.tensor(number))
+
+        def check():
+            outside.run(taken.__exit__, None, None, None)
+            assert sorted(got["got"]) == [1.0, 2.0] and not after
+
+        contexts = outside.copy(), outside.copy()
+        return [lambda: run(contexts[0], 1.0), lambda: run(contexts[1], 2.0)], check
+
+    assert explore(scene, inside=[session], preemptions=2).complete
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     "kinds", [("output", "plain"), ("output", "output"), ("output", "input", "plain")], ids="-".join

@@ -259,7 +259,7 @@ class Session:
         if left > 0:
             self.wanted[tap, fqn] = left
         elif left == 0:
-            del self.wanted[tap, fqn]
+            self.wanted.pop((tap, fqn), None)  # another thread of this context may have come first
         if not self.wanted:
             self.stopped = True
             forward = running.get()
