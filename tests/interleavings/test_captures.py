@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import weightlift as wl
-from weightlift.capture import compiled, forwards, hooks, select, session
+from weightlift.capture import actions, compiled, forwards, hooks, select, session
 
 recorder = sys.modules[wl.recorder.__module__]
 MODULES = (forwards, hooks, select, session, recorder, compiled)
@@ -154,6 +154,23 @@ def test_a_forward_that_fails_takes_no_record_of_another_one_along(options, othe
 
     # Between two that fail at their leisure; what comes while one fails, at every bytecode.
     assert explore(scene, inside=[session], preemptions=1 if other > 0 else 2, opcodes=other > 0).complete
+
+
+def test_a_call_that_is_wanted_by_its_number_is_one():
+    def scene():
+        model = _Model()
+        taken = wl.capture(model, got=wl.Output("layer", calls=[0]))
+        outside = contextvars.copy_context()
+        got = outside.run(taken.__enter__)
+
+        def check():
+            outside.run(taken.__exit__, None, None, None)
+            assert len(got["got"]) == 1
+
+        contexts = outside.copy(), outside.copy()
+        return [lambda: contexts[0].run(model, 1.0), lambda: contexts[1].run(model, 2.0)], check
+
+    assert explore(scene, inside=[actions, session], preemptions=1, opcodes=True).complete
 
 
 def test_two_forwards_of_one_capture_are_stopped():

@@ -147,9 +147,7 @@ class TakeOutput(Action):
     def lack(self, session: Session, lack: Lack) -> None:
         """The module ran, and did not give what the tap takes."""
         root = session.root()
-        fired = session.fired[self.site]
-        session.lacks.append(Entry(self.tap.number, self.fqn, lack, root, call=len(fired)))
-        fired.append(root)
+        session.lacks.append(Entry(self.tap.number, self.fqn, lack, root, call=session.number_call(self.site, root)))
         if session.wanted is not None:
             session.arrived(self.tap.number, self.fqn)
 
@@ -159,9 +157,7 @@ class TakeOutput(Action):
         if session.grad and not tap.recipe.detach and not torch.is_grad_enabled():
             session.notice_checkpoint(self.fqn, edits=False)
         root = session.root()
-        fired = session.fired[self.site]
-        call = len(fired)
-        fired.append(root)
+        call = session.number_call(self.site, root)
         if tap.every or tap.kept_last or call in tap.calls:  # type: ignore[operator]
             kept = value if tap.untouched else self._finished(session, value)
             version = version_of(kept)

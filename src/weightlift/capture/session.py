@@ -191,6 +191,13 @@ class Session:
             if site is not None:
                 entry.call -= self.fired[site][: entry.call].count(number)
 
+    def number_call(self, site: int, root: int | None) -> int:
+        """How many calls a site has seen before this one, which is in the forward ``root``."""
+        with _lock:
+            fired = self.fired[site]
+            fired.append(root)
+            return len(fired) - 1
+
     def keep_last(self, site: int, entry: Entry, count: int, wanted: Collection[int]) -> None:
         """Of the calls of a site only the last ``count`` are kept, and those that are ``wanted``."""
         with _lock:
