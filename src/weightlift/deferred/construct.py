@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,22 @@ from weightlift.ambient import no_dispatch_modes, outside_modes
 from weightlift.deferred.bystanders import Bystanders
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
-from weightlift.deferred.inventory import Inventory
+from weightlift.deferred.inventory import (
+    Inventory,
+    Slot,
+    has_other_users,
+    held_elsewhere,
+    storage_address,
+    users_of,
+)
+from weightlift.deferred.neighbours import known
 from weightlift.deferred.recorder import Recorder
+from weightlift.deferred.replay import needed
 from weightlift.deferred.tape import Record
 from weightlift.forked import settle
 
 _GARBAGE_BYTES = 16 << 20
+_storage_users = torch._C._storage_Use_Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +98,27 @@ def construct(
     with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
         if not load.deferred:
             return Inventory.of(_checked(build())), None
-        recorder = Recorder(seed=load.seed, default_dtype=default_dtype, outer=recording())
-        bystanders = Bystanders()
-        asked = {torch.Tensor.to: bystanders.stays, **(answers or {})}
-        # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
-        with no_dispatch_modes(), FunctionRecorder(recorder, answers=asked), recorder:
-            module = _checked(build())
+        recorder = Recorder(seed=load.seed, default_dtype=default_dtype)
+        with known(recorder):
+            try:
+                return _recorded(build, recorder, answers or {}), recorder
+            except BaseException:
+                _leave(recorder)
+                raise
+
+
+def _recorded(build: Callable[[], nn.Module], recorder: Recorder, answers: Mapping[Any, Answer]) -> Inventory:
+    bystanders = Bystanders()
+    asked = {torch.Tensor.to: bystanders.stays, **answers}
+    # Modes of the caller's are not asked: a load is not part of what they watch, a nested load least of all.
+    with no_dispatch_modes(), FunctionRecorder(recorder, answers=asked), recorder:
+        module = _checked(build())
     recorder.default = None
     with outside_modes():
         bystanders.undo(module)
         inventory = Inventory.of(module)
         _finish(inventory, recorder)
-    return inventory, recorder
+    return inventory
 
 
 def extend(module: nn.Module, recorder: Recorder, load: CurrentLoad, work: Callable[[], None]) -> Inventory:
@@ -123,11 +142,21 @@ def _checked(module: Any) -> nn.Module:
 def _finish(inventory: Inventory, recorder: Recorder) -> None:
     """Label what belongs to the module; give everything else that is still alive its values."""
     owned: set[Record] = set()
+    tables: list[Slot] = []  # of which there may be one for many modules, in a cache
     for slot in inventory.slots:
         record = recorder.record_of(slot.tensor)
-        if record is not None and record not in owned:
+        if record is None:
+            continue
+        if record not in owned:
             owned.add(record)
             record.label = slot.fqn
+        last = record.last
+        if last is None or last.done or last.random:
+            continue
+        if slot.kind == "buffer" or _storage_users(record.key) > 1:
+            tables.append(slot)
+    if tables:
+        recorder.force(_held_besides(tables, recorder), "a table that somebody holds besides the module")
     if len(owned) == len(recorder.records):
         return
     others = [record for record in list(recorder.records.values()) if record not in owned]
@@ -139,3 +168,28 @@ def _finish(inventory: Inventory, recorder: Recorder) -> None:
     for record in others:
         if record() is not None and not record.opened:
             record.memory()
+
+
+def _leave(recorder: Recorder) -> None:
+    """The constructor has failed. What it left in a cache serves the next one."""
+    with contextlib.suppress(Exception):
+        pending = [record for record in list(recorder.records.values()) if record.pending]
+        recorder.force(_unsampled(pending), "tables of a constructor that failed")
+
+
+def _unsampled(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if not any(node.random for node in needed([record]))]
+
+
+def _held_besides(slots: list[Slot], recorder: Recorder) -> list[Record]:
+    """The records of ``slots`` that lie in other hands as well, perhaps a cache's, which outlives a load that is
+    refused or never done; but for samples, whose values come of the load's seed and the names that they are for."""
+    held = held_elsewhere(slots)
+    addresses = [storage_address(slot.tensor) for slot in slots]
+    users = users_of(slots, addresses)
+    found: dict[Record, None] = {}
+    for slot, address in zip(slots, addresses):
+        record = recorder.records[address]
+        if id(slot.tensor) in held or has_other_users(slot.tensor, address, users[address]):
+            found[record] = None
+    return _unsampled(found)

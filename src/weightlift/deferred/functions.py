@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from weightlift.ambient import no_dispatch_modes
 from weightlift.deferred.calls import tensors_in
+from weightlift.deferred.neighbours import answer
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.shortcuts import FILLS, Handler, Shortcuts, handlers, is_watched
 from weightlift.deferred.tape import Node, generator_for
@@ -78,6 +79,8 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = self._handlers.get(func)
+        if self._recorder.wishes:
+            answer(self._recorder)
         try:
             if handler is not None:
                 return handler(self, func, args, kwargs or {})

@@ -141,9 +141,9 @@ class Inventory:
         named = zip(self.prefixes, self.modules)
         return tuple([f"{prefix}_extra_state" for prefix, module in named if has_extra_state(module)])
 
-    def spec(self, record_of: Callable[[torch.Tensor, int], Record | None]) -> ModuleSpec:
-        """The module as data. ``record_of`` (a tensor, its `storage_address`) knows memory that was born in the
-        construction; all other is somebody else's too, and has to be filled in place."""
+    def spec(self, record_at: Callable[[int], Record | None]) -> ModuleSpec:
+        """The module as data. ``record_at`` (of a `storage_address`) knows memory that was born in the construction;
+        all other is somebody else's too, and has to be filled in place."""
         addresses = [storage_address(slot.tensor) for slot in self.slots]
         users = users_of(self.slots, addresses)
         numbers: dict[int, int] = {}
@@ -154,7 +154,7 @@ class Inventory:
         extents: dict[tuple[int, ...], tuple[int, ...]] = {}
         tensors = []
         for place, (fqn, kind, _, _, tensor, persistent), address in zip(places, self.slots, addresses):
-            record = record_of(tensor, address)
+            record = record_at(address)
             shape, offset, stride, storage_bytes = _geometry(tensor, address, record)
             device = devices.get(tensor.device) or devices.setdefault(tensor.device, str(tensor.device))
             lazy = address < 0 and is_lazy(tensor)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from weightlift.deferred.neighbours import Wish, meet, under_way
 from weightlift.deferred.piecemeal import is_ready
 from weightlift.deferred.reserve import Reservations
 from weightlift.deferred.tape import Record, forget, new_record
@@ -15,19 +17,13 @@ from weightlift.deferred.tape import Record, forget, new_record
 _storage_address = torch._C._storage_address  # type: ignore[attr-defined]
 
 
-class Outer(Protocol):
-    """What is asked of a scope around this one."""
-
-    def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
-        """Give these tensors their values, and put no later write to them off."""
-
-
 class Memory:
     """Reserves it, and knows it again by a tensor's storage. Its buffers may die on any thread."""
 
-    def __init__(self, outer: tuple[Outer, ...] = ()) -> None:
+    def __init__(self) -> None:
         self.records: dict[int, Record] = {}
-        self._outer = outer
+        self.wishes: deque[Wish] = deque()
+        self.under_way = 0  # 1 while it is
         self._reservations = Reservations()
         self._on_death: Callable[[Any], object] = functools.partial(forget, self.records)
 
@@ -45,15 +41,18 @@ class Memory:
             address = _storage_address(tensor)
         except (RuntimeError, NotImplementedError):  # no storage: sparse, functional, batched tensors
             return None
-        return self.record_at(tensor, address)
+        return self.record_at(address)
 
-    def record_at(self, tensor: torch.Tensor, address: int) -> Record | None:
+    def record_at(self, address: int) -> Record | None:
         """`record_of`, where ``address``, the tensor's `storage_address`, is known."""
         record = self.records.get(address)
-        if record is None and address >= 0:
-            for outer in self._outer:
-                outer.give_up([tensor], "a load within the constructor")
+        if record is None and len(under_way) > self.under_way:
+            meet(self, address)  # it may be another construction's
         return record
+
+    def hand_out(self, record: Record, why: Any) -> None:
+        """Give a storage its values, and put no later write to it off: somebody else may hold the memory."""
+        raise NotImplementedError
 
     def takes_writes(self, tensor: torch.Tensor) -> bool:
         """Whether a part of it can be written to at once, with nothing to run before: then it is taken to be."""

@@ -68,9 +68,9 @@ class Recorder(Memory, TorchDispatchMode):
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any. A recorder within
     another's scope takes that one's tensors as they come: they get their values first."""
 
-    def __init__(self, *, seed: int, default_dtype: WantedDtype = None, outer: tuple[Recorder, ...] = ()) -> None:
+    def __init__(self, *, seed: int, default_dtype: WantedDtype = None) -> None:
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
-        Memory.__init__(self, outer)
+        Memory.__init__(self)
         self.seed = seed
         self.default = DefaultDtype.of(default_dtype)
         self.forced: dict[str, int] = {}
@@ -355,17 +355,27 @@ class Recorder(Memory, TorchDispatchMode):
     def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
         """Run what has to read this memory before it is changed at once."""
         record = self.record_of(tensor)
-        if record is not None and (readers := live_readers(record)):
+        if record is not None:
+            self._settle(record, why)
+
+    def _settle(self, record: Record, why: Any) -> None:
+        if readers := live_readers(record):
             self._execute(Walk().needed_by(readers), why)
 
     def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
         """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
-        self.force_tensors(tensors, why)
         for tensor in tensors:
             record = self.record_of(tensor)
             if record is not None:
-                self.settle_readers(tensor, why)  # before somebody writes there
-                record.pinned = True
+                self.hand_out(record, why)
+
+    def hand_out(self, record: Record, why: Any) -> None:
+        """See `Memory.hand_out`."""
+        if record.pending:
+            self.force([record], why)
+        record.memory()
+        self._settle(record, why)  # before somebody writes there
+        record.pinned = True
 
     def _next_read_label(self) -> str:
         self._sampled_reads += 1

@@ -92,7 +92,7 @@ class _Application:
         self._watched: set[int] = set()  # storages of the module that somebody else's tensors lie on as well
         self._held = held_elsewhere(slots)  # ids of buffers that somebody else may hold, the very objects
         for slot, address in zip(slots, addresses):
-            record = subject.record_at(slot.tensor, address)
+            record = subject.record_at(address)
             if record is not None:
                 self._records[record] = None
             if has_other_users(slot.tensor, address, users[address]):

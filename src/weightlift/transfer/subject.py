@@ -41,9 +41,9 @@ class Subject:
         """The tape of a tensor, if it has one."""
         return None if self.recorder is None else self.recorder.record_of(tensor)
 
-    def record_at(self, tensor: torch.Tensor, address: int) -> Record | None:
+    def record_at(self, address: int) -> Record | None:
         """`record_of`, where ``address``, the tensor's `storage_address`, is known."""
-        return None if self.recorder is None else self.recorder.record_at(tensor, address)
+        return None if self.recorder is None else self.recorder.record_at(address)
 
     def records(self) -> list[Record]:
         """The tapes of all parameters and buffers, each once."""
