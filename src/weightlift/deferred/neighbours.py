@@ -81,7 +81,7 @@ def meet(construction: Construction, address: int) -> None:
     Raises RuntimeError where the constructor that made it does not go on.
     """
     thread = threading.get_ident()
-    for other, its_thread in list(_under_way.values()):
+    for other, its_thread in _under_way.copy().values():
         record = None if other is construction else other.records.get(address)
         if record is None:
             continue
