@@ -54,6 +54,17 @@ def test_snippets(document: Path, tmp_path: Path) -> None:
     run(path, tmp_path)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_blocks_end_once(document: Path) -> None:
+    """A fence too many shows the rest of a document inside out, and its snippets are not run."""
+    inside = False
+    for line in document.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            assert not inside or line == "```", line
+            inside = not inside
+    assert not inside
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples(example: Path, tmp_path: Path) -> None:
     printed = run(example, tmp_path)
