@@ -142,6 +142,36 @@ def test_modes_and_replaced_layers_are_followed() -> None:
     assert not breaks()
 
 
+def test_hooks_that_are_set_later_are_seen_after_refresh() -> None:
+    net, value = Net().eval(), x()
+    record = wl.recorder(net, hidden="layers.1.out")
+    fast = torch.compile(record, backend="eager")
+    before = fast(value)[0]
+    handle = net.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+    assert torch.equal(fast(value)[0], before)
+    assert not torch.equal(record(value)[0], before)  # where nothing is compiled it is a capture of the model itself
+    for _ in range(2):
+        record.refresh()
+        assert torch.equal(fast(value)[0], net(value))
+        handle.remove()
+    assert torch.equal(fast(value)[0], before)
+
+
+def test_hooks_within_layers_compiled_one_by_one_are_seen_after_refresh() -> None:
+    net, value = Net().eval(), x()
+    for layer in net.layers:
+        layer.compile(backend="eager")
+    record = wl.recorder(net, query="layers.1.attention.query")
+    before = record(value)[0]
+    handle = net.layers[1].attention.register_forward_hook(lambda module, args, output: (output[0] * 2, *output[1:]))
+    assert torch.equal(record(value)[0], before)
+    record.refresh()
+    assert not torch.equal(record(value)[0], before)
+    handle.remove()
+    record.refresh()
+    assert torch.equal(record(value)[0], before)
+
+
 def test_dropout_follows_the_mode() -> None:
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 8)).eval()
     fast = torch.compile(wl.recorder(net, dropped="0"), backend="eager")

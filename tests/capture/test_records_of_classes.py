@@ -52,6 +52,32 @@ def test_captures_and_recorders_take_the_names_of_a_class() -> None:
     assert same(got["hidden_states"], expected["hidden_states"])
 
 
+class Derived(Recorded):
+    @wl.records(head="head", weights=wl.Output(Attention, index=1))
+    def forward(self, x: torch.Tensor, **flags: Any) -> dict[str, torch.Tensor]:
+        return super().forward(x, **flags)
+
+
+class Overridden(Derived):
+    def forward(self, x: torch.Tensor, **flags: Any) -> dict[str, torch.Tensor]:
+        return super().forward(x, **flags)
+
+
+@pytest.mark.parametrize("kind", [Derived, Overridden])
+def test_a_class_that_overrides_the_forward_has_the_taps_of_the_one_it_derives_from(kind: type[Recorded]) -> None:
+    net, value = kind(), x()
+    expected = net(value, output_hidden_states=True, output_weights=True, output_head=True)
+    with wl.capture(net, "hidden_states", "weights", "head") as got:
+        net(value)
+    assert all(same(got[name], expected[name]) for name in got)
+    assert got["weights"][0].shape[1] > 1  # the derived class's own, which takes all positions
+    record = wl.recorder(net, "hidden_states", "head")
+    assert same(torch.compile(record, backend="eager")(value)[1]["hidden_states"], expected["hidden_states"])
+    unknown = wl.capture(net, "hidden_state")
+    with pytest.raises(wl.CaptureError, match=r"nothing of this name.*'hidden_states', 'weights', 'head'"), unknown:
+        pass
+
+
 def test_a_predicate_of_a_class_is_asked_anew() -> None:
     net = Chosen()
     for only in ("layers.0", "layers.1"):

@@ -7,6 +7,7 @@ of its own: a function that takes the layer as an argument, so that layers of on
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -144,7 +145,10 @@ def _runner(cell: Any) -> Callable[..., Any]:
         cell.held = []
         return output, entries, held
 
-    return run_layer
+    # torch keeps what it compiled by code object, and does not look whether hooks are others: what another recorder
+    # compiled, or this one before it was refreshed, is not to be found.
+    own = run_layer.__code__.replace()
+    return types.FunctionType(own, globals(), own.co_name, None, run_layer.__closure__)
 
 
 def _compile_like(outer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import nn
 
-from weightlift.capture.select import Found, Watch, at, found, nearest, remembered, walk
+from weightlift.capture.select import Found, Watch, at, found, nearest, own_taps, remembered, walk
 from weightlift.capture.taps import Declared
 from weightlift.errors import CaptureError, Problem
 
@@ -93,9 +93,7 @@ def resolve(model: nn.Module, taps: Sequence[tuple[int, Declared]], watches: lis
     keys = tuple(sorted({tap.key.rpartition(".")[2] for _, tap in taps}))
     selected, declared = remembered(model, ("declared", keys), lambda: _find(model, keys), watches)
     if declared is None:
-        what = f"{type(model).__name__} declares nothing that it can record"
-        hint = 'select modules: hidden="layers.*"'
-        raise CaptureError(what, [Problem(f"{tap.key!r}: {what}", hint=hint) for _, tap in taps])
+        raise CaptureError("nothing declared", [_undeclared(model, tap.key) for _, tap in taps])
     chosen: dict[str, list[tuple[str, int]]] = {}
     problems: list[Problem] = []
     for number, tap in taps:
@@ -166,6 +164,16 @@ def _scope_for(model: nn.Module, declared: Declaration, name: str) -> tuple[str,
         raise CaptureError("", [_unknown(model, declared, name)])
     hint = f"say which: {', '.join(repr(f'{fqn}.{name}' if fqn else name) for fqn in having)}"
     raise CaptureError("", [Problem(f"several sub-models of {type(model).__name__} record {name!r}", hint=hint)])
+
+
+def _undeclared(model: nn.Module, name: str) -> Problem:
+    """Of a model that has at most taps of its class's own."""
+    own = own_taps(model)
+    if not own:
+        what = f"{name!r}: {type(model).__name__} declares nothing that it can record"
+        return Problem(what, hint='select modules: hidden="layers.*"')
+    what = f"{name!r}: {type(model).__name__} declares nothing of this name"
+    return Problem(what, hint=f"its wl.records knows {', '.join(map(repr, own))}")
 
 
 def _unknown(model: nn.Module, declared: Declaration, name: str) -> Problem:

@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -107,6 +107,7 @@ class Recording:
         self.names = tuple(taps)
         self.cell: Any = threading.local()
         self.lock = threading.Lock()
+        self.refreshed = "0"  # how often; as text, since torch lets compiled code go on where a number changed
         self.built = self.build()
         self.template: Template | None = None  # of the latest call outside compiled code
 
@@ -115,6 +116,7 @@ class Recording:
         with self.lock:
             self.built = self.build()
             self.template = None
+            self.refreshed = str(int(self.refreshed) + 1)
 
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
@@ -188,7 +190,17 @@ def _sites(choice: Choice) -> dict[int, Sites]:
     return sites
 
 
-def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Callable[..., tuple[Any, Records]]:
+class Recorder(Protocol):
+    """The function that `recorder` gives."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Records]:
+        """The model's output, and what was recorded."""
+
+    def refresh(self) -> None:
+        """Looks at the model's hooks and plain attributes again, which the copied modules had from when it was made."""
+
+
+def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Recorder:
     """A function that calls ``model`` and returns ``(output, records)``.
 
     Args:
@@ -212,8 +224,11 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     eager = Eager(run_eagerly)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def prepare() -> bool:
-        """Runs while a call is being traced, not when the compiled code runs: what was built fits from then on."""
+    def prepare(refreshed: str) -> bool:
+        """Runs while a call is being traced, not when the compiled code runs: what was built fits from then on.
+
+        ``refreshed``: torch compiles anew when it changes, as it does not when modules have other hooks.
+        """
         eager.keep_apart()
         with refusals():
             return state.prepare()
@@ -221,7 +236,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     def record(*args: Any, **kwargs: Any) -> tuple[Any, Records]:
         if not is_dynamo_compiling():
             return eager.call(state, args, kwargs)  # type: ignore[no-any-return]
-        prepare()
+        prepare(state.refreshed)
         built = state.built
         output, entries = run(state, built, built.pick(), None, args, kwargs)
         return output, Records(state.names, entries, built)
@@ -231,7 +246,7 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Cal
     own = types.FunctionType(record.__code__.replace(co_name=name), globals(), name, None, record.__closure__)
     own.__doc__ = f"Calls {type(state.model).__name__} and returns (output, records)."
     own.refresh = state.refresh  # type: ignore[attr-defined]
-    return own
+    return cast("Recorder", own)
 
 
 def run(

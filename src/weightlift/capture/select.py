@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from weightlift.capture.taps import OWN_TAPS
+from weightlift.capture.taps import OWN_TAPS, Tap
 from weightlift.errors import CaptureError, Problem
 from weightlift.patterns import is_wild
 
@@ -51,9 +51,13 @@ def scripted(module: nn.Module) -> bool:
     return isinstance(module, ScriptModule)
 
 
-def own_taps(model: nn.Module) -> Any:
-    """What the model's class gives names to with `weightlift.records`."""
-    return getattr(getattr(type(original(model)), "forward", None), OWN_TAPS, {})  # TorchScript's classes have none
+def own_taps(model: nn.Module) -> dict[str, Tap]:
+    """What the model's class gives names to with `weightlift.records`, and those that it derives from, whose forward it
+    may have overridden."""
+    taps: dict[str, Tap] = {}
+    for kind in reversed(type(original(model)).__mro__):
+        taps |= getattr(kind.__dict__.get("forward"), OWN_TAPS, {})  # TorchScript's classes have no forward
+    return taps
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
