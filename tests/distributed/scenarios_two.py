@@ -541,6 +541,12 @@ def accelerates_variables_name_the_source():
         del os.environ[name]
 
 
+class Wide(Tied):
+    def __init__(self, more):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(len(self.scale) + more))
+
+
 def ranks_that_differ_are_named():
     state = checkpoint_of(Tied)
     path = _saved("agree.pt", state)
@@ -548,6 +554,15 @@ def ranks_that_differ_are_named():
         wl.load(Tied, path, strict=RANK == 0, parallelize=fsdp(mesh(2)))
     with pytest.raises(wl.RanksError, match="rank 1 has another module than rank 0"):
         wl.load(lambda: Tied(layers=3 - RANK), path, strict=False, parallelize=fsdp(mesh(2)))
+    # What follows from that is not said of the checkpoint, which is the same.
+    for build, options in (
+        (lambda: Tied(layers=3 - RANK), {}),
+        (lambda: Wide(RANK), {"ignore_mismatched": True}),
+        (Tied, {"dtype": (None, torch.bfloat16)[RANK]}),
+    ):
+        with pytest.raises(wl.RanksError) as caught:
+            wl.load(build, path, strict=False, parallelize=fsdp(mesh(2)), **options)
+        assert len(caught.value.problems) == 1, caught.value
     other = _own("agree.pt")
     torch.save({key: value + RANK for key, value in state.items()}, other)
     with pytest.raises(wl.RanksError, match="rank 1 has another checkpoint than rank 0"):

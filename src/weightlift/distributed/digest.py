@@ -24,8 +24,8 @@ _TENSORS = 64
 _TENSOR_SAMPLE_BYTES = 128
 _HINTS = {
     "module": "every rank must build the same module",
-    "checkpoint": "every rank must be given the same checkpoint",
     "options": "every rank must pass the same options",
+    "checkpoint": "every rank must be given the same checkpoint",
     "contents": "the headers are equal, so these are other weights of the same kind of model",
 }
 _OPTIONS = ("dtype", "strict", "ignore_mismatched", "seed", "defer", "source_rank")
@@ -34,9 +34,12 @@ _OPTIONS = ("dtype", "strict", "ignore_mismatched", "seed", "defer", "source_ran
 def note_of(decisions: Decisions, options: LoadOptions) -> str:
     """Hashes of the module, the checkpoint's tensors, the options, and which files on which disk they are."""
     module = [(row.fqn, row.kind, row.shape, str(row.own_dtype), row.target) for row in decisions.rows]
+    unexpected = [item.key for item in decisions.unexpected]
     tensors = [
         (row.fqn, row.action.value, str(row.dtype), [_entry(entry) for entry in row.entries]) for row in decisions.rows
     ]
+    offered = {row.offer.key for row in decisions.rows if row.offer is not None}
+    keys = sorted(offered.union(unexpected, (entry.key for row in decisions.rows for entry in row.entries)))
     seen = decisions.files if options.source_rank is None else ()  # else one rank sees them
     files = [(file.path.name, file.size_bytes) for file in seen]
     places = [(file.size_bytes, file.mtime_ns, file.inode) for file in seen]
@@ -44,7 +47,8 @@ def note_of(decisions: Decisions, options: LoadOptions) -> str:
     parts = {
         "module": _hash(module),
         "options": _hash(chosen),
-        "checkpoint": _hash([tensors, files, [item.key for item in decisions.unexpected]]),
+        "checkpoint": _hash([tensors, files, unexpected]),
+        "listed": _hash([files, keys]),
         "places": _hash(places),
         "memory": options.source_rank is None and any(True for _ in _in_memory(decisions)),
     }
@@ -105,15 +109,20 @@ def differences(notes: Sequence[str], names: Sequence[int]) -> list[Problem]:
     """Who differs from most ranks in what. ``names`` are the ranks that wrote the notes, in order."""
     read = [json.loads(note) for note in notes]
     problems = []
+    told: set[int] = set()
     for part, hint in _HINTS.items():
         values = [note.get(part) for note in read]
         if len(set(values)) < 2:
             continue
         usual, _ = Counter(values).most_common(1)[0]
         groups: dict[str, list[int]] = {}
-        for name, value in zip(names, values, strict=True):
-            if value != usual:
+        listed = read[values.index(usual)].get("listed")
+        for name, note, value in zip(names, read, values, strict=True):
+            # What the module and the options make of one checkpoint differs with them.
+            same = part == "checkpoint" and name in told and note["listed"] == listed
+            if value != usual and not same:
                 groups.setdefault(str(value), []).append(name)
+                told.add(name)
         most = [name for name, value in zip(names, values, strict=True) if value == usual]
         for group in groups.values():
             text = f"{named(group)} {'has' if len(group) == 1 else 'have'} another {_WORDS[part]} than {named(most)}"
