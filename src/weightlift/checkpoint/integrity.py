@@ -2,7 +2,7 @@
 
 Three places are asked, in this order: the name of the blob in the hub's cache (a sha256, or git's sha1 of small files);
 the metadata that huggingface_hub leaves beside a download into a local folder; a line of ``SHA256SUMS`` in the file's
-folder, as ``sha256sum *.safetensors > SHA256SUMS`` and `weightlift.save` with ``manifest=True`` write it.
+folder, as ``sha256sum *.safetensors* > SHA256SUMS`` and `weightlift.save` with ``manifest=True`` write it.
 """
 
 from __future__ import annotations
