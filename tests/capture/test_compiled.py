@@ -564,6 +564,18 @@ def test_records_in_compiled_code() -> None:
     assert close(again(value, output_hidden_states=True)["hidden_states"], states(copied, value))
 
 
+def test_records_in_code_that_is_compiled_again() -> None:
+    """What was set on the model meanwhile is seen then; by code that is there it is not (docs/capture.md)."""
+    net, value = Recorded(), x()
+    before = torch.compile(net, backend="eager")(value, output_hidden_states=True)
+    handle = net.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+    torch._dynamo.reset()
+    again = torch.compile(net, backend="eager")(value, output_hidden_states=True)
+    assert same(again["hidden_states"], net(value, output_hidden_states=True)["hidden_states"])
+    assert not torch.equal(again["out"], before["out"])
+    handle.remove()
+
+
 def test_records_that_are_not_complete_in_compiled_code() -> None:
     class Skips(Net):
         @wl.records(hidden_states="layers.*")

@@ -34,6 +34,9 @@ def records(**taps: Any) -> Callable[[Function], Function]:
     values; a tuple gets one more element for each, in the order of the taps; anything else, a tensor for instance, is
     returned in a tuple with them. A call raises `CaptureError` if the tap finds no module, or one that does not run.
     `capture` and `recorder` take the taps by their names, as what a Transformers class declares.
+
+    In compiled code such a call runs on copies of the instance and of modules within it: plain attributes and hooks
+    that are set later are seen when it is compiled anew, and what the forward sets on ``self`` stays with the copy.
     """
     known = collect_taps((), taps)
 
@@ -98,7 +101,7 @@ def _preparer(known: dict[str, Tap], eager: Eager) -> Callable[[nn.Module, tuple
             if state is None:
                 setattr(place, "_".join(chosen), Recording(module, {name: known[name] for name in chosen}))
             else:
-                state.prepare()
+                state.refresh()  # hooks and attributes may be others than when this was traced before
         return True
 
     # What torch.compiler.assume_constant_result sets; calling that here would import the compiler with every model.
