@@ -106,3 +106,13 @@ def test_an_option_that_fails_says_whose_it_is(tap: Any, error: type[Exception],
         net(x())
     if sys.version_info >= (3, 11):
         assert "the capture's tap 'mine', at module 'layers." in caught.value.__notes__[0]
+
+
+def test_the_model_by_its_forward_alone() -> None:
+    """No hook of its own runs then; those of its parts do."""
+    net = Net()
+    with pytest.raises(wl.CaptureError, match=r"as model\.forward\(…\) alone"), wl.capture(net, output=""):
+        net.forward(x())
+    with wl.capture(net, layers="layers.*") as got:
+        net.forward(x())
+    assert len(got["layers"]) == 3
