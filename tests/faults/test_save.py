@@ -20,6 +20,7 @@ from torch import nn
 
 import weightlift as wl
 from weightlift.checkpoint import verify
+from weightlift.checkpoint.write import write_safetensors
 
 
 class Net(nn.Module):
@@ -331,6 +332,37 @@ def test_saves_at_the_same_time(tmp_path: Path, at_once: Any) -> None:
     last = wl.load(Net, tmp_path)
     assert sum(same(last, model) for model in models) == 1
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_that_is_forked_meanwhile_does_not_keep_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a DataLoader that start while another thread saves: they live on, and saves go on as well."""
+    import fcntl
+
+    end, children = os.pipe(), []
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        child = os.fork()
+        if child == 0:
+            os.close(end[1])
+            os.read(end[0], 1)  # until the test is over
+            os._exit(0)
+        children.append(child)
+        return write_safetensors(*args, **kwargs)
+
+    monkeypatch.setattr("weightlift.checkpoint.save.write_safetensors", write)
+    try:
+        wl.save(Net(), tmp_path)
+        folder = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as the next save takes it, which would wait
+        os.close(folder)
+    finally:
+        os.close(end[1])
+        for child in children:
+            os.waitpid(child, 0)
+        os.close(end[0])
 
 
 def test_readers_meanwhile_get_old_or_new(tmp_path: Path) -> None:

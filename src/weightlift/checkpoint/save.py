@@ -267,6 +267,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):  # closing alone would leave it with a child that was forked meanwhile
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
