@@ -51,6 +51,7 @@ class Pool(Generic[T]):
         self._finished = threading.Lock()  # free once the last worker has ended
         self._finished.acquire()
         self._running = self._workers
+        self._over = [False] * self._workers
         self._lock = threading.Lock()
         self._error: BaseException | None = None
 
@@ -95,7 +96,7 @@ class Pool(Generic[T]):
                 self._report()
         finally:
             self._stop = True
-            _join_all(begun)
+            self._join_all(begun)
 
     def _thread(self, index: int) -> None:
         try:
@@ -107,7 +108,30 @@ class Pool(Generic[T]):
                     self._error = error
             self._stop = True
         finally:
+            self._over[index] = True
             self._ended(1)
+
+    def _join_all(self, threads: list[threading.Thread]) -> None:
+        """Wait until all have ended; an interrupt meanwhile is raised afterwards, for they still write into tensors.
+
+        Whatever a signal's handler raises is one. Before Python 3.13 a thread counts as ended, for `join` and
+        `is_alive`, once an interrupt came while it was waited for: so each says itself that it is over.
+        """
+        interrupt: BaseException | None = None
+        for index, thread in enumerate(threads):
+            while thread.ident is not None:
+                try:
+                    while not self._over[index]:
+                        self._finished.acquire(timeout=_POLL_SECONDS)
+                    thread.join()
+                    break
+                except BaseException as error:
+                    interrupt = error
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                del interrupt  # a cycle, as in `run`
 
     def _ended(self, count: int) -> None:
         with self._lock:
@@ -139,18 +163,3 @@ class Pool(Generic[T]):
             self._trace.sample(every_s=_SAMPLE_SECONDS)
         if self._reporter.active:
             self._reporter.update(self._before + sum(self._done))
-
-
-def _join_all(threads: list[threading.Thread]) -> None:
-    """Wait until all have ended; an interrupt meanwhile is raised afterwards, for they still write into tensors."""
-    interrupt: BaseException | None = None
-    for thread in threads:
-        while True:
-            try:
-                if thread.ident is None or not thread.is_alive():
-                    break
-                thread.join()
-            except KeyboardInterrupt as error:
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt

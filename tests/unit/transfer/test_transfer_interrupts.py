@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,46 @@ def test_the_pool_ends_wherever_it_is_interrupted():
     before = len(done)
     work()
     assert len(done) == before + 6
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to a thread")
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TimeoutError])
+def test_the_pool_waits_for_its_threads_through_a_second_signal(raised: type[BaseException]):
+    """Ctrl-C twice, or a handler of SIGTERM that exits: the threads write into tensors until they have ended."""
+    main = threading.main_thread().ident
+    assert main is not None
+    told: list[int] = []
+    done: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        raise raised
+
+    def is_joining() -> bool:
+        frame: FrameType | None = sys._current_frames()[main]
+        while frame is not None and frame.f_code.co_name != "_join_all":
+            frame = frame.f_back
+        return frame is not None
+
+    def execute(item: int) -> int:
+        if item == 0:
+            for number in (1, 2):
+                signal.pthread_kill(main, signal.SIGUSR1)
+                while len(told) < number or not (is_joining() or number > 1):
+                    time.sleep(0.001)
+                time.sleep(0.02)
+            done.append(item)
+        return 1
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(raised):
+            Pool(range(2), (), execute, workers=2, reporter=Reporter(None, 2), cancel=None).run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
 
 
 @pytest.mark.timeout(60)
