@@ -75,6 +75,7 @@ def test_process_limits(path: Path, limit: str, how: dict[str, object], enough: 
     assert load(path, limit, enough * MIB, **how) == "right"
     told = load(path, limit, little * MIB, **how)
     assert told.startswith("nothing was read |") and "not enough memory" in told and limit in told, told
+    assert "copy=False" not in told and "a higher limit" in told, told  # that counts what is mapped as well
 
 
 def test_many_tensors_need_the_room_that_they_say(tmp_path: Path) -> None:
@@ -87,6 +88,11 @@ def test_many_tensors_need_the_room_that_they_say(tmp_path: Path) -> None:
 
 def test_what_is_mapped_needs_no_room(path: Path) -> None:
     assert load(path, "RLIMIT_DATA", 420 * MIB) == "right"
+
+
+def test_what_a_limit_does_not_let_be_mapped_can_not_be_copied_either(path: Path) -> None:
+    told = load(path, "RLIMIT_DATA", 100 * MIB)
+    assert "cannot be mapped" in told and "copy=True" not in told and "a higher limit" in told, told
 
 
 GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")

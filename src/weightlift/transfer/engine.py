@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from weightlift import strides
+from weightlift import pages, strides
 from weightlift.ambient import outside_modes
 from weightlift.checkpoint.entry import TensorEntry, nbytes_of
 from weightlift.errors import CheckpointChanged, LoadCancelled, Problem, TransferError
@@ -230,7 +231,9 @@ class _Run:
                 finally:
                     handle.close()
             except OSError as error:
-                problem = Problem(f"the file cannot be mapped: {error}", file=path, hint="copy=True reads it instead")
+                limited = error.errno == errno.ENOMEM and pages.AVAILABLE and not pages.space_is_free()
+                hint = headroom.HIGHER_LIMIT if limited else "copy=True reads it instead"
+                problem = Problem(f"the file cannot be mapped: {error}", file=path, hint=hint)
                 raise TransferError("loading failed", [problem]) from error
             if problem is not None:
                 raise CheckpointChanged("a checkpoint file changed while it was mapped", [problem])

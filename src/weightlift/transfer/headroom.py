@@ -20,6 +20,10 @@ _CGROUP_V2 = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 # Below this nothing is asked: reading the limits costs more than such a load.
 _SMALL_BYTES = 64 << 20
+_OF_PROCESS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
+
+HIGHER_LIMIT = "a higher limit of the process (ulimit -v and -d)"
+"""What to give a load for which `_OF_PROCESS` leaves no room."""
 
 
 def require(new_bytes: int, what: str, *, reserved_bytes: int = 0) -> None:
@@ -35,11 +39,13 @@ def require(new_bytes: int, what: str, *, reserved_bytes: int = 0) -> None:
         short = _short(new_bytes, reserved_bytes)
     if short is not None:
         limit, left, needed = short
+        # The process's own limits count what is mapped, too: it may be written to.
+        other = HIGHER_LIMIT if limit in _OF_PROCESS else "copy=False, which maps what needs no conversion"
         problem = Problem(
             f"there is not enough memory for {what}",
             expected=f"{needed:,} bytes",
             found=f"{max(left, 0):,} bytes left under {limit}",
-            hint="a smaller dtype, another device, or copy=False, which maps what needs no conversion",
+            hint=f"a smaller dtype, another device, or {other}",
         )
         raise TransferError("nothing was read", [problem])
 
@@ -68,11 +74,8 @@ def _of_process() -> Iterator[tuple[str, int]]:
     import resource
 
     used = _numbers(_PROC / "status")
-    for name, number, field in (
-        ("RLIMIT_AS", resource.RLIMIT_AS, "VmSize"),
-        ("RLIMIT_DATA", resource.RLIMIT_DATA, "VmData"),
-    ):
-        limit = resource.getrlimit(number)[0]
+    for name, field in _OF_PROCESS.items():
+        limit = resource.getrlimit(getattr(resource, name))[0]
         if limit != resource.RLIM_INFINITY and field in used:
             yield name, limit - used[field]
 
