@@ -94,8 +94,9 @@ def construct(
     returns. Raises what ``build`` raises, and TypeError when it does not return a module.
     """
     settle()
+    grad = torch.is_grad_enabled()  # before inference mode is left, which enables it
     # A module that is built under inference mode could not be used outside of it; a load's result can.
-    with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+    with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(grad):
         if not load.deferred:
             return Inventory.of(_checked(build())), None
         recorder = Recorder(seed=load.seed, default_dtype=default_dtype)

@@ -1,6 +1,7 @@
 """``defer`` and its handle, ``current_load``, and what a load leaves behind."""
 
 import contextvars
+import copy
 import threading
 
 import pytest
@@ -271,6 +272,24 @@ def test_loading_leaves_ambient_state_alone():
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     module.lin(torch.ones(1, 3)).sum().backward()
     assert module.lin.weight.grad is not None
+
+
+class Computing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("twice", self.weight * 2, persistent=False)
+
+
+@pytest.mark.parametrize("defer", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_autograd_records_what_it_would_of_the_constructor(defer, mode):
+    """A program that infers has it off, and a copy of a model whose buffers have a history is refused."""
+    with mode():
+        module, ordinary = wl.load(Computing, {"weight": torch.ones(3)}, defer=defer), Computing()
+    assert module.twice.requires_grad == ordinary.twice.requires_grad
+    if mode is not torch.enable_grad:
+        assert torch.equal(copy.deepcopy(module).twice, torch.full((3,), 2.0))
 
 
 def test_planned_in_one_thread_executed_in_another():
