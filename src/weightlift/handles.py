@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 from torch import nn
 
-from weightlift.ambient import outside_modes
+from weightlift.ambient import Undisturbed, outside_modes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.inventory import Inventory, is_lazy
@@ -113,7 +113,7 @@ class LoadPlan(Generic[_Module]):
                 f"{self.decisions.source} does not fit {self.decisions.module}; nothing was changed", self.problems
             )
         load, together = self._peek(), self._together
-        with contextlib.nullcontext() if together is None else together.loading():
+        with Undisturbed(), contextlib.nullcontext() if together is None else together.loading():
             self._refuse_stale()
             with outside_modes(), timed(load.trace, "check", "devices and tied names"):
                 # Both may refuse; until then nothing is used up, so that the plan can be executed again.
@@ -242,7 +242,7 @@ class Deferred(Generic[_Module]):
         subject = self._take()
         recorder = subject.recorder
         if recorder is not None:
-            with outside_modes():
+            with Undisturbed(), outside_modes():
                 owned = subject.records()
                 label_samples(owned)
                 for replay in replays(needed(owned)):
@@ -307,7 +307,7 @@ def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] |
     """The plan of filling ``subject``."""
     checkpoint, options, trace = opening.checkpoint, opening.options, opening.trace
     given = Given.of(subject.inventory.module) if subject.existing else None
-    with timed(trace, "plan", "headers against names"):
+    with Undisturbed(), timed(trace, "plan", "headers against names"):
         load = decide(subject, checkpoint, options)
     digests = digests_of(checkpoint.files, checkpoint.index) if options.verify else {}
     load = replace(load, source=replace(load.source, digests=digests), trace=trace)

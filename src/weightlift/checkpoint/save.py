@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from weightlift import dtypes
-from weightlift.ambient import outside_modes
+from weightlift.ambient import Undisturbed, outside_modes
 from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manifest
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
@@ -82,7 +82,7 @@ def save(
     given = _texts(metadata)
     where = _folder(folder)
     state = module.state_dict() if isinstance(module, nn.Module) else module
-    with outside_modes():
+    with Undisturbed(), outside_modes():
         tensors, ties = _untied(_savable(state))
         texts = {**ties, "format": "pt", **given}
         split, index = _split(tensors, name, limit)

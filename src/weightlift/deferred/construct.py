@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightlift.ambient import no_dispatch_modes, outside_modes
+from weightlift.ambient import Undisturbed, no_dispatch_modes, outside_modes
 from weightlift.deferred.bystanders import Bystanders
 from weightlift.deferred.defaults import WantedDtype
 from weightlift.deferred.functions import Answer, FunctionRecorder
@@ -96,7 +96,7 @@ def construct(
     settle()
     grad = torch.is_grad_enabled()  # before inference mode is left, which enables it
     # A module that is built under inference mode could not be used outside of it; a load's result can.
-    with _announced(load), torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with Undisturbed(), _announced(load), torch.inference_mode(False), torch.set_grad_enabled(grad):
         if not load.deferred:
             return Inventory.of(_checked(build())), None
         recorder = Recorder(seed=load.seed, default_dtype=default_dtype)
@@ -115,7 +115,7 @@ def _recorded(build: Callable[[], nn.Module], recorder: Recorder, answers: Mappi
     with no_dispatch_modes(), FunctionRecorder(recorder, answers=asked), recorder:
         module = _checked(build())
     recorder.default = None
-    with outside_modes():
+    with Undisturbed(), outside_modes():
         bystanders.undo(module)
         inventory = Inventory.of(module)
         _finish(inventory, recorder)
@@ -126,9 +126,9 @@ def extend(module: nn.Module, recorder: Recorder, load: CurrentLoad, work: Calla
     """Do more of the constructor's work on a module that `construct` built, as deferred as the rest: an initialisation
     that is decided on later, for one. Runs without autograd. Returns the module with the slots that it has then. Raises
     what ``work`` raises."""
-    with _announced(load), no_dispatch_modes(), FunctionRecorder(recorder), recorder, torch.no_grad():
+    with Undisturbed(), _announced(load), no_dispatch_modes(), FunctionRecorder(recorder), recorder, torch.no_grad():
         work()
-    with outside_modes():
+    with Undisturbed(), outside_modes():
         inventory = Inventory.of(module)
         _finish(inventory, recorder)
     return inventory

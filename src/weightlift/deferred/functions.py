@@ -77,6 +77,10 @@ class FunctionRecorder(Shortcuts, TorchFunctionMode):
         own.update(dict.fromkeys(self._answers, FunctionRecorder._answered))
         self._handlers: dict[Any, Handler] = own
 
+    def __exit__(self, *exc: Any) -> None:
+        if torch._C._len_torch_function_stack():  # as `Recorder.__exit__`
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = self._handlers.get(func)
         if self._recorder.wishes:

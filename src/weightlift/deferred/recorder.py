@@ -92,7 +92,8 @@ class Recorder(Memory, TorchDispatchMode):
         return self
 
     def __exit__(self, *_: object) -> None:
-        _pop_mode(None)
+        if _stack_size():  # not where an interrupt has skipped a step: `Undisturbed` makes that good
+            _pop_mode(None)
 
     @contextlib.contextmanager
     def resumed(self) -> Iterator[None]:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from weightlift.ambient import Undisturbed
+
 _log = logging.getLogger("weightlift")
 
 T = TypeVar("T")
@@ -172,7 +174,7 @@ def native_or_alone(cls: Any, native: Callable[[], T], original: Callable[[], T]
     if LOADING.writing:
         return original()
     try:
-        with LOADING.shared():
+        with LOADING.shared(), Undisturbed():
             return native()
     except NotNative as found:
         reason = found.what, found.why  # and not the error: it holds all that was tried

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import subprocess
 import sys
@@ -128,6 +129,70 @@ def test_the_pool_waits_for_its_threads_through_a_second_signal(raised: type[Bas
         signal.signal(signal.SIGUSR1, before)
     assert done == [0]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
+
+
+_AMBIENT = """
+    import gc, json, sys
+    import torch, weightlift as wl
+    from torch import nn
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+            self.scale = nn.Parameter(torch.randn(3) * 0.02)
+            self.read = self.scale.sum().item()
+    def ambient():
+        of_thread = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        stacks = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+        flags = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_torch_function_enabled()
+        return [*stacks, *flags, *map(str, of_thread)]
+    class Interrupt:
+        def __init__(self, number):
+            self.left = number
+        def __call__(self, frame, event, arg):
+            if event in ("call", "c_return"):
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+    state, before, found = Net().state_dict(), ambient(), []
+    def work():
+        wl.load(Net, state, dtype=torch.float64, workers=1)
+    for _ in range(3):
+        work()
+    gc.disable()
+    for number in range(int(sys.argv[1]), 1 << 30, int(sys.argv[2])):
+        interrupt, raised, held = Interrupt(number), "nothing", None
+        sys.setprofile(interrupt)
+        try:
+            work()
+        except BaseException as error:
+            held = error  # as an interactive session keeps it
+        finally:
+            sys.setprofile(None)
+        if interrupt.left > 0:
+            break
+        raised, now = type(held).__name__, ambient()
+        del held
+        # What comes in a finaliser is reported there and goes no further.
+        if now != before or ambient() != before or raised not in ("KeyboardInterrupt", "NoneType"):
+            found.append([number, raised, now[:5], ambient()[:5]])
+            break
+    print(json.dumps([number, found]))
+"""
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)])
+def test_the_thread_is_left_as_it_was_wherever_a_load_is_interrupted(first: int):
+    """Else what it makes afterwards is recorded for a load that is over, and reads as zeros."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_AMBIENT), str(first), "3"],
+        capture_output=True, text=True, timeout=190, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    places, found = json.loads(done.stdout)
+    assert not found
+    assert places > 1000
 
 
 @pytest.mark.timeout(60)
