@@ -64,6 +64,14 @@ def os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError("cannot read the checkpoint", [problem]) from error
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, as far as can be told: a link may lead round in a circle, or to where one may not look."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def read_exactly(stream: io.RawIOBase, path: Path, start: int, count: int) -> bytes:
     """``count`` bytes at offset ``start``; a `CheckpointError` with file and range when the file ends before.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightlift.checkpoint.dcp_metadata import NAME as DCP_METADATA
 from weightlift.checkpoint.dcp_metadata import SUFFIX as DCP_SUFFIX
-from weightlift.checkpoint.files import os_errors
+from weightlift.checkpoint.files import is_folder, os_errors
 from weightlift.checkpoint.sniff import NO_GGUF
 from weightlift.errors import CheckpointError, CheckpointNotFound, Problem
 
@@ -153,7 +153,7 @@ def choose_in(folder: Path) -> Located:
     folders: list[str] = []
     with os_errors(folder), os.scandir(folder) as entries:
         for entry in entries:
-            (folders if entry.is_dir() else names).append(entry.name)
+            (folders if is_folder(entry) else names).append(entry.name)
     return choose(names, folder, folders)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from weightlift import dtypes
 from weightlift.ambient import Undisturbed, outside_modes
+from weightlift.checkpoint.files import is_folder
 from weightlift.checkpoint.integrity import MANIFEST, manifest_text, read_manifest
 from weightlift.checkpoint.locate import choose
 from weightlift.checkpoint.memory import read_mapping
@@ -282,7 +283,7 @@ class _Saving:
         self._index_name = f"{name}.safetensors.index.json"
         own = re.compile(rf"{re.escape(name)}(-\d+-of-\d+)?\.safetensors")
         with os.scandir(folder) as entries:
-            present = [entry.name for entry in entries if not entry.is_dir()]
+            present = [entry.name for entry in entries if not is_folder(entry)]
         self._old = [file for file in present if own.fullmatch(file) or file == self._index_name]
         self._new = [*files, *([self._index_name] if index is not None else [])]
         self._require_chosen([file for file in present if file not in self._old])
