@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tests.concurrency import audit
 from tests.parity.compare import differences, native_only
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForCTC,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 import weightlift as wl
 from weightlift.integrations.transformers.model import ORIGINAL
@@ -94,6 +102,39 @@ def test_adapters_by_name_and_from_threads(adapter: Path) -> None:
     after["rng"] = before["rng"]  # peft draws what it then overwrites
     assert audit.differences(before, after) == []
     assert audit.differences(attributes, audit.attributes()) == []
+
+
+@pytest.fixture
+def languages(tmp_path: Path) -> Path:
+    """A Wav2Vec2 with adapters for two more languages, one of another vocabulary."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=20,
+        conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        do_stable_layer_norm=True, adapter_attn_dim=4,
+    )  # fmt: skip
+    model = Wav2Vec2ForCTC(config)
+    model.save_pretrained(tmp_path)
+    adapter = {key: torch.randn_like(value) for key, value in model._get_adapters().items()}
+    save_file(adapter, tmp_path / "adapter.fra.safetensors")
+    head = {"lm_head.weight": torch.randn(23, 16), "lm_head.bias": torch.randn(23)}
+    torch.save({key: torch.randn_like(value) for key, value in adapter.items()} | head, tmp_path / "adapter.deu.bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("language", [None, "fra", "deu"])
+@pytest.mark.parametrize("cls", [Wav2Vec2ForCTC, AutoModelForCTC])
+def test_the_adapter_of_a_language(languages: Path, cls: Any, language: str | None, dtype: torch.dtype) -> None:
+    """Wav2Vec2 puts it in where other classes tie."""
+    ours, theirs = adapted(cls, languages, target_lang=language, dtype=dtype)
+    assert differences(ours, theirs) == []
+    assert ours.lm_head.out_features == (23 if language == "deu" else 20)
+
+
+def test_a_language_without_an_adapter(languages: Path) -> None:
+    with pytest.raises(OSError, match=r"adapter\.spa\.bin"):
+        wl.from_pretrained(Wav2Vec2ForCTC, languages, target_lang="spa")
 
 
 def test_the_folder_by_its_name_in_transformers(adapter: Path) -> None:

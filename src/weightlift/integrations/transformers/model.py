@@ -208,7 +208,7 @@ class Filling:
         fill(rest)
         if self._offload is not None:
             self._offload.leave()
-        self._finish()
+        self._finish(info)
         return info
 
     def _convert(self) -> Conversion:
@@ -327,12 +327,16 @@ class Filling:
         places = expand_device_map(self._config.device_map, list(supplied))
         return {name for name in supplied if places[name] == "disk"}
 
-    def _finish(self) -> None:
-        """The rest of what Transformers leaves behind: which ties turned out to be none."""
+    def _finish(self, info: LoadStateDictInfo) -> None:
+        """The rest of what Transformers leaves behind: which ties turned out to be none, and what its own classes do
+        where others tie (Wav2Vec2's puts in the adapter of a language)."""
         tied = getattr(self._model, "all_tied_weights_keys", {})
         for target, source in list(tied.items()):
             if self._model.get_parameter_or_buffer(target) is not self._model.get_parameter_or_buffer(source):
                 del tied[target]
+        owner = next(item for item in type(self._model).__mro__ if "tie_weights" in vars(item))
+        if owner is not PreTrainedModel:
+            self._model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
 
 
 def _gives_extra_state(model: Any, name: str) -> bool:
