@@ -18,7 +18,13 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tests.parity import diffusers_pipelines, single_file_pipelines
 from tests.parity.compare import FellBack, native_only
 from tests.parity.diffusers_compare import pipeline_differences
-from transformers import CLIPConfig, CLIPImageProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    VisionTextDualEncoderModel,
+)
 
 import weightlift as wl
 from weightlift.integrations.diffusers.single_pipeline import ORIGINAL
@@ -63,6 +69,19 @@ def test_passed_components_and_others_left_out(pipelines: dict[str, tuple[Path, 
     ours, theirs = _both("StableDiffusionPipeline", *pipelines["StableDiffusionPipeline"], vae=vae)
     assert ours.vae is theirs.vae is vae and ours.safety_checker is None
     assert pipeline_differences(ours, theirs) == []
+
+
+def test_an_encoder_keeps_its_values_in_another_model(pipelines: dict[str, tuple[Path, Path]]) -> None:
+    """Whose constructor initialises what isn't marked as initialised."""
+    file, configuration = pipelines["StableDiffusionPipeline"]
+    encoder = wl.from_single_file(StableDiffusionPipeline, str(file), config=str(configuration)).text_encoder
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    made = VisionTextDualEncoderModel(vision_model=CLIPVisionModel(config), text_model=encoder)
+    assert made.text_model is encoder
+    assert [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])] == []
 
 
 def test_a_component_that_the_file_lacks(pipelines: dict[str, tuple[Path, Path]]) -> None:

@@ -157,6 +157,7 @@ class StandIn:
             answers=_answers(),
         )
         refuse_names(self._built.model)
+        _mark(self._built)
         return self._built.model
 
     def _load_pretrained_model(
@@ -190,6 +191,14 @@ def _answers() -> Any:
     from weightlift.integrations.transformers.init import ANSWERS
 
     return ANSWERS
+
+
+def _mark(built: Built) -> None:
+    """What those constructors leave behind all the same."""
+    if "transformers.modeling_utils" in sys.modules:
+        from weightlift.integrations.transformers.init import mark
+
+        mark(built)
 
 
 def _offered(state_dict: Any, files: list[str], promised: list[str]) -> tuple[Checkpoint, dict[str, Offer]]:

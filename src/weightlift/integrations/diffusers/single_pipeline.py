@@ -147,10 +147,11 @@ class TextStandIn:
 
     def __call__(self, config: Any) -> Any:
         """The model, deferred, its tied names tied."""
-        from weightlift.integrations.transformers.init import build, tie
+        from weightlift.integrations.transformers.init import build, mark, tie
 
         load = CurrentLoad(source=None, deferred=True, seed=torch.initial_seed())
         self._built = build(self._cls, lambda: self._cls(config), config, torch.get_default_dtype(), load)
+        mark(self._built)
         tie(self._built.model)
         return self._built.model
 

@@ -53,6 +53,16 @@ ANSWERS = {torch.tensor: _meta_if_asked}
 """What the recorder answers while constructors of Transformers run within models of other libraries."""
 
 
+def mark(built: Built) -> None:
+    """Mark the modules of Transformers' models as their constructors do, unless told that they build on meta: unmarked
+    ones are initialised by whichever model they are put into later, whatever values they have by then."""
+    if any(issubclass(cls, PreTrainedModel) for cls in built.classes):
+        for part in built.model.modules():
+            if isinstance(part, PreTrainedModel):
+                for module in part.modules():
+                    module.__dict__["_is_hf_initialized"] = True
+
+
 def tie(model: Any) -> None:
     """Make sure that the names which the model calls tied share one tensor.
 
