@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,30 @@ def test_a_broken_component_is_an_error_and_leaves_no_thread(tmp_path: Path) -> 
         wl.from_pretrained(DiffusionPipeline, folder)
     assert set(threading.enumerate()) == before
     assert not LOADING._readers and not LOADING._helpers
+
+
+def test_an_interrupted_load_leaves_no_thread(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+    load = diffusers_pipeline._load
+    main = threading.main_thread()
+
+    def slowly(options: dict[str, Any], *rest: Any) -> Any:
+        if threading.current_thread() is main:
+            return load(options, *rest)
+        begun.append(options["name"])
+        time.sleep(0.5)  # a constructor at work, which nobody can stop; meanwhile the others are waited for
+        if options["name"] == begun[0]:
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        time.sleep(1.0 if options["name"] == "text_encoder" else 0.1)  # the one that is waited for first
+        ended.append(options["name"])
+        return load(options, *rest)
+
+    monkeypatch.setattr(diffusers_pipeline, "_load", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        wl.from_pretrained(DiffusionPipeline, folders["stable_diffusion"])
+    assert begun and sorted(begun) == sorted(ended)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
 
 
 def test_what_is_not_native_is_left_to_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -63,8 +63,16 @@ class _Component:
     load: Callable[[], Any]
     nbytes: int
     thread: threading.Thread | None = None
+    over: threading.Event = field(default_factory=threading.Event)
     value: Any = None
     error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Until its thread has ended. Before Python 3.13 a thread whose `join` was interrupted counts as ended: so it
+        says itself that it is over."""
+        if self.thread is not None and self.thread.ident is not None:  # else it could not be started
+            self.over.wait()
+            self.thread.join()
 
 
 @dataclass
@@ -97,8 +105,7 @@ class Loading:
         """
         self._cancel.set()
         for component in self._models.values():
-            if component.thread is not None:
-                component.thread.join()
+            component.wait()
             component.value = component.error = None  # an error knows the thread's frame, and so the component
         self._models.clear()
 
@@ -159,7 +166,7 @@ class Loading:
     def _result(self, component: _Component) -> Any:
         if component.thread is None:
             return component.load()
-        component.thread.join()
+        component.wait()
         error, component.error = component.error, None
         if isinstance(error, HelperThread):  # it has to run alone: this thread can step out of reading for it
             return component.load()
@@ -179,6 +186,8 @@ def _help(component: _Component, share: Share, grad: bool) -> None:
             component.value = component.load()
     except BaseException as error:
         component.error = error
+    finally:
+        component.over.set()
 
 
 def _pipeline_class(*args: Any, **kwargs: Any) -> Any:
