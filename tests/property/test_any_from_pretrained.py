@@ -336,6 +336,8 @@ def faults(case, folder):
             found = [text for text in found if ": strides" not in text]
         if "disk" in str(case.options) and ours.info["mismatched_keys"]:  # there they are not noticed
             found = [text for text in found if "ismatch" not in text and not text.startswith(("ties", "only one said"))]
+        if "disk" in str(case.options) and ours.info["missing_keys"]:  # untied there, and without a value
+            found = [text for text in found if not text.startswith("ties")]
         found += [text for text in ours.fell_back if not any(reason in text for reason in MEANT)]
     assert torch.get_default_dtype() is torch.float32
     assert before == (vars(torch.nn.init), vars(torch.nn.Module), vars(transformers.PreTrainedModel))
