@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,22 @@ def test_an_interrupted_load_leaves_no_thread(folders: dict[str, Path], monkeypa
     main = threading.main_thread()
 
     def slowly(options: dict[str, Any], *rest: Any) -> Any:
-        if threading.current_thread() is main:
+        if threading.current_thread() is main or options["name"] != "text_encoder":
             return load(options, *rest)
         begun.append(options["name"])
-        time.sleep(0.5)  # a constructor at work, which nobody can stop; meanwhile the others are waited for
-        if options["name"] == begun[0]:
-            signal.pthread_kill(main.ident or 0, signal.SIGINT)
-        time.sleep(1.0 if options["name"] == "text_encoder" else 0.1)  # the one that is waited for first
+        waiting = diffusers_pipeline.Loading._result.__code__
+        while waiting not in [frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[main.ident])]:
+            time.sleep(0.01)
+        time.sleep(0.2)  # the main thread waits for this one, which comes first
+        signal.pthread_kill(main.ident, signal.SIGINT)
+        time.sleep(1)
         ended.append(options["name"])
         return load(options, *rest)
 
     monkeypatch.setattr(diffusers_pipeline, "_load", slowly)
     with pytest.raises(KeyboardInterrupt):
         wl.from_pretrained(DiffusionPipeline, folders["stable_diffusion"])
-    assert begun and sorted(begun) == sorted(ended)
+    assert begun and begun == ended
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weightlift-")]
 
 
