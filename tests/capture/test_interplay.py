@@ -251,6 +251,18 @@ def on_thread(run: Callable[[], Any]) -> Any:
     raise failed[0]
 
 
+def test_what_comes_after_a_stop_is_not_in_the_forward_that_was_stopped() -> None:
+    net, value = Net(), x()
+    with wl.capture(net, got=wl.Output("layers.1")) as got:
+        before = net.layers[1](value)
+        with wl.capture(net, first=wl.Output("layers.0", stop=True)):
+            net(value)
+        after = net.layers[1](value)  # called directly, as before
+        net(value)
+    directly, within = got.forwards("got")
+    assert len(directly) == 2 and directly[0] is before and directly[1] is after and len(within) == 1
+
+
 @pytest.mark.parametrize("carry", [lambda run: run(), on_thread])
 def test_a_forward_in_a_copied_context_that_another_capture_stops_has_not_failed(carry: Callable[[Any], Any]) -> None:
     net, value = Net(), x()

@@ -137,6 +137,15 @@ def test_buffers_go_where_they_are_told(tmp_path: Path) -> None:
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
 
 
+def test_under_inference_mode_its_parameters_are_ordinary_ones(tmp_path: Path) -> None:
+    cls = save(tmp_path / "saved", "plain")
+    with torch.inference_mode(), native_only():
+        model = wl.from_pretrained(
+            cls, tmp_path / "saved", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+        )
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 def test_what_is_not_native_is_still_right(tmp_path: Path) -> None:
     """A tie of which one name is on disk and the other in memory."""
     cls = save(tmp_path / "saved", "plain")

@@ -11,7 +11,7 @@ from torch import nn
 
 from weightlift.capture import hooks
 from weightlift.capture.checks import keep_ended, settle
-from weightlift.capture.forwards import running, without
+from weightlift.capture.forwards import nearest, running, without
 from weightlift.capture.result import Records, strayed
 from weightlift.capture.select import keep_for, kept_for, own_taps
 from weightlift.capture.session import Mark, Session, Stopped, open_sessions
@@ -80,6 +80,7 @@ class Capture:
             while forward is not None:
                 forward.session.stop_with(forward)
                 forward = forward.outer
+            running.set(nearest())  # what comes next is in none of those that ended with it
         try:
             if error is None or own:
                 problems = settle(session, self._model, self._template)

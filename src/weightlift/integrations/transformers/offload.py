@@ -123,7 +123,8 @@ class Offload:
         """Put tensors without memory in the places of what stays on disk: the hooks fill them for each forward."""
         for group in self._on_disk:
             row, first = group[0]
-            empty = torch.empty(row.shape, dtype=row.dtype, device="meta")
+            with torch.inference_mode(False):  # as all that a load gives, usable outside of the caller's
+                empty = torch.empty(row.shape, dtype=row.dtype, device="meta")
             if first.kind == "parameter":
                 empty = nn.Parameter(empty, requires_grad=first.tensor.requires_grad)
             for _, slot in group:
