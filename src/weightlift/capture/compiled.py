@@ -7,7 +7,6 @@ of its own: a function that takes the layer as an argument, so that layers of on
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from weightlift.capture.declared import Site
 from weightlift.capture.gathering import gather_site
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
-from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin
+from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin, with_own_code
 from weightlift.errors import CaptureError, Problem
 
 
@@ -145,10 +144,8 @@ def _runner(cell: Any) -> Callable[..., Any]:
         cell.held = []
         return output, entries, held
 
-    # torch keeps what it compiled by code object, and does not look whether hooks are others: what another recorder
-    # compiled, or this one before it was refreshed, is not to be found.
-    own = run_layer.__code__.replace()
-    return types.FunctionType(own, globals(), own.co_name, None, run_layer.__closure__)
+    # What another recorder compiled, or this one before it was refreshed, is not to be found.
+    return with_own_code(run_layer, run_layer.__name__)
 
 
 def _compile_like(outer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from weightlift.capture.api import Capture
 from weightlift.capture.recorder import Eager, Recording, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
+from weightlift.capture.twin import with_own_code
 from weightlift.errors import CaptureError
 
 _PLACE = "_weightlift_records"
@@ -48,26 +49,30 @@ def records(**taps: Any) -> Callable[[Function], Function]:
 
         eager = Eager(capturing)
         prepare = _preparer(known, eager)
+        own = f"{id(known)}"  # other methods, and classes derived from this, may have other taps of the same names
 
-        @functools.wraps(forward)
         def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             chosen = tuple([name for name in known if kwargs.pop("output_" + name, False)])
             if not chosen:
                 return forward(self, *args, **kwargs)
             if is_dynamo_compiling():
-                prepare(self, chosen)
-                state: Recording = getattr(self.__dict__[_PLACE], "_".join(chosen))
+                name = " ".join((own, *chosen))
+                prepare(self, name, chosen)
+                place = self.__dict__[_PLACE]
+                assert place.owner is self  # not what was compiled for another, if this is a shallow copy of that
+                state: Recording = getattr(place, name)
                 built = state.built
                 output, recorded = run(state, built, built.pick(), forward, args, kwargs)
-                entries, problems = built.settle(recorded)
+                entries, problems = built.expected.settle(recorded)
                 if problems:
                     raise CaptureError("the capture is not complete", problems)
                 return attach(output, chosen, gathered(chosen, entries))
             return eager.call(self, chosen, args, kwargs)
 
-        wrapper.__signature__ = _with_flags(forward, known)  # type: ignore[attr-defined]
-        setattr(wrapper, OWN_TAPS, {**getattr(forward, OWN_TAPS, {}), **known})
-        return wrapper  # type: ignore[return-value]
+        decorated = functools.wraps(forward)(with_own_code(wrapper, getattr(forward, "__qualname__", "forward")))
+        decorated.__signature__ = _with_flags(forward, known)  # type: ignore[attr-defined]
+        setattr(decorated, OWN_TAPS, {**getattr(forward, OWN_TAPS, {}), **known})
+        return decorated  # type: ignore[return-value]
 
     return decorate
 
@@ -83,23 +88,31 @@ def _with_flags(forward: Callable[..., Any], names: Iterable[str]) -> inspect.Si
 
 
 class _Place:
-    """States for compiled calls, kept on the instance they are for. Copies and pickles of the instance start afresh."""
+    """States for compiled calls, kept on the instance they are for. Copies and pickles of the instance start afresh.
+
+    A shallow copy of the instance, and a twin is one, has the same: it needs one that is its own.
+    """
+
+    def __init__(self, owner: nn.Module | None = None) -> None:
+        self.owner = owner
 
     def __reduce__(self) -> tuple[type[_Place], tuple[()]]:
         return _Place, ()
 
 
-def _preparer(known: dict[str, Tap], eager: Eager) -> Callable[[nn.Module, tuple[str, ...]], bool]:
+def _preparer(known: dict[str, Tap], eager: Eager) -> Callable[[nn.Module, str, tuple[str, ...]], bool]:
     lock = threading.Lock()
 
-    def prepare(module: nn.Module, chosen: tuple[str, ...]) -> bool:
+    def prepare(module: nn.Module, name: str, chosen: tuple[str, ...]) -> bool:
         """Runs while a call is being traced: its state exists and fits the module from then on."""
         eager.keep_apart()
         with lock, refusals():
-            place = module.__dict__.setdefault(_PLACE, _Place())
-            state = getattr(place, "_".join(chosen), None)
+            place = module.__dict__.get(_PLACE)
+            if place is None or place.owner is not module:
+                place = module.__dict__[_PLACE] = _Place(module)
+            state = getattr(place, name, None)
             if state is None:
-                setattr(place, "_".join(chosen), Recording(module, {name: known[name] for name in chosen}))
+                setattr(place, name, Recording(module, {tap: known[tap] for tap in chosen}))
             else:
                 state.refresh()  # hooks and attributes may be others than when this was traced before
         return True

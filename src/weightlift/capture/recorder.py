@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -22,9 +21,9 @@ from weightlift.capture.gathering import Gather
 from weightlift.capture.regions import region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
-from weightlift.capture.taps import Declared, Input, Tap, collect_taps, require_module
+from weightlift.capture.taps import Declared, Input, Output, Tap, collect_taps, require_module
 from weightlift.capture.template import Template, choose, steady
-from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin
+from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin, with_own_code
 from weightlift.capture.values import recipe_of
 from weightlift.errors import CaptureError, Problem
 
@@ -43,11 +42,22 @@ def refusals() -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
+class Expected:
+    """What records are compared with. They hold it, so it holds no module."""
+
+    taps: tuple[tuple[int, str, Tap, tuple[str, ...]], ...]
+
+    def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]:
+        """Entries of what a call through a twin recorded, and what is wrong with them."""
+        return settle_recorded(raw, self.taps)
+
+
+@dataclass(frozen=True, eq=False)
 class Setup:
     """What a recorder works with until the model's structure changes; replaced as a whole."""
 
     left: dict[tuple[int, str], int] | None  # with ``stop``: calls of each module until the forward is left
-    expected: tuple[tuple[int, str, Tap, tuple[str, ...]], ...]
+    expected: Expected
     eval_twin: Twin
     train_twin: Twin
     mixed_twin: Twin | None
@@ -75,10 +85,6 @@ class Setup:
         twin = self.remake()
         flags = tuple([module.training for module in self.train_twin.originals])
         return replace(self, mixed_twin=twin, mixed_flags=flags)
-
-    def settle(self, raw: Sequence[Recorded]) -> tuple[list[Entry], list[Problem]]:
-        """Entries of what a call through a twin recorded, and what is wrong with them."""
-        return settle_recorded(raw, self.expected)
 
 
 class Eager:
@@ -150,10 +156,7 @@ class Recording:
         flags = tuple([module.training for module in eval_twin.originals])
         return Setup(
             counts,
-            tuple(
-                (n, name, tap, tuple(item.fqn for item in choice.modules.get(n, ())))
-                for n, (name, tap) in enumerate(choice.taps)
-            ),
+            _expected(choice),
             eval_twin,
             build_twin(self.model, sites, self.cell, True),
             None if all(flags) or not any(flags) else remake(),
@@ -163,6 +166,14 @@ class Recording:
             _meant(choice),
             tuple(watches),
         )
+
+
+def _expected(choice: Choice) -> Expected:
+    taps = []
+    for number, (name, tap) in enumerate(choice.taps):
+        fqns = tuple(item.fqn for item in choice.modules.get(number, ()))
+        taps.append((number, name, replace(tap, select="") if isinstance(tap, Output) else tap, fqns))
+    return Expected(tuple(taps))
 
 
 def _meant(choice: Choice) -> frozenset[tuple[str, int]]:
@@ -239,11 +250,9 @@ def recorder(model: nn.Module, /, *declared: str | Declared, **taps: Any) -> Rec
         prepare(state.refreshed)
         built = state.built
         output, entries = run(state, built, built.pick(), None, args, kwargs)
-        return output, Records(state.names, entries, built)
+        return output, Records(state.names, entries, built.expected)
 
-    # Compiled variants are kept by code object, and only so many for each: recorders must not share one.
-    name = f"record_{type(state.model).__name__}"
-    own = types.FunctionType(record.__code__.replace(co_name=name), globals(), name, None, record.__closure__)
+    own = with_own_code(record, f"record_{type(state.model).__name__}")
     own.__doc__ = f"Calls {type(state.model).__name__} and returns (output, records)."
     own.refresh = state.refresh  # type: ignore[attr-defined]
     return cast("Recorder", own)
@@ -281,7 +290,7 @@ def run_eagerly(state: Recording, args: Any, kwargs: Any) -> tuple[Any, Records]
             state.refresh()
             return run_eagerly(state, args, kwargs)
         output, entries = run(state, built, twin, None, args, kwargs)
-        return output, Records(state.names, entries, built)
+        return output, Records(state.names, entries, built.expected)
     output = None
     opened = Capture(state.model, state.taps, state.template)
     with opened as got:

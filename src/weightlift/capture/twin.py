@@ -12,7 +12,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,6 +23,9 @@ from weightlift.capture.gathering import Gather, first_of, gather_site, given
 from weightlift.capture.hooks import FAILURE_ID, HOOK_ID
 from weightlift.capture.select import original, scripted
 from weightlift.capture.values import Lack, Recipe, finish, pick, put
+
+_TWIN_ID = FAILURE_ID - 1
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Left(BaseException):
@@ -137,18 +140,27 @@ def _bound_anew(value: Any, module: nn.Module, copied: nn.Module) -> Any:
     return value
 
 
+def with_own_code(function: Function, name: str) -> Function:
+    """The same function with code of its own: torch keeps what it compiled by code object, only so many for each, and
+    does not look whether hooks are others."""
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, None, function.__closure__)  # type: ignore[return-value]
+
+
 def _stand(copied: nn.Module, sites: Sites, cell: Any, names: tuple[str, ...]) -> None:
     """Puts the taps into dictionaries of the copy's own, after the user's hooks. ``names``: of the arguments."""
     own = copied.__dict__
+    # Not that of a capture, which a forward may open on the copies themselves; and they may be copied in turn.
+    key = _TWIN_ID - len(own["_forward_hooks"]) - len(own["_forward_pre_hooks"])
     before = [take for take in sites.takes if take.before]
     after = [take for take in sites.takes if not take.before]
     if before or sites.gather is not None:
-        own["_forward_pre_hooks"][HOOK_ID] = before_hook(before, sites.gather, cell, names)
-        own["_forward_pre_hooks_with_kwargs"][HOOK_ID] = True
+        own["_forward_pre_hooks"][key] = before_hook(before, sites.gather, cell, names)
+        own["_forward_pre_hooks_with_kwargs"][key] = True
     if after or sites.declared or sites.gather is not None:
         declared = tuple(sites.declared or ())
-        own["_forward_hooks"][HOOK_ID] = after_hook(after, sites.gather, declared, cell, sites.held)
-        own["_forward_hooks_with_kwargs"][HOOK_ID] = True
+        own["_forward_hooks"][key] = after_hook(after, sites.gather, declared, cell, sites.held)
+        own["_forward_hooks_with_kwargs"][key] = True
 
 
 def before_hook(takes: list[Take], gather: Gather | None, cell: Any, names: tuple[str, ...]) -> Callable[..., Any]:
