@@ -433,6 +433,21 @@ def test_a_capture_around_a_compiled_model_says_what_to_use() -> None:
     assert len(got["hidden"]) == 3
 
 
+@pytest.mark.parametrize("which", ["model", "layers"])
+def test_where_only_the_forward_was_compiled_the_recorder_that_the_error_names_records(which: str) -> None:
+    net, value = Net().eval(), x()
+    taps = {"hidden": wl.Output(Layer), "query": "layers.*.attention.query"}
+    with wl.capture(net, **taps) as expected:
+        out = net(value)
+    for module in [net] if which == "model" else net.layers:
+        module.forward = torch.compile(module.forward, backend="eager")  # as Transformers' documentation does
+    with pytest.raises(wl.CaptureError, match=r"torch\.compile\(wl\.recorder"), wl.capture(net, **taps):
+        net(value)
+    output, got = torch.compile(wl.recorder(net, **taps), backend="eager", fullgraph=True)(value)
+    assert torch.equal(output, out)
+    assert all(same(got[name], expected[name]) for name in taps)
+
+
 def test_a_capture_does_not_poison_what_is_compiled_meanwhile() -> None:
     """Compiled while captured, used while not, with fullgraph: no break, no error, no growing number of variants."""
     net = Net().eval()

@@ -25,6 +25,7 @@ from weightlift.capture.select import original, scripted
 from weightlift.capture.values import Lack, Recipe, finish, pick, put
 
 _TWIN_ID = FAILURE_ID - 1
+_COMPILED_FROM = "_torchdynamo_orig_callable"  # of what torch.compile makes of a function
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -116,7 +117,10 @@ def build_twin(
 
 def _shallow(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
     copied: nn.Module = object.__new__(type(module))
-    attributes = {name: _bound_anew(value, module, copied) for name, value in module.__dict__.items()}
+    own = module.__dict__
+    if replaced and "forward" in own:
+        own = {**own, "forward": _not_compiled(own["forward"])}
+    attributes = {name: _bound_anew(value, module, copied) for name, value in own.items()}
     if not scripted(module):
         attributes["_modules"] = {**module._modules, **replaced}
     attributes["_compiled_call_impl"] = None
@@ -138,6 +142,11 @@ def _bound_anew(value: Any, module: nn.Module, copied: nn.Module) -> Any:
         args = [copied if argument is module else argument for argument in value.args]
         return functools.update_wrapper(functools.partial(value.func, *args, **value.keywords), value.func)
     return value
+
+
+def _not_compiled(value: Any) -> Any:
+    """Of ``model.forward = torch.compile(model.forward)`` the method: the code would run the model's own modules."""
+    return getattr(value, _COMPILED_FROM, value) if isinstance(value, types.FunctionType) else value
 
 
 def with_own_code(function: Function, name: str) -> Function:
