@@ -416,6 +416,30 @@ def test_layers_compiled_one_by_one(how: str) -> None:
         net(value)
 
 
+@pytest.mark.parametrize("which", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_compiled_one_by_one_in_a_recorder_that_is_compiled(which: tuple[int, ...], shared: bool) -> None:
+    """To torch a wrapper is what it wraps; where it met that before, it failed with an AssertionError of its own."""
+    net, value = Net().eval(), x()
+    if shared:
+        net.layers.append(net.layers[1])
+    plain = copy.deepcopy(net)
+    for place in which:
+        net.layers[place] = torch.compile(net.layers[place], backend="eager")
+    taps = {"inputs": wl.Input("layers.1"), "query": "layers.0.attention.query", "head": "head"}
+    fast = {name: torch.compile(wl.recorder(net, **{name: tap}), backend="eager") for name, tap in taps.items()}
+    for turn in range(3):
+        if turn == 2:
+            plain.layers[2] = Layer().eval()
+            net.layers[2] = torch.compile(copy.deepcopy(plain.layers[2]), backend="eager")
+        with wl.capture(plain, **taps) as expected:
+            out = plain(value)
+        for name, record in fast.items():
+            output, got = record(value)
+            assert torch.equal(output, out) and same(got[name], expected[name])
+    assert not breaks()
+
+
 def test_a_capture_around_a_compiled_model_says_what_to_use() -> None:
     net = Net()
     fast = torch.compile(net, backend="eager")

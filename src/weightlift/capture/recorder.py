@@ -73,13 +73,15 @@ class Setup:
 
     def pick(self) -> Twin | None:
         """The twin for the modes that the model is in now; None when it has to be built first."""
+        if not self.train_twin.stands():
+            return None
         flags = tuple([module.training for module in self.train_twin.originals])
         twin = self.mixed_twin if flags == self.mixed_flags else None
         if all(flags):
             twin = self.train_twin
         elif not any(flags):
             twin = self.eval_twin
-        return twin if twin is not None and twin.stands() else None
+        return twin
 
     def mixed(self) -> Setup:
         twin = self.remake()
@@ -130,7 +132,7 @@ class Recording:
             built = self.look_again()
             if built.pick() is None:
                 # Only another mixture of modes: the other twins, and what was compiled for them, stay good.
-                self.built = built.mixed() if built.train_twin.stands() and built.eval_twin.stands() else self.build()
+                self.built = built.mixed() if built.train_twin.stands() else self.build()
         return True
 
     def look_again(self) -> Setup:
@@ -152,13 +154,13 @@ class Recording:
         )
         # A twin for each mode, so that switching between them compiles nothing that was compiled before.
         remake = functools.partial(build_twin, self.model, sites, self.cell, None)
-        eval_twin = build_twin(self.model, sites, self.cell, False)
-        flags = tuple([module.training for module in eval_twin.originals])
+        train_twin = build_twin(self.model, sites, self.cell, True)  # first: while it stands, all do
+        flags = tuple([module.training for module in train_twin.originals])
         return Setup(
             counts,
             _expected(choice),
-            eval_twin,
-            build_twin(self.model, sites, self.cell, True),
+            build_twin(self.model, sites, self.cell, False),
+            train_twin,
             None if all(flags) or not any(flags) else remake(),
             flags,
             Regions(self.model, sites, self.cell) if regions else None,

@@ -12,9 +12,10 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.actions import argument_place, parameters_of, put_argument, take_argument
 from weightlift.capture.declared import Site
@@ -54,19 +55,28 @@ class Sites:
     held: bool = False  # what is declared here may belong to a sub-model that runs around this twin
 
 
+Link: TypeAlias = "tuple[nn.Module, str, nn.Module | None, nn.Module | None]"
+
+
 @dataclass(frozen=True, eq=False)
 class Twin:
-    """``originals``: the modules that were copied; ``links``: parent, name and child, as they were copied."""
+    """``originals``: the modules that were copied; ``links``: their children as they were then, parents first: parent,
+    name, child, and what ``torch.compile`` wrapped in it."""
 
     root: nn.Module
     originals: tuple[nn.Module, ...]
-    links: tuple[tuple[nn.Module, str, nn.Module | None], ...]
+    links: tuple[Link, ...]
 
     def stands(self) -> bool:
-        """Whether the children of every copied module are still what they were."""
-        if sum([len(module._modules) for module in self.originals]) != len(self.links):
-            return False
-        return all(parent._modules.get(name) is child for parent, name, child in self.links)
+        """Whether the children of every copied module are still what they were.
+
+        Where it is traced, a wrapper is to torch what it wraps, may be met once, and not after that.
+        """
+        traced = is_dynamo_compiling()
+        for parent, name, child, inner in self.links:
+            if parent._modules.get(name) is not (inner if traced else child):
+                return False
+        return sum([len(module._modules) for module in self.originals]) == len(self.links)
 
 
 Wrap = Callable[[nn.Module, nn.Module], "Callable[..., Any] | None"]
@@ -81,15 +91,16 @@ def build_twin(
     """
     made: dict[int, nn.Module] = {}
     originals: list[nn.Module] = []
-    links: list[tuple[nn.Module, str, nn.Module | None]] = []
+    links: list[Link] = []
 
     def make(outer: nn.Module) -> nn.Module:
         module = original(outer)
         if id(module) in made:
-            return made[id(module)]
+            return outer if original(made[id(module)]) is module else made[id(module)]
         made[id(module)] = outer  # a module that contains itself ends here
         replaced = {}
-        for name, child in () if scripted(module) else module._modules.items():
+        children = {} if scripted(module) else dict(module._modules)
+        for name, child in children.items():
             if child is not None:
                 twin = make(child)
                 if twin is not child:
@@ -97,7 +108,11 @@ def build_twin(
         own = sites.get(id(module))
         if not replaced and own is None:
             return outer
-        copied = _shallow(module, replaced)
+        inner = {name: None if kid is None else original(kid) for name, kid in children.items()}
+        links.extend((module, name, kid, inner[name]) for name, kid in reversed(children.items()))
+        if wrap is None:  # it is to be traced whole
+            children = inner
+        copied = _shallow(module, {**children, **replaced}, bool(replaced))
         if training is not None and not scripted(module):
             copied.__dict__["training"] = training
         forward = None if wrap is None else wrap(outer, copied)
@@ -109,20 +124,20 @@ def build_twin(
         if scripted(module):  # which has its mode and its parts elsewhere, shared with the copy
             return copied
         originals.append(module)
-        links.extend((module, name, child) for name, child in module._modules.items())
         return copied
 
-    return Twin(make(root), tuple(originals), tuple(links))
+    return Twin(make(root), tuple(originals), tuple(reversed(links)))
 
 
-def _shallow(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
+def _shallow(module: nn.Module, children: dict[str, nn.Module | None], leads: bool) -> nn.Module:
+    """``leads``: to other copies."""
     copied: nn.Module = object.__new__(type(module))
     own = module.__dict__
-    if replaced and "forward" in own:
+    if leads and "forward" in own:
         own = {**own, "forward": _not_compiled(own["forward"])}
     attributes = {name: _bound_anew(value, module, copied) for name, value in own.items()}
     if not scripted(module):
-        attributes["_modules"] = {**module._modules, **replaced}
+        attributes["_modules"] = children
     attributes["_compiled_call_impl"] = None
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         # Its own: an eager capture comes and goes in the model's, and that must be nothing to compiled code.
