@@ -95,6 +95,7 @@ class _Rehearsal:
         self._doubles = Doubles(self._stand_ins, self._note_extra_state)
         self._loads: dict[str, Offered | torch.Tensor] = {}
         self._origins: dict[str, str | None] = {}  # unexpected name → offered name
+        self._states: list[dict[str, Any]] = []
         self._visited: tuple[nn.Module, str] | None = None
         self._result = Rewritten(inventory)
         self._filled = Filled(self._stand_ins)
@@ -109,6 +110,8 @@ class _Rehearsal:
             with _scope(self._recorder):
                 self._walk()
         except BaseException:
+            for state in self._states:
+                state.clear()  # the traceback holds them, and what they offer need not be read for it
             self.__exit__()
             raise
         return self
@@ -122,6 +125,7 @@ class _Rehearsal:
             state[name] = self._stand_ins.offered(name, shape, dtype)
         if self._given.metadata is not None:
             state._metadata = self._metadata  # type: ignore[attr-defined]
+        self._states = [state]
         self._visit(self._doubles.find(self._inventory.module), "", state)
 
     def _double_modules(self) -> None:
@@ -143,6 +147,7 @@ class _Rehearsal:
         self._doubles.dissolve()
         self._stand_ins.dissolve()
         self._loads.clear()
+        self._states.clear()
         self._give_values_to_what_is_left()
         self.__dict__.clear()  # its parts know it: a cycle, which would keep the module until the next collection
 
@@ -167,6 +172,7 @@ class _Rehearsal:
                     hook(*arguments)
             self._load(module, prefix, state)
         parts = partition(state, prefix, module)
+        self._states += parts.values()
         for name, child in module._modules.items():
             if child is not None:
                 self._visit(self._doubles.find(child), f"{prefix}{name}.", parts.get(name, {}))

@@ -189,6 +189,20 @@ def test_a_rehearsal_reads_nothing_that_a_hook_does_not_look_at():
     assert done.names == {"a": Offered("a", (3,))}
 
 
+@pytest.mark.parametrize("at", ["", "0", "1", "1.0"])
+def test_a_rehearsal_that_fails_reads_nothing_for_the_traceback(at):
+    def fail(state, prefix, *_):
+        raise ZeroDivisionError(prefix)
+
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    module.get_submodule(at).register_load_state_dict_pre_hook(lambda _, *rest: fail(*rest))
+    read = []
+    state = State({name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items()}, read.append, {}, None)
+    with pytest.raises(ZeroDivisionError, match=at):
+        rewrite(Inventory.of(module), state, None, 0)
+    assert read == []
+
+
 def test_what_a_hook_makes_anew_is_in_the_inventory():
     class Growing(nn.Module):
         def __init__(self):
