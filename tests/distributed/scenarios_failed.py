@@ -116,6 +116,27 @@ def the_source_refuses_what_only_it_can_compare():
     _fails(0, wl.PlanError, "rank 0: PlanError", load, unfilled)
 
 
+class Doubled(Layers):
+    """A state-dict hook that computes with values, which a rank without files can't."""
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        state["layers.0.weight"] = state.pop("half") * 2
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def hooks_that_compute_with_values_are_refused_with_what_to_do():
+    state = checkpoint_of(Layers)
+    state["half"] = state.pop("layers.0.weight") / 2
+    path = _saved("half.pt", state)
+    for source in (path, state):
+        for way in (sharded, alike, unfilled):
+            expected = wl.RanksError if RANK == 0 else wl.CheckpointError
+            with pytest.raises(expected, match=r"half: a state-dict hook .* uses its values.* leave source_rank out"):
+                wl.load(Doubled, source, **way())
+        _the_group_works()
+        wl.load(Doubled, source, parallelize=lambda model: model)  # as the hint says
+
+
 def a_constructor_fails_on_a_rank_that_receives():
     state = checkpoint_of(Tied)
 
@@ -216,6 +237,7 @@ SCENARIOS = {
         the_source_finds_no_checkpoint,
         the_wrong_path_and_at_once_the_right_one,
         the_source_refuses_what_only_it_can_compare,
+        hooks_that_compute_with_values_are_refused_with_what_to_do,
         a_constructor_fails_on_a_rank_that_receives,
         a_receiver_of_equal_messages_is_cancelled,
         a_receiver_of_messages_of_many_sizes_is_cancelled,

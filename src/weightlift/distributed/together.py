@@ -18,7 +18,7 @@ from weightlift.distributed.shapes import Homes, filled, is_dtensor, put_back, s
 from weightlift.distributed.stream import Stream
 from weightlift.distributed.team import Team
 from weightlift.distributed.unfilled import leave_unfilled
-from weightlift.errors import RanksError
+from weightlift.errors import CheckpointError, Problem, RanksError
 from weightlift.options import LoadOptions
 from weightlift.plan.records import Decisions
 from weightlift.transfer.apply import apply
@@ -59,7 +59,7 @@ class Together:
         headers = _headers(opened()) if self._team.rank == self._leader else None
         own, shared = headers if headers is not None else (None, None)
         found = wire.hand_out(shared, self._leader)
-        return own if own is not None else Checkpoint(**found)
+        return own if own is not None else _Unseen(**found)
 
     def seeded(self, given: int | None) -> LoadOptions:
         """The options with one seed on all ranks: where the user gave none, that of the rank that leads.
@@ -223,6 +223,18 @@ def _leader(team: Team, source_rank: int | None) -> int:
     if source_rank not in team.names:
         raise ValueError(f"source_rank {source_rank} is not of the process group, whose ranks are {list(team.names)}")
     return team.names.index(source_rank)
+
+
+class _Unseen(Checkpoint):
+    """A checkpoint as its headers tell of it, on a rank that sees no values."""
+
+    __slots__ = ()
+
+    def read(self, key: str) -> torch.Tensor:
+        """Raises CheckpointError: only state-dict hooks ask for values before all ranks have agreed to read."""
+        hint = "leave source_rank out, with the files where every rank can see them"
+        problem = Problem("a state-dict hook of the module uses its values, which only source_rank has", key, hint=hint)
+        raise CheckpointError(f"cannot read {self.source} on this rank", [problem])
 
 
 def _headers(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
