@@ -20,7 +20,7 @@ from weightlift.checkpoint.integrity import digests_of
 from weightlift.deferred.inventory import Inventory, is_lazy
 from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import label_samples, needed, replays
-from weightlift.distributed.fsdp import reshard
+from weightlift.distributed.fsdp import refuse_flat, reshard
 from weightlift.distributed.paper import MeshReport
 from weightlift.distributed.together import Together
 from weightlift.errors import PlanError, Problem
@@ -306,6 +306,7 @@ def opened(ckpt: CheckpointSource, options: LoadOptions, *, seed: int | None, **
 def planned(subject: Subject, opening: Opening, *, take: Callable[[], Subject] | None = None) -> LoadPlan:
     """The plan of filling ``subject``."""
     checkpoint, options, trace = opening.checkpoint, opening.options, opening.trace
+    refuse_flat(subject.inventory)
     given = Given.of(subject.inventory.module) if subject.existing else None
     with Undisturbed(), timed(trace, "plan", "headers against names"):
         load = decide(subject, checkpoint, options)

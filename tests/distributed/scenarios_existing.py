@@ -16,7 +16,7 @@ import torch
 from tests.distributed.models import Tied, assert_same_state, checkpoint_of, fsdp, losses, mesh
 from tests.distributed.scenarios_two import RANK, _own, _saved
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -205,6 +205,21 @@ def dtensors_stay_as_they_are_where_a_hash_differs():
             assert all(same) != fits
 
 
+def what_fsdp1_has_wrapped_is_refused_and_stays_as_it_is():
+    path = _saved("flat.pt", checkpoint_of(Tied))
+    cpu = torch.device("cpu")
+    for original in (True, False):
+        block, model = Tied(), Tied()
+        block.layers[0] = FullyShardedDataParallel(block.layers[0], use_orig_params=original, device_id=cpu)
+        model = FullyShardedDataParallel(model, use_orig_params=original, device_id=cpu)
+        for wrapped in (block, model):
+            with pytest.raises(wl.PlanError, match=r"flat parameters .* load before it is wrapped"):
+                wl.load(wrapped, path)
+        model.load_state_dict(torch.load(path))  # as the error says
+        loaded = FullyShardedDataParallel(wl.load(Tied, path), use_orig_params=original, device_id=cpu)
+        assert losses(model, steps=2) == losses(loaded, steps=2)
+
+
 SCENARIOS = {
     run.__name__: run
     for run in (
@@ -217,5 +232,6 @@ SCENARIOS = {
         a_module_that_has_changed_on_one_rank_stops_all_at_once,
         a_dtensor_keeps_its_dtype,
         dtensors_stay_as_they_are_where_a_hash_differs,
+        what_fsdp1_has_wrapped_is_refused_and_stays_as_it_is,
     )
 }

@@ -1,10 +1,11 @@
-"""What is special about modules under FSDP2, known by what they have: torch.distributed is not imported for this."""
+"""What is special about modules under FSDP, known by what they have: torch.distributed is not imported for this."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from weightlift.deferred.inventory import modules_of
+from weightlift.deferred.inventory import Inventory, modules_of
+from weightlift.errors import PlanError, Problem
 
 
 def has_fsdp(module: nn.Module) -> bool:
@@ -21,3 +22,16 @@ def reshard(module: nn.Module) -> None:
     for child in modules_of(module):
         if hasattr(child, "_get_fsdp_state") and callable(undo := getattr(child, "reshard", None)):
             undo()
+
+
+def refuse_flat(inventory: Inventory) -> None:
+    """Raise PlanError for modules under FSDP1 (``FullyShardedDataParallel``).
+
+    Their parameters are parts of flat ones, and their state-dict hooks gather those in place, which can't be rehearsed.
+    """
+    named = zip(inventory.prefixes, inventory.modules)
+    flat = next((prefix for prefix, child in named if "_fsdp_wrapped_module" in child._modules), None)
+    if flat is not None:
+        hint = "load before it is wrapped, or use the wrapped module's own load_state_dict"
+        problem = Problem("FSDP1 has made flat parameters of it", fqn=flat[:-1] or None, hint=hint)
+        raise PlanError(f"{type(inventory.module).__qualname__} can't be loaded into; nothing was changed", [problem])
