@@ -132,7 +132,8 @@ class LoadOptions:
         _check_key_mapping(key_mapping)
         _check_ranks(parallelize, source_rank, rank_patience_seconds)
         if verify and (parallelize is not None or source_rank is not None):
-            raise ValueError("verify reads whole files, which no rank of a spread load does; verify it before")
+            before = "call open_checkpoint(…, verify=True) before, on one rank"
+            raise ValueError(f"verify reads whole files, which no rank of a spread load does; {before}")
         return cls(
             dtype=_dtypes(dtype), device=_device("device", device), device_map=_device_map(device_map), strict=strict,
             ignore_mismatched=ignore_mismatched, key_mapping=key_mapping, copy=copy,

@@ -116,6 +116,14 @@ def the_source_refuses_what_only_it_can_compare():
     _fails(0, wl.PlanError, "rank 0: PlanError", load, unfilled)
 
 
+def a_rank_that_makes_no_such_load_is_not_called_killed():
+    group = dist.new_group(range(RANKS))  # of which the ranks count their loads apart
+    if RANK == 0:
+        with pytest.raises(wl.RanksError, match=r"rank [1-9]: it did not come within 1 s .* makes no such load"):
+            wl.load(Layers, {}, strict=False, **sharded(), process_group=group, rank_patience_seconds=0.1)
+    dist.barrier()
+
+
 class Doubled(Layers):
     """A state-dict hook that computes with values, which a rank without files can't."""
 
@@ -237,6 +245,7 @@ SCENARIOS = {
         the_source_finds_no_checkpoint,
         the_wrong_path_and_at_once_the_right_one,
         the_source_refuses_what_only_it_can_compare,
+        a_rank_that_makes_no_such_load_is_not_called_killed,
         hooks_that_compute_with_values_are_refused_with_what_to_do,
         a_constructor_fails_on_a_rank_that_receives,
         a_receiver_of_equal_messages_is_cancelled,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tests.distributed import scenarios_failed
 from tests.distributed.models import (
@@ -13,11 +15,13 @@ from tests.distributed.models import (
     checkpoint_of,
     expert_parallel,
     fsdp,
+    gathered,
     losses,
     mesh,
     tensor_parallel,
 )
 from tests.distributed.scenarios_two import FOLDER, MISSING, RANK, _llama, _saved
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -119,6 +123,37 @@ def what_a_mesh_of_two_axes_saved_is_loaded_by_others():
             assert_same_state(wl.load(Tied, checkpoint, parallelize=again), reference)
 
 
+def stages_of_a_pipeline():
+    state = checkpoint_of(Tied)
+    path = _saved("stages.pt", state)
+    grid = mesh(2, 2, names=("pp", "dp"))
+    mine = (("embed.", "scale", "layers.0."), ("layers.1.", "layers.2.", "scale"))[grid["pp"].get_local_rank()]
+
+    def stage():
+        model = Tied()
+        for parent, name in ((model, "embed"), (model, "head"), *((model.layers, str(number)) for number in range(3))):
+            prefix = f"layers.{name}." if parent is model.layers else f"{name}."
+            if prefix not in mine:
+                parent._modules[name] = None
+        return model
+
+    def parallelize(model):
+        for layer in filter(None, model.layers):
+            fully_shard(layer, mesh=grid["dp"])
+        fully_shard(model, mesh=grid["dp"])
+
+    with pytest.raises(wl.RanksError, match=r"ranks 2, 3 have another module than ranks 0, 1"):
+        wl.load(stage, path, parallelize=parallelize, strict=False)
+    for source_rank in (None, dist.get_process_group_ranks(grid["dp"].get_group())[1]):
+        model = wl.load(
+            stage, path, parallelize=parallelize, process_group=grid["dp"].get_group(), source_rank=source_rank,
+            key_mapping=lambda key: key if key.startswith(mine) else None,
+        )  # fmt: skip
+        loaded = gathered(model)
+        assert {*loaded} == {key for key in state if key.startswith(mine)}
+        assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
 SCENARIOS = {
     run.__name__: run
     for run in (
@@ -130,5 +165,6 @@ SCENARIOS = {
         three_axes,
         uneven_shards_on_four_ranks,
         what_a_mesh_of_two_axes_saved_is_loaded_by_others,
+        stages_of_a_pipeline,
     )
 } | scenarios_failed.SCENARIOS

@@ -23,7 +23,7 @@ _SAMPLES = 4
 _TENSORS = 64
 _TENSOR_SAMPLE_BYTES = 128
 _HINTS = {
-    "module": "every rank must build the same module",
+    "module": "every rank of a process_group must build the same module; each stage of a pipeline has one of its own",
     "options": "every rank must pass the same options",
     "checkpoint": "every rank must be given the same checkpoint",
     "contents": "the headers are equal, so these are other weights of the same kind of model",

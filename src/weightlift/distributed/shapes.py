@@ -28,6 +28,10 @@ from weightlift.strides import interval
 from weightlift.unstrided import shape_of, unstrided
 
 _log = logging.getLogger("weightlift")
+_KEEP = (
+    "parallelize may wrap modules, but not replace or copy them; what a rank does not keep is left out where the module"
+    " is built"
+)
 _LOAD_FIRST = "load first and change the module afterwards, or leave this tensor out of parallelize"
 
 
@@ -245,7 +249,7 @@ def _home(
     slot: Slot, row: Row, stand_in: torch.Tensor | None, inside: set[int], births: Births, *, fsdp: bool
 ) -> Home:
     if id(slot.owner) not in inside:
-        raise ValueError("its module is not part of what parallelize returned")
+        raise ValueError("its module is not part of what parallelize returned", _KEEP)
     now = slot.now()
     if now is None:
         raise ValueError("parallelize removed it")

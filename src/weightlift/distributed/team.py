@@ -186,8 +186,8 @@ class Team:
         until = time.monotonic() + 2 * self._patience_s
         while time.monotonic() < until:
             try:
-                for other in lives.lost():
-                    self._add_lost(other)
+                for other, came in lives.lost():
+                    self._add_lost(other, came=came)
             except Exception as error:
                 raise self._store_lost(error) from error
             self.check()
@@ -214,8 +214,8 @@ class Team:
             except Exception as error:
                 raise self._store_lost(error) from error
             self._refuse(failures)
-            for other in lost:
-                self._add_lost(other)
+            for other, came in lost:
+                self._add_lost(other, came=came)
             time.sleep(pause)
             pause = min(pause * 1.5, _LAST_POLL_S)
 
@@ -228,8 +228,8 @@ class Team:
             count += 1
             try:
                 self._store.set(f"beat/{self.rank}", str(count))
-                for other in lives.lost():
-                    self._add_lost(other)
+                for other, came in lives.lost():
+                    self._add_lost(other, came=came)
             except Exception:  # the store is gone: the main thread will find out
                 return
 
@@ -251,8 +251,11 @@ class Team:
             problems = [Problem(what) for what, _ in failures]
             raise RanksError("other ranks failed, so this one gives up", problems)
 
-    def _add_lost(self, rank: int) -> None:
+    def _add_lost(self, rank: int, *, came: bool) -> None:
         text = f"no sign of life for {self._patience_s:g} s while {self._stage}; it was killed"
+        if not came:
+            waited = f"{_JOINING * self._patience_s:g} s"
+            text = f"it did not come within {waited} while {self._stage}; it was killed, or makes no such load"
         self._add_failure(rank, text, lost=True)
 
     def _add_failure(self, rank: int, text: str, *, lost: bool = False) -> None:
@@ -284,8 +287,8 @@ class _Lives:
         self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(ranks, (b"", now))
         self._next = now
 
-    def lost(self) -> list[int]:
-        """Ranks that have just become lost. One that has not come to the stage yet has ten times as long."""
+    def lost(self) -> list[tuple[int, bool]]:
+        """Ranks that have just become lost, and whether they ever came to the stage: they have ten times as long."""
         now = time.monotonic()
         if now < self._next:
             return []
@@ -298,5 +301,5 @@ class _Lives:
                 self._seen[rank] = (current, now)
             elif now - since > self._patience_s * (1 if beat else _JOINING):
                 del self._seen[rank]
-                found.append(rank)
+                found.append((rank, bool(beat)))
         return found

@@ -606,6 +606,7 @@ def test_not_deferred_calls_the_constructor_ordinarily():
         ({"key_mapping": {"step": None}}, TypeError, "found 'step': None; a callable drops a key by returning None"),
         ({"seed": "x"}, TypeError, "seed must be a whole number, found 'x'"),
         ({"seed": 1.5}, TypeError, "seed must be a whole number, found 1.5"),
+        ({"verify": True, "source_rank": 0}, ValueError, r"call open_checkpoint\(…, verify=True\) before"),
     ],
 )
 def test_an_option_that_can_not_be_meant_is_named(options, error, said):
