@@ -596,6 +596,11 @@ def mappings_that_differ_are_named():
     )
 
 
+def what_is_no_process_group_is_named():
+    with pytest.raises(TypeError, match=r"mesh\.get_group\(\) .* found DeviceMesh"):
+        wl.load(Tied, checkpoint_of(Tied), source_rank=0, process_group=mesh(2))
+
+
 def a_rank_outside_the_group_is_refused():
     group = dist.new_group([0])
     state = checkpoint_of(Tied)
@@ -724,6 +729,7 @@ SCENARIOS = {
         ranks_that_differ_are_named,
         ranks_that_would_wait_for_one_another_are_named,
         mappings_that_differ_are_named,
+        what_is_no_process_group_is_named,
         a_rank_outside_the_group_is_refused,
         seeds_that_nobody_gave_are_those_of_the_first_rank,
         an_error_of_one_rank_is_one_of_all,

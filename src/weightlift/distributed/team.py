@@ -56,7 +56,7 @@ class Team:
     def of(cls, group: Any, patience_s: float) -> Team | None:
         """The team of a process group (None: all ranks); None where this process is alone.
 
-        Raises ValueError where this process is not a member of the group.
+        Raises ValueError where this process is not a member of the group, TypeError for what is no group.
         """
         import torch.distributed as dist
         from torch.distributed import distributed_c10d
@@ -69,6 +69,9 @@ class Team:
                 f"rank {dist.get_rank()} is no member of process_group, whose members load together; "
                 "call it on them alone, or without process_group"
             )
+        if not isinstance(group, dist.ProcessGroup):
+            what = "process_group must be what mesh.get_group() or torch.distributed.new_group() returns"
+            raise TypeError(f"{what}, found {type(group).__name__}")
         if dist.get_world_size(group) < 2 or dist.get_backend(group) == "fake":
             return None
         with _begun_lock:
