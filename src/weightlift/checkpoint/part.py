@@ -79,6 +79,9 @@ class Part:
         elif isinstance(root, Mapping) and self.names[at] not in root and any(map(_is_tensor, root.values())):
             shorter = Part(self.names[:at])
             hint = f"tensors are there already: {shorter.call if at else 'leave within out'}"
+        elif len(dotted := self.names[at].split(".")) > 1 and _leads(dotted, root):
+            names = (*self.names[:at], *dotted, *self.names[at + 1 :])
+            hint = f"names within each other are a tuple: {Part(names).call}"
         return Problem("holds no such mapping", file=file, expected=expected, found=found, hint=hint)
 
     @property
@@ -90,6 +93,15 @@ class Part:
     def call(self) -> str:
         """How it is asked for."""
         return f"open_checkpoint(…, within={(self.names[0] if len(self.names) == 1 else self.names)!r})"
+
+
+def _leads(names: Sequence[str], root: Any) -> bool:
+    """Whether each name is there within the one before."""
+    for name in names:
+        if not isinstance(root, Mapping) or name not in root:
+            return False
+        root = root[name]
+    return True
 
 
 def told(value: Any) -> str:

@@ -150,6 +150,14 @@ def test_deeper_and_in_memory():
         wl.open_checkpoint(given, within=["a", "model"])
 
 
+def test_names_with_a_dot_between_them_are_told_apart():
+    given = {"a": {"ema": {"inner": nn.Linear(2, 2).state_dict()}}}
+    for within in ("a.ema.inner", ["a", "ema.inner"], ("a.ema", "inner")):
+        hint = said(given, within=within).partition("are a tuple: ")[2].replace("…", "given")
+        assert list(eval(hint, {"open_checkpoint": wl.open_checkpoint, "given": given})) == ["weight", "bias"]
+    assert "tuple" not in said(given, within="a.model")
+
+
 def said(source, **options):
     with pytest.raises(wl.CheckpointError) as caught:
         wl.open_checkpoint(source, **options)
