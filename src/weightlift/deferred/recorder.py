@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlift.ambient import lazy_views_as_they_are, outside_modes
+from weightlift.ambient import lazy_views_as_they_are
 from weightlift.deferred import batch_norm
 from weightlift.deferred.calls import (
     BIRTHS,
@@ -32,27 +31,15 @@ from weightlift.deferred.calls import (
     tensors_in,
 )
 from weightlift.deferred.defaults import DefaultDtype, WantedDtype
-from weightlift.deferred.forced import call_site
-from weightlift.deferred.memory import Memory
+from weightlift.deferred.forcing import Forcing
 from weightlift.deferred.piecemeal import is_piece, is_time_to_ask, pieces
 from weightlift.deferred.refusals import Trials
-from weightlift.deferred.replay import Walk, needed
 from weightlift.deferred.resize import resized
 from weightlift.deferred.schema import is_plain, result_of
 from weightlift.deferred.seeding import SeedWatch
 from weightlift.deferred.shapes import Result, infer, is_short_range
-from weightlift.deferred.tape import (
-    Fill,
-    Node,
-    Operation,
-    Record,
-    ViewRef,
-    frozen,
-    generator_for,
-    live_readers,
-)
+from weightlift.deferred.tape import Fill, Node, Operation, Record, ViewRef, frozen, generator_for
 
-_log = logging.getLogger("weightlift.deferred")
 _push_mode = torch._C._push_on_torch_dispatch_stack
 _pop_mode = torch._C._pop_torch_dispatch_stack
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -64,19 +51,16 @@ _EAGER_BYTES = 64 << 10
 _EAGER_ELEMENTS = 4096
 
 
-class Recorder(Memory, TorchDispatchMode):
+class Recorder(Forcing, TorchDispatchMode):
     """Defers the tensor work of one thread. Not shared between threads; its buffers may die on any. A recorder within
     another's scope takes that one's tensors as they come: they get their values first."""
 
     def __init__(self, *, seed: int, default_dtype: WantedDtype = None) -> None:
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
-        Memory.__init__(self)
-        self.seed = seed
+        Forcing.__init__(self, seed)
         self.default = DefaultDtype.of(default_dtype)
-        self.forced: dict[str, int] = {}
         self.failed: str | None = None  # what torch said of the last call that it refused, caught or not
         self._seq = 0
-        self._sampled_reads = 0
         self._seeding = SeedWatch()
         self.trials = Trials()
         self._in_use = threading.RLock()
@@ -352,62 +336,6 @@ class Recorder(Memory, TorchDispatchMode):
             with lazy_views_as_they_are():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def settle_readers(self, tensor: torch.Tensor, why: Any) -> None:
-        """Run what has to read this memory before it is changed at once."""
-        record = self.record_of(tensor)
-        if record is not None:
-            self._settle(record, why)
-
-    def _settle(self, record: Record, why: Any) -> None:
-        if readers := live_readers(record):
-            self._execute(Walk().needed_by(readers), why)
-
-    def give_up(self, tensors: list[torch.Tensor], why: Any) -> None:
-        """Give these tensors their values, and put no later write to them off: somebody else may hold the memory."""
-        for tensor in tensors:
-            record = self.record_of(tensor)
-            if record is not None:
-                self.hand_out(record, why)
-
-    def hand_out(self, record: Record, why: Any) -> None:
-        """See `Memory.hand_out`."""
-        if record.pending:
-            self.force([record], why)
-        record.memory()
-        self._settle(record, why)  # before somebody writes there
-        record.pinned = True
-
-    def _next_read_label(self) -> str:
-        self._sampled_reads += 1
-        return f"\0read#{self._sampled_reads}"
-
-    def force_tensors(self, tensors: list[torch.Tensor], why: Any) -> None:
-        """Make the values of these tensors real, in their memory."""
-        records = [record for tensor in tensors if (record := self.record_of(tensor)) is not None]
-        self.force([record for record in records if record.pending], why)
-        for record in records:
-            record.memory()
-
-    def force(self, records: list[Record], why: Any) -> None:
-        """Run what ``records`` need. ``why`` is the call that asked, for the diagnostic."""
-        if records:
-            self._execute(needed(records), why)
-
-    def _note(self, why: Any, nbytes: int) -> None:
-        if nbytes:
-            name = call_site(why)
-            self.forced[name] = self.forced.get(name, 0) + nbytes
-            _log.debug("constructor forced %d bytes by %s", nbytes, name)
-
-    def _execute(self, nodes: list[Node], why: Any) -> None:
-        # All that runs, not only what was asked for: a sum of a product of a sample makes three tensors.
-        self._note(why, sum(record.nbytes for record in {record for node in nodes for record in node.writes}))
-        with outside_modes():
-            for node in nodes:
-                if node.random and node.seed_label is None:
-                    node.seed_label = self._next_read_label()
-                node.execute(self.seed)
 
     def sampling_now(self) -> bool:
         """True when the constructor has seeded the process's generator: from there on it samples as it goes."""
