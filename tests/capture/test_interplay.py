@@ -251,6 +251,40 @@ def on_thread(run: Callable[[], Any]) -> Any:
     raise failed[0]
 
 
+def test_a_forward_whose_hooks_fail_after_it_has_ended_leaves_nothing() -> None:
+    net, value = Net(), x()
+    seen = []
+
+    def fails(module: nn.Module, args: Any, output: Any) -> None:
+        if len(seen) % 2:
+            raise ValueError("a hook of the user's")
+
+    def odd(output: torch.Tensor) -> Any:
+        seen.append(output)
+        if len(seen) % 3 == 2:
+            raise ValueError("an edit")
+        return output
+
+    outputs = []
+    later = wl.capture(net, edited=wl.Output("", replace=odd))
+    with wl.capture(net, layers="layers.*", own="") as got, later as within:
+        for _ in range(6):
+            with contextlib.suppress(ValueError):
+                outputs.append(net(value))
+    assert len(seen) == 6 and len(outputs) == 4
+    for values in got["own"], within["edited"]:
+        assert [id(item) for item in values] == [id(item) for item in outputs]
+    assert [len(values) for values in got.forwards("layers")] == [len(net.layers)] * 4
+
+    seen[:] = [value]
+    handle = net.register_forward_hook(fails)
+    behind_the_hook = wl.capture(net, layers=wl.Output("layers.*", expect="maybe"))
+    with behind_the_hook as got, pytest.raises(ValueError, match="a hook"):
+        net(value)
+    handle.remove()
+    assert not got["layers"]
+
+
 def test_what_comes_after_a_stop_is_not_in_the_forward_that_was_stopped() -> None:
     net, value = Net(), x()
     with wl.capture(net, got=wl.Output("layers.1")) as got:

@@ -126,11 +126,22 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output
 
 
 def after_failure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Stands at the models whose forwards are followed. torch calls it after those that failed, too: they are dropped.
+    """Stands at the models whose forwards are followed, as the last of their hooks. torch calls it after those that
+    failed, too: they are dropped, also where a hook failed once the forward had ended.
 
     What fails must not be taken for what runs on: a model may catch it, or its parts be called next.
     """
-    if not is_dynamo_compiling() and running.get() is not None:
+    if is_dynamo_compiling():
+        return
+    caller, error = sys._getframe(1), sys.exc_info()[1]
+    failed = error is not None and error.__traceback__ is not None and error.__traceback__.tb_frame is caller
+    for session in open_sessions.get():
+        if session.ended:
+            # torch calls hooks from a function of its own, but not after a failure.
+            forward = session.ended.pop(id(caller if failed else caller.f_back), None)
+            if failed and forward is not None:
+                session.drop(forward)
+    if running.get() is not None:
         running.set(nearest())
 
 
@@ -161,15 +172,17 @@ def install(session: Session) -> None:
             hooks[HOOK_ID] = after_forward
             if len(hooks) > 1:
                 _move_to_end(hooks)
+        for place in template.hooked_models:
+            _move_to_end(held[place]._forward_hooks, FAILURE_ID)
 
 
-def _move_to_end(hooks: dict[int, Any]) -> None:
+def _move_to_end(hooks: dict[int, Any], key: int = HOOK_ID) -> None:
     """After a hook that its user put on while another capture was open: what that one does is to be seen, too.
 
     In one step, as other threads may run the module just now; where somebody put a plain dictionary there is none.
     """
     if isinstance(hooks, OrderedDict):
-        hooks.move_to_end(HOOK_ID)
+        hooks.move_to_end(key)
 
 
 def remove(session: Session) -> None:

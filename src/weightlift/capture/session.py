@@ -65,8 +65,8 @@ class Session:
 
     __slots__ = (
         "after", "around", "backward", "before", "checkpointed", "children", "closed", "count", "detached", "elsewhere",
-        "entered", "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "installed", "lacks",
-        "last", "numbers", "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
+        "ended", "entered", "entries", "fired", "forgotten", "forwards", "frames", "gave", "grad", "held", "installed",
+        "lacks", "last", "numbers", "problems", "raw", "recomputed", "stopped", "strayed", "template", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +95,8 @@ class Session:
         # Which call each running forward is: to tell one that runs from one that failed. Not held by the forward, which
         # a copied context may hold for long.
         self.frames: dict[Forward, FrameType] = {}
+        # By the ids of the frames around those, which still run: forwards that have ended, until all hooks have run.
+        self.ended: dict[int, Forward] = {}
         # What is still to come before the forward is left, and the forward that runs around the whole capture.
         self.wanted: dict[tuple[int, str], int] | None = None
         self.around: Forward | None
@@ -126,6 +128,7 @@ class Session:
         self.entries = []
         self.forwards = []
         self.frames = {}
+        self.ended = {}
         self.last = {}
         self.before = self.after = {}
         self.held = self.children = ()
@@ -141,6 +144,7 @@ class Session:
             around.around = True
         forward = Forward(self, owner, outer, threading.get_ident(), is_root, len(open_sessions.get()) != 1)
         self.frames[forward] = frame
+        self.ended.pop(id(frame.f_back), None)  # of a call that is over
         if is_root:
             self.forwards.append(forward)
         running.set(forward)
@@ -155,7 +159,9 @@ class Session:
             return None
         forward.done = True
         forward.ask_all()
-        self.frames.pop(forward, None)
+        frame = self.frames.pop(forward, None)
+        if frame is not None and forward.is_root:
+            self.ended[id(frame.f_back)] = forward
         if above is None:
             running.set(forward.outer)
         else:
