@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from weightlift.ambient import Undisturbed
-
 _log = logging.getLogger("weightlift")
 
 T = TypeVar("T")
@@ -171,6 +169,8 @@ def native_or_alone(cls: Any, native: Callable[[], T], original: Callable[[], T]
     In a thread that runs alone already it is ``original()`` at once: that load came from the library's own code. Raises
     what they raise, and `HelperThread` in a helper that would have to run alone.
     """
+    from weightlift.ambient import Undisturbed  # here: this is imported before torch is
+
     if LOADING.writing:
         return original()
     try:
