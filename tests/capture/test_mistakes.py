@@ -111,7 +111,7 @@ def test_an_option_that_fails_says_whose_it_is(tap: Any, error: type[Exception],
 def test_the_model_by_its_forward_alone() -> None:
     """No hook of its own runs then; those of its parts do."""
     net = Net()
-    with pytest.raises(wl.CaptureError, match=r"as model\.forward\(…\) alone"), wl.capture(net, output=""):
+    with pytest.raises(wl.CaptureError, match=r"model\.forward\(…\) is called, no hook"), wl.capture(net, output=""):
         net.forward(x())
     with wl.capture(net, layers="layers.*") as got:
         net.forward(x())

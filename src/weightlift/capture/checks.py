@@ -184,8 +184,8 @@ def _why(session: Session, root: nn.Module, item: Selected, *, allowing: str = "
         kind = type(original(item.module)).__name__
         return f"a {kind} is never called itself: {item.fqn + '.*'!r} means what it holds"
     if not session.forwards and not any(session.fired):
-        why = "no forward of the model ran eagerly in the context that opened the capture, or as model.forward(…) alone"
-        return f"{why}, where no hook runs; {_COMPILED}"
+        why = "no forward of the model ran eagerly in the context that opened the capture"
+        return f"{why} (where model.forward(…) is called, no hook runs: call the model); {_COMPILED}"
     skipped = "if it is skipped on purpose, or its parent reads its weights or calls another method of it than forward"
     return f"{skipped}, give expect={allowing!r}; if it was compiled: {_COMPILED}"
 

@@ -115,7 +115,7 @@ def _recorded(build: Callable[[], nn.Module], recorder: Recorder, answers: Mappi
     with no_dispatch_modes(), FunctionRecorder(recorder, answers=asked), recorder:
         module = _checked(build())
     recorder.default = None
-    with Undisturbed(), outside_modes():
+    with outside_modes():
         bystanders.undo(module)
         inventory = Inventory.of(module)
         _finish(inventory, recorder)

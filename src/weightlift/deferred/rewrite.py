@@ -30,14 +30,7 @@ from weightlift.deferred.replay import label_samples
 from weightlift.deferred.rewritten import Refit, Rewritten, State
 from weightlift.deferred.stand_ins import OWN, Offered, StandIns
 from weightlift.deferred.tape import Record
-from weightlift.deferred.walk import (
-    does_nothing,
-    has_state_hooks,
-    is_overridden,
-    partition,
-    slots_of,
-    walk,
-)
+from weightlift.deferred.walk import does_nothing, has_state_hooks, is_overridden, partition, slots_of, walk
 from weightlift.strides import can_fill, is_expanded
 from weightlift.unstrided import shape_of, unstrided
 
