@@ -12,7 +12,7 @@ FILES = {
     "experts": "experts",
     "tied": "tied", "tied-up-cast": "tied",
     "tensors-18k": "small_tensors", "tensors-91k": "small_tensors", "layers-18k": "small_tensors",
-    "ordinary": "ordinary_module",
+    "ordinary": "ordinary_module", "ordinary-narrow": "ordinary_module",
     "threads": "threads",
     "sizes": "sizes",
     "pipeline": "pipeline", "pipeline-cast": "pipeline", "pipeline-read": "pipeline",

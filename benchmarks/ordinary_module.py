@@ -2,10 +2,12 @@
 
     python -m benchmarks.ordinary_module [--parameters 300] [--rounds 5]
 
-Two modules: one with the default initialisers of torch's own layers, and one written by hand that calls
-``orthogonal_``, ``trunc_normal_`` and ``randn(…) * s``. Each is loaded both ways, alternating, in this process, from a
-warm file. Timed is the load, one read of every page, and one forward run; the forward, measured alone on the module
-that is then ready, is subtracted. Reports medians, the range and the ratio.
+Three modules: a Llama written by hand (of the shape of `benchmarks.llama`) and many narrow layers of torch's own, both
+with torch's default initialisers, and one whose author calls ``orthogonal_``, ``trunc_normal_`` and ``randn(…) * s``.
+Each is loaded both ways, alternating, in this process, from a warm file. Timed is the load, one read of every page,
+and one forward run; the forward, measured alone on the module that is then ready, is subtracted. Reports medians, the
+range and the ratio. The suite has the first two as cases, at 1.2 B parameters: the wide one has as many modules as
+published models of that size, the narrow one eight times as many tensors.
 """
 
 from __future__ import annotations
@@ -26,10 +28,51 @@ from torch import nn
 import weightlift as wl
 from benchmarks.harness import OURS, Case, Ready, touch
 
-WIDTH = 1024
+WIDTH = 1024  # of the narrow layers
+HIDDEN, KEYS, INNER, HEADS, VOCABULARY = 2048, 512, 8192, 32, 128_256  # of the Llama: see `benchmarks.llama.config`
 
 
-class Plain(nn.Module):
+class Block(nn.Module):
+    """One layer of the Llama, 60.8 M parameters; rotary embeddings are left out, as they have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
+        self.query, self.output = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(HIDDEN, KEYS, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(HIDDEN, INNER, bias=False) for _ in range(2))
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.before_attention(x)
+        q, k, v = (
+            layer(y).unflatten(-1, (-1, HIDDEN // HEADS)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.output(y.transpose(1, 2).flatten(-2))
+        y = self.before_mlp(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    """A Llama as one writes it by hand; its embedding is its head, too. 1,236 M parameters have 16 layers."""
+
+    def __init__(self, millions: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(min(VOCABULARY, millions * 106), HIDDEN)  # of a smaller one, a smaller share
+        count = max(1, round((millions * 1e6 - self.embedding.weight.numel()) / 60.8e6))
+        self.layers = nn.ModuleList(Block() for _ in range(count))
+        self.norm = nn.RMSNorm(HIDDEN)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.linear(self.norm(x), self.embedding.weight)
+
+
+class Narrow(nn.Module):
     """Torch's own transformer layers (12.6 M parameters each at this width) under an embedding."""
 
     def __init__(self, millions: int) -> None:
@@ -47,7 +90,7 @@ class Plain(nn.Module):
         return x
 
 
-class ByHand(Plain):
+class ByHand(Narrow):
     """The same with initialisers that a paper's code would call."""
 
     def __init__(self, millions: int) -> None:
@@ -113,16 +156,16 @@ def measure(build: Callable[[], nn.Module], folder: Path, rounds: int) -> None:
         )
 
 
-def prepare(folder: Path, scale: float) -> None:
-    """The checkpoint of the suite's case "ordinary": 1.2 B parameters."""
-    torch.save(max(20, round(1200 * scale)), folder / "millions.pt")
+def prepare(folder: Path, scale: float, *, cls: type[nn.Module]) -> None:
+    """The checkpoint of a case of the suite: 1.2 B parameters."""
+    torch.save(max(20, round(1236 * scale)), folder / "millions.pt")
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Plain(torch.load(folder / "millions.pt")).state_dict().items()}
+        shapes = {name: value.shape for name, value in cls(torch.load(folder / "millions.pt")).state_dict().items()}
     save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, folder / "model.safetensors")
 
 
-def _case(ours: bool, folder: Path) -> Ready:
-    build = partial(Plain, torch.load(folder / "millions.pt"))
+def _timed(ours: bool, folder: Path, *, cls: type[nn.Module]) -> Ready:
+    build = partial(cls, torch.load(folder / "millions.pt"))
     path = folder / "model.safetensors"
     if ours:
         tiny = nn.Linear(2, 2)
@@ -136,13 +179,18 @@ def _case(ours: bool, folder: Path) -> Ready:
     return timed
 
 
-CASES = (
-    Case(
-        "ordinary", "an ordinary module of 1.2 B parameters, fp32, every page touched", prepare,
-        {OURS: partial(_case, True), "construct + load_state_dict": partial(_case, False)},
+def _case(name: str, title: str, cls: type[nn.Module]) -> Case:
+    return Case(
+        name, f"{title}, fp32, every page touched", partial(prepare, cls=cls),
+        {OURS: partial(_timed, True, cls=cls), "construct + load_state_dict": partial(_timed, False, cls=cls)},
         target="≥ 50× construction + load_state_dict",
-    ),
-)  # fmt: skip
+    )  # fmt: skip
+
+
+CASES = (
+    _case("ordinary", "an ordinary module of 1.2 B parameters, a Llama by hand (146 tensors)", Llama),
+    _case("ordinary-narrow", "an ordinary module of 1.2 B parameters, 95 layers 1,024 wide (1,141 tensors)", Narrow),
+)
 
 
 def main() -> None:
@@ -150,7 +198,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=300, help="in millions")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    for cls in (Plain, ByHand):
+    for cls in (Llama, Narrow, ByHand):
         print(f"{cls.__name__}: {cls.__doc__}")
         with tempfile.TemporaryDirectory() as folder:
             measure(partial(cls, arguments.parameters), Path(folder), arguments.rounds)

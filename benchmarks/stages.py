@@ -1,10 +1,10 @@
 """Where the time of a mapped load goes: processor milliseconds of each stage, best and median, in this process.
 
-    python -m benchmarks.stages [--millions 1200] [--rounds 12]
+    python -m benchmarks.stages [--narrow] [--millions 1236] [--rounds 12]
 
-A module of torch's own layers (`benchmarks.ordinary_module`), from a warm file, and what no loader can be without:
-building its modules with no initialiser (torch's functions are replaced for that, in this process alone), and reading
-one element of every page.
+A Llama by hand, or many narrow layers of torch's own (`benchmarks.ordinary_module`), from a warm file, and what no
+loader can be without: building its modules with no initialiser (torch's functions are replaced for that, in this
+process alone), and reading one element of every page.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def milliseconds(call: Callable[[], object], rounds: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--millions", type=int, default=1200, help="of parameters")
+    parser.add_argument("--millions", type=int, default=1236, help="of parameters")
+    parser.add_argument("--narrow", action="store_true", help="many narrow layers")
     parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ordinary_module.prepare(Path(folder), arguments.millions / 1200)
-        build = partial(ordinary_module.Plain, torch.load(Path(folder, "millions.pt")))
+        cls = ordinary_module.Narrow if arguments.narrow else ordinary_module.Llama
+        ordinary_module.prepare(Path(folder), arguments.millions / 1236, cls=cls)
+        build = partial(cls, torch.load(Path(folder, "millions.pt")))
         path = Path(folder, "model.safetensors")
 
         def on_meta() -> nn.Module:
