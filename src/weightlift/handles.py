@@ -191,7 +191,8 @@ class Deferred(Generic[_Module]):
 
     def __init__(self, inventory: Inventory, recorder: Recorder | None, seed: int, *, seed_given: bool) -> None:
         self._subject: Subject | None = Subject(inventory, recorder)
-        self._once = threading.Lock()
+        # Held while a plan is made: what another thread fills meanwhile would look like a module that fits nothing.
+        self._alone = threading.RLock()  # a state-dict hook may ask for a plan, too
         self._seed, self._seed_given = seed, seed_given
         self.name = type(inventory.module).__qualname__
         tensors = {id(slot.tensor): slot for slot in inventory.slots}
@@ -225,7 +226,7 @@ class Deferred(Generic[_Module]):
             given = self._seed
         made = LoadOptions.create(**options, seed=self._seed if given is None else given)
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        with opened(ckpt, made, seed=given, **hub) as opening:
+        with opened(ckpt, made, seed=given, **hub) as opening, self._alone:
             return planned(self._peek(), opening, take=self._take)  # type: ignore[return-value]
 
     def load(self, ckpt: CheckpointSource, **options: Any) -> _Module:
@@ -268,12 +269,13 @@ class Deferred(Generic[_Module]):
             raise PlanError(f"{self.name} cannot be materialised; nothing was changed", problems)
 
     def _peek(self) -> Subject:
-        if self._subject is None:
+        subject = self._subject  # read once: another thread may use it up at any moment
+        if subject is None:
             raise RuntimeError(f"this {self.name} has been loaded or materialised already")
-        return self._subject
+        return subject
 
     def _take(self) -> Subject:
-        with self._once:
+        with self._alone:
             subject = self._peek()
             self._subject = None
             return subject

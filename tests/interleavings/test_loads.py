@@ -97,3 +97,52 @@ def test_a_plan_is_executed_once(path):
         return [execute, execute], check
 
     assert explore(scene, inside=[handles], preemptions=2).complete
+
+
+@pytest.mark.parametrize("other", ["load", "materialize", "planned before"])
+def test_a_deferred_module_is_given_values_once(path, other):
+    def scene():
+        deferred = wl.defer(_Tied, seed=1)
+        plan = deferred.plan(path)
+        others = {
+            "load": lambda: deferred.load(path, copy=True),
+            "materialize": deferred.materialize,
+            "planned before": plan.execute,
+        }
+        made, refused = [], []
+
+        def take(way):
+            try:
+                made.append(way())
+            except RuntimeError as error:
+                refused.append(error)
+
+        def check():
+            (model,), (error,) = made, refused
+            assert "already" in str(error)
+            assert model.head.weight is model.embed.weight and torch.equal(model.steps, torch.arange(3))
+            if other != "materialize":
+                _right(model, torch.float32)
+
+        return [lambda: take(lambda: deferred.load(path)), lambda: take(others[other])], check
+
+    assert explore(scene, inside=[handles], preemptions=1).complete
+    assert explore(scene, inside=_ours(), preemptions=1, every=29).complete
+
+
+def test_loads_that_share_a_checkpoint(path):
+    def scene():
+        checkpoint = wl.open_checkpoint(path)
+        models = {}
+
+        def load(dtype, copy):
+            models[dtype] = wl.load(_Tied, checkpoint, dtype=dtype, copy=copy)
+
+        def check():
+            for dtype, model in models.items():
+                _right(model, dtype)
+            assert len(models) == 2
+
+        return [lambda: load(torch.float32, False), lambda: load(torch.bfloat16, True)], check
+
+    assert explore(scene, inside=_ours(), preemptions=1, every=29).complete
