@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,15 @@ def test_several_indexes(folder: Path) -> None:
     assert len(open_checkpoint(folder / INDEX)) == 3
 
 
-def test_incomplete_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model-{}-of-00004", "model.fp16-{}-of-00004", "model-{}-of-00004.fp16"])
+def test_incomplete_set(tmp_path: Path, name: str) -> None:
+    """Also of a variant, in whose files' names Diffusers once put it behind the numbers."""
     for number in (1, 2, 4):
-        save_file({f"k{number}": torch.ones(1)}, tmp_path / f"model-{number:05d}-of-00004.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 of 4 shard files are missing; expected model-00003-of-00004\.safe"):
+        save_file({f"k{number}": torch.ones(1)}, tmp_path / f"{name.format(f'{number:05d}')}.safetensors")
+    lacking = name.format("00003")
+    with pytest.raises(CheckpointError, match=rf"1 of 4 shard files are missing; expected {re.escape(lacking)}\.safe"):
         open_checkpoint(tmp_path)
-    save_file({"k3": torch.ones(1)}, tmp_path / "model-00003-of-00004.safetensors")
+    save_file({"k3": torch.ones(1)}, tmp_path / f"{lacking}.safetensors")
     assert list(open_checkpoint(tmp_path)) == ["k1", "k2", "k3", "k4"]
 
 

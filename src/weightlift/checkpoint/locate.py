@@ -26,7 +26,8 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|sampler|dl_state|trainer_state)(?![a-z]).*"
 )
-_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>\.[A-Za-z]+)")
+# Behind the numbers of a variant's files its name may stand (Diffusers wrote them so): model-00001-of-00002.fp16.bin.
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)(?P<suffix>(\.[\w-]+)?\.[A-Za-z]+)")
 # Whose folder it is where it holds nothing to be read, and what to do.
 _WHOSE = tuple(
     (re.compile(pattern), hint)
