@@ -601,7 +601,7 @@ def test_a_capture_that_is_dropped_while_open_leaves_nothing() -> None:
     context.run(net, value)
     dropped = wl.capture(net, hidden="layers.*")
     contextvars.copy_context().run(dropped.__enter__)
-    with hooks._lock:  # the collector may come while this thread is at work on the hooks: the next one removes them
+    with hooks._lock.own:  # the collector may come while this thread is at work on the hooks: the next one removes them
         del dropped
     assert hooks_on(net) > 0
     with wl.capture(net, hidden="layers.*") as got:

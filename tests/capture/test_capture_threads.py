@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextvars
 import copy
 import gc
+import os
 import random
+import signal
 import sys
 import threading
+import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +192,78 @@ def test_replicas_in_threads_as_data_parallel_runs_them() -> None:
     for number, part in enumerate(parts):
         mine = [calls[f"{number}.layers.{layer}"][0] for layer in range(3)]
         assert same(mine, states(net, part))
+
+
+class _Stops:
+    """Holds up the first thread that passes once it is set up; ``reached`` says that it is there."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.reached = threading.Event()
+        self.go = threading.Event()
+
+    def passed(self) -> None:
+        if self.armed:
+            self.armed = False
+            self.reached.set()
+            assert self.go.wait(60)
+
+
+class _Slow(OrderedDict[int, Any]):
+    def __init__(self, stops: _Stops) -> None:
+        super().__init__()
+        self.stops = stops
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.stops.passed()
+
+
+def _entering(stops: _Stops) -> Callable[[], object]:
+    net = Net()
+    net.layers[1]._forward_hooks = _Slow(stops)
+
+    def enter() -> None:
+        with wl.capture(net, hidden=wl.Output("layers.*", expect="maybe")):
+            pass
+
+    return enter
+
+
+def _looking(stops: _Stops) -> Callable[[], object]:
+    def layers(fqn: str, module: nn.Module) -> bool:
+        stops.passed()
+        return isinstance(module, Layer)
+
+    return wl.recorder(Net(), hidden=layers).refresh
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("make", [_entering, _looking])
+def test_a_child_that_is_forked_while_another_thread_is_at_work_on_a_capture(
+    make: Callable[[_Stops], Callable[[], object]],
+) -> None:
+    stops = _Stops()
+    work = make(stops)
+    stops.armed = True
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert stops.reached.wait(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            work()  # waited for ever for a thread that is not there
+            os._exit(0)
+        finally:
+            os._exit(1)
+    stops.go.set()
+    thread.join(60)
+    until = time.monotonic() + 60
+    ended = 0
+    while not ended and time.monotonic() < until:
+        time.sleep(0.05)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended and status == 0

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import weightlift as wl
-from weightlift.capture import actions, compiled, forwards, hooks, select, session
+from weightlift.capture import actions, compiled, forwards, hooks, locks, select, session
 
 recorder = sys.modules[wl.recorder.__module__]
-MODULES = (forwards, hooks, select, session, recorder, compiled)
+MODULES = (locks, forwards, hooks, select, session, recorder, compiled)
 
 
 @pytest.fixture(autouse=True)

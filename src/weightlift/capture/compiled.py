@@ -16,6 +16,7 @@ from torch import nn
 
 from weightlift.capture.declared import Site
 from weightlift.capture.gathering import gather_site
+from weightlift.capture.locks import Lock
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
 from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin, with_own_code
@@ -37,7 +38,7 @@ class Regions:
         self._root = root
         self._outside = outside
         self._inner: list[Twin] = []  # of what lies inside compiled modules
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._twins: dict[tuple[bool, ...], Twin] = {}
         twin = build_twin(root, outside, cell, None, self._forward_of)
         self._originals = (*twin.originals, *(module for inner in self._inner for module in inner.originals))
@@ -46,7 +47,7 @@ class Regions:
     def twin(self) -> Twin | None:
         """The twin for the modes that the model is in now; None if its structure changed."""
         flags = self._flags()
-        with self._lock:
+        with self._lock.own:
             twin = self._twins.get(flags)
             if twin is None:
                 twin = self._twins[flags] = build_twin(self._root, self._outside, self._cell, None, self._forward_of)

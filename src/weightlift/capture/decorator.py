@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
+from weightlift.capture.locks import Lock
 from weightlift.capture.recorder import Eager, Recording, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
@@ -101,12 +101,12 @@ class _Place:
 
 
 def _preparer(known: dict[str, Tap], eager: Eager) -> Callable[[nn.Module, str, tuple[str, ...]], bool]:
-    lock = threading.Lock()
+    lock = Lock()
 
     def prepare(module: nn.Module, name: str, chosen: tuple[str, ...]) -> bool:
         """Runs while a call is being traced: its state exists and fits the module from then on."""
         eager.keep_apart()
-        with lock, refusals():
+        with lock.own, refusals():
             place = module.__dict__.get(_PLACE)
             if place is None or place.owner is not module:
                 place = module.__dict__[_PLACE] = _Place(module)

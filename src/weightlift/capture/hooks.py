@@ -8,7 +8,6 @@ can read at once, and a new number each time would be a new guard to compiled co
 from __future__ import annotations
 
 import sys
-import threading
 from collections import OrderedDict, deque
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.forwards import NONE_DUE, Forward, nearest, running
+from weightlift.capture.locks import Lock
 from weightlift.capture.session import Session, Work, backward_id, open_sessions
 from weightlift.capture.values import is_wrapped, version_of
 
@@ -29,7 +29,7 @@ _NOTHING = object()
 _open: tuple[Work, ...] = ()
 _stepwise: tuple[Session, ...] = ()  # captures that were entered below generators
 _elsewhere: set[int] = set()  # ids of hooked modules that ran where nobody captures: only for messages
-_lock = threading.Lock()
+_lock = Lock()
 _abandoned: deque[Session] = deque()
 
 
@@ -149,7 +149,7 @@ def install(session: Session) -> None:
     """Puts the hooks in place. Safe while other threads run these modules."""
     global _open, _stepwise
     template, held = session.template, session.held
-    with _lock:
+    with _lock.own:
         if _abandoned:
             _remove_abandoned()
         _open, session.installed = (*_open, template), True  # both or none, should an interrupt come
@@ -187,7 +187,7 @@ def _move_to_end(hooks: dict[int, Any], key: int = HOOK_ID) -> None:
 
 def remove(session: Session) -> None:
     """Takes back what `install` did for one capture; the last one takes the hooks off."""
-    with _lock:
+    with _lock.own:
         if _elsewhere:
             session.elsewhere = frozenset(_elsewhere.intersection(session.after))
         _remove(session)
@@ -233,11 +233,12 @@ def abandon(session: Session) -> None:
     If somebody is at work on the hooks just now, it may be this thread: then whoever comes next removes it.
     """
     _abandoned.append(session)
-    if _lock.acquire(blocking=False):
+    lock = _lock.own
+    if lock.acquire(blocking=False):
         try:
             _remove_abandoned()
         finally:
-            _lock.release()
+            lock.release()
 
 
 def _remove_abandoned() -> None:
@@ -283,7 +284,7 @@ def _shares_hooks(module: nn.Module) -> bool:
 
 def _drop_copied(module: nn.Module) -> None:
     """A copy that was made of a model while it was captured took our hooks along; they leave when they first run."""
-    with _lock:
+    with _lock.own:
         if not _is_hooked(module) and not _shares_hooks(module):  # the functions first, as above
             module._forward_hooks.pop(HOOK_ID, None)
             module._forward_hooks.pop(FAILURE_ID, None)

@@ -18,6 +18,7 @@ from weightlift.capture.checks import settle_recorded
 from weightlift.capture.choice import Choice
 from weightlift.capture.compiled import Regions
 from weightlift.capture.gathering import Gather
+from weightlift.capture.locks import Lock
 from weightlift.capture.regions import region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
@@ -114,21 +115,21 @@ class Recording:
         self.taps = taps
         self.names = tuple(taps)
         self.cell: Any = threading.local()
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.refreshed = "0"  # how often; as text, since torch lets compiled code go on where a number changed
         self.built = self.build()
         self.template: Template | None = None  # of the latest call outside compiled code
 
     def refresh(self) -> None:
         """Looks at the model again."""
-        with self.lock:
+        with self.lock.own:
             self.built = self.build()
             self.template = None
             self.refreshed = str(int(self.refreshed) + 1)
 
     def prepare(self) -> bool:
         """Builds anew if what there is does not fit the model as it is now."""
-        with self.lock:
+        with self.lock.own:
             built = self.look_again()
             if built.pick() is None:
                 # Only another mixture of modes: the other twins, and what was compiled for them, stay good.
@@ -284,7 +285,7 @@ def run(
 def run_eagerly(state: Recording, args: Any, kwargs: Any) -> tuple[Any, Records]:
     built = state.built
     if built.regions is not None and not built.stands():
-        with state.lock:
+        with state.lock.own:
             built = state.look_again()
     if built.regions is not None:
         twin = built.regions.twin()

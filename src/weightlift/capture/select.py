@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import re
 import sys
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
+from weightlift.capture.locks import Lock
 from weightlift.capture.taps import OWN_TAPS, Tap
 from weightlift.errors import CaptureError, Problem
 from weightlift.patterns import is_wild
@@ -206,7 +206,7 @@ def found(
 
 # By identity: a module may define equality, or not be hashable.
 _cache: dict[int, tuple[weakref.ref[nn.Module], OrderedDict[Any, Any]]] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def _kept(root: nn.Module) -> OrderedDict[Any, Any]:
@@ -226,7 +226,7 @@ def kept_for(root: nn.Module, key: Any) -> Any:
 
 def keep_for(root: nn.Module, key: Any, value: Any) -> None:
     """Keeps a value that holds no module as long as ``root`` lives, and as long as it is among the latest."""
-    with _lock:
+    with _lock.own:
         kept = _kept(root)
         kept[key] = value
         kept.move_to_end(key)

@@ -16,11 +16,12 @@ from torch import is_grad_enabled, nn
 
 from weightlift.capture.checkpointing import checkpointed_region
 from weightlift.capture.forwards import NOWHERE, Edit, Forward, edits, is_on_stack, nearest, running, running_root
+from weightlift.capture.locks import Lock
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
 
 # Re-entrant: what the collector runs meanwhile may capture, too.
-_lock = threading.RLock()
+_lock = Lock(reentrant=True)
 backward_id = torch._C._current_graph_task_id  # -1 outside a backward pass
 Mark: TypeAlias = "tuple[int, CodeType]"  # a frame, which is not held
 
@@ -175,7 +176,7 @@ class Session:
         if not forward.is_root:
             return
         number = forward.number
-        with _lock:
+        with _lock.own:
             self.settle_raw()
             self._renumber(number)
             _take_out(self.entries, lambda entry: entry.forward == number)
@@ -199,14 +200,14 @@ class Session:
 
     def number_call(self, site: int, root: int | None) -> int:
         """How many calls a site has seen before this one, which is in the forward ``root``."""
-        with _lock:
+        with _lock.own:
             fired = self.fired[site]
             fired.append(root)
             return len(fired) - 1
 
     def keep_last(self, site: int, entry: Entry, count: int, wanted: Collection[int]) -> None:
         """Of the calls of a site only the last ``count`` are kept, and those that are ``wanted``."""
-        with _lock:
+        with _lock.own:
             last = self.last.setdefault(site, deque())
             last.append(entry)
             if len(last) > count:
@@ -228,7 +229,7 @@ class Session:
         """Makes entries of what came since, in its order."""
         if not self.raw:
             return
-        with _lock:
+        with _lock.own:
             if self.forgotten:  # it came in the moment of closing
                 self.raw.clear()
             came = self.raw[:]
@@ -290,7 +291,7 @@ class Session:
         """Whether this call repeats one of an earlier forward for a backward pass; noted for the messages."""
         if not self.in_backward():
             return False
-        with _lock:
+        with _lock.own:
             self.recomputed |= {fqn}
         return True
 
@@ -299,7 +300,7 @@ class Session:
         if not self.grad or (not edits and is_grad_enabled()):
             return
         region, sure = checkpointed_region(nearest())
-        with _lock:
+        with _lock.own:
             if edits and region is not None:
                 self.checkpointed |= {fqn}
             elif region == "reentrant" and (sure or self._learns()):
