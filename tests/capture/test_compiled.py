@@ -416,6 +416,28 @@ def test_layers_compiled_one_by_one(how: str) -> None:
         net(value)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place", "whole"])
+def test_what_is_compiled_after_its_recorder_was_made(how: str) -> None:
+    """It was refused, with the advice to use a recorder."""
+    net, value = Net().eval(), x()
+    reference = copy.deepcopy(net)
+    records = {tap: wl.recorder(net, taken=tap) for tap in ("layers.*", "layers.*.attention.query")}
+    for record in records.values():
+        record(value)
+    if how == "wrapped":
+        net.layers[1] = torch.compile(net.layers[1], backend="eager")
+    elif how == "in place":
+        net.layers[1].compile(backend="eager")
+    else:
+        net.compile(backend="eager")
+    for tap, record in records.items():
+        with wl.capture(reference, taken=tap) as expected:
+            out = reference(value)
+        for _ in range(2):
+            output, got = record(value)
+            assert torch.equal(output, out) and same(got["taken"], expected["taken"])
+
+
 @pytest.mark.parametrize("which", [(0, 1, 2), (1,)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_layers_compiled_one_by_one_in_a_recorder_that_is_compiled(which: tuple[int, ...], shared: bool) -> None:

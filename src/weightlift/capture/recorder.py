@@ -19,7 +19,7 @@ from weightlift.capture.choice import Choice
 from weightlift.capture.compiled import Regions
 from weightlift.capture.gathering import Gather
 from weightlift.capture.locks import Lock
-from weightlift.capture.regions import region_of
+from weightlift.capture.regions import InCompiledCode, region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
 from weightlift.capture.taps import Declared, Input, Output, Tap, collect_taps, require_module
@@ -294,9 +294,16 @@ def run_eagerly(state: Recording, args: Any, kwargs: Any) -> tuple[Any, Records]
             return run_eagerly(state, args, kwargs)
         output, entries = run(state, built, twin, None, args, kwargs)
         return output, Records(state.names, entries, built.expected)
-    output = None
+    output = got = None
     opened = Capture(state.model, state.taps, state.template)
-    with opened as got:
-        state.template = opened.template if all(map(steady, state.taps.values())) else None
-        output = state.model(*args, **kwargs)
+    try:
+        with opened as got:
+            state.template = opened.template if all(map(steady, state.taps.values())) else None
+            output = state.model(*args, **kwargs)
+    except InCompiledCode:
+        if got is not None:  # of a capture that the model itself makes
+            raise
+    if got is None:  # parts were compiled since this was built
+        state.refresh()
+        return run_eagerly(state, args, kwargs)
     return output, got

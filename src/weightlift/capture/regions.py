@@ -9,9 +9,13 @@ from torch import nn
 
 from weightlift.capture.choice import Choice
 from weightlift.capture.select import Selected, children, compiled_wrapper, original, path_to, scripted
-from weightlift.errors import Problem
+from weightlift.errors import CaptureError, Problem
 
 _HINT = "use wl.recorder(model, …), which captures in compiled code"
+
+
+class InCompiledCode(CaptureError):
+    """A `CaptureError` of what no hook can see, and a recorder can."""
 
 
 def compiled_in_place(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, Take
 from weightlift.capture.choice import Choice
 from weightlift.capture.declared import enclosing, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
-from weightlift.capture.regions import inside_compiled, inside_scripts
+from weightlift.capture.regions import InCompiledCode, inside_compiled, inside_scripts
 from weightlift.capture.select import Selected, Watch, merged, path_to, select
 from weightlift.capture.session import Session
 from weightlift.capture.taps import Declared, Input, Options, Output, Tap, no_option
@@ -35,7 +35,7 @@ class Template:
         choice = choose(model, self.taps, self.watches)
         problems = inside_compiled(model, choice)
         if problems:
-            raise CaptureError(_NOT_LIKE_THIS.format(type(model).__name__), problems)
+            raise InCompiledCode(_NOT_LIKE_THIS.format(type(model).__name__), problems)
         self.awaited = choice.awaited()
         self.sites: dict[tuple[int, str], int] = {}
         self.before: dict[int, list[Action]] = {}
