@@ -7,10 +7,8 @@ import copy
 import gc
 import os
 import random
-import signal
 import sys
 import threading
-import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests.capture.nets import Attention, Layer, Net, hooks_on, same, states, x
+from tests.children import in_child
 from torch import nn
 
 import weightlift as wl
@@ -249,21 +248,7 @@ def test_a_child_that_is_forked_while_another_thread_is_at_work_on_a_capture(
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     assert stops.reached.wait(60)
-    child = os.fork()
-    if child == 0:
-        try:
-            work()  # waited for ever for a thread that is not there
-            os._exit(0)
-        finally:
-            os._exit(1)
+    ended = in_child(work)  # waited for ever for a thread that is not there
     stops.go.set()
     thread.join(60)
-    until = time.monotonic() + 60
-    ended = 0
-    while not ended and time.monotonic() < until:
-        time.sleep(0.05)
-        ended, status = os.waitpid(child, os.WNOHANG)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert ended and status == 0
+    assert ended == 0

@@ -1,11 +1,13 @@
 """Loads that wait for one another by the lock between native ones and those that run alone."""
 
 import logging
+import re
 import threading
 
 import pytest
 
-from weightlift.integrations import exclusive
+from weightlift import locks
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 
 PATIENCE_SECONDS = 0.2
 LONG_SECONDS = 60
@@ -23,7 +25,7 @@ def queued(lock, count):
 
 
 def test_a_load_whose_constructor_waits_for_a_thread_that_loads_ends_while_another_wants_to_run_alone():
-    lock = exclusive.FairLock(patience_seconds=PATIENCE_SECONDS)
+    lock = locks.FairLock(patience_seconds=PATIENCE_SECONDS)
     order = []
 
     def helper():
@@ -48,7 +50,7 @@ def test_a_load_whose_constructor_waits_for_a_thread_that_loads_ends_while_anoth
 
 
 def test_while_loads_end_nobody_overtakes_one_that_wants_to_run_alone():
-    lock = exclusive.FairLock(patience_seconds=LONG_SECONDS)
+    lock = locks.FairLock(patience_seconds=LONG_SECONDS)
     order, end = [], threading.Event()
 
     def reading():
@@ -71,26 +73,30 @@ def test_while_loads_end_nobody_overtakes_one_that_wants_to_run_alone():
     assert order[0] == "alone" and sorted(order[1:]) == ["second", "third"]
 
 
-def test_a_load_that_waits_long_for_one_that_runs_alone_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(exclusive, "_WORTH_TELLING_SECONDS", 0.1)
-    lock = exclusive.FairLock(patience_seconds=0.05)
+@pytest.mark.parametrize(
+    ("runs", "waits", "told"),
+    [("alone", "shared", "runs alone; .* wl.install()"), ("shared", "alone", "to run alone; .* in that one's thread")],
+)
+def test_a_load_that_waits_long_for_another_says_so_once(runs, waits, told, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_WORTH_TELLING_SECONDS", 0.1)
+    lock = locks.FairLock(patience_seconds=0.05)
     with caplog.at_level(logging.WARNING, "weightlift"):
-        with lock.alone():
-            waiting = started(lambda: lock.shared().__enter__())
+        with getattr(lock, runs)():
+            waiting = started(lambda: getattr(lock, waits)().__enter__())
             waiting.join(1)
             assert waiting.is_alive()
         waiting.join(LONG_SECONDS)
     (record,) = caplog.records
-    assert "runs alone" in record.getMessage() and "wl.install()" in record.getMessage()
+    assert re.search(told.replace("()", r"\(\)"), record.getMessage())
 
 
 def test_a_load_that_a_helper_hands_over_is_told_of_once(caplog):
     def native():
-        raise exclusive.NotNative("a test", "it is one")
+        raise NotNative("a test", "it is one")
 
     with caplog.at_level(logging.INFO, "weightlift"):
-        with exclusive.LOADING.helping(), pytest.raises(exclusive.HelperThread):
-            exclusive.native_or_alone(dict, native, dict)
+        with locks.LOADING.helping(), pytest.raises(locks.HelperThread):
+            native_or_alone(dict, native, dict)
         assert not caplog.records
-        assert exclusive.native_or_alone(dict, native, dict) == {}
+        assert native_or_alone(dict, native, dict) == {}
     assert len(caplog.records) == 1

@@ -24,7 +24,7 @@ from tests.parity.diffusers_compare import PIPELINE_ORIGINAL, both_pipelines, pi
 
 import weightlift as wl
 from weightlift.integrations.diffusers import pipeline as diffusers_pipeline
-from weightlift.integrations.exclusive import LOADING
+from weightlift.locks import LOADING
 from weightlift.transfer import share
 
 pytestmark = pytest.mark.usefixtures("no_bars")

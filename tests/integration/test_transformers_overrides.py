@@ -29,7 +29,7 @@ from transformers.models.auto import auto_factory
 from transformers.models.timm_backbone import modeling_timm_backbone
 
 import weightlift as wl
-from weightlift.integrations.exclusive import LOADING
+from weightlift.locks import LOADING
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 

@@ -31,7 +31,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 import weightlift as wl
 from weightlift.deferred.tape import Node
-from weightlift.integrations.exclusive import LOADING
+from weightlift.locks import LOADING
 
 TOKENS = torch.arange(5)[None]
 WEIGHTS: dict[str, dict[str, Any]] = {

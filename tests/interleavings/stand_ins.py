@@ -179,5 +179,6 @@ def stand_in(patch: Any, *modules: Any) -> None:
         for name, value in list(vars(module).items()):
             if type(value) in real:
                 patch.setattr(module, name, real[type(value)]())
-            elif type(getattr(value, "own", None)) in real:  # a lock that forked children find free
-                patch.setattr(value, "own", real[type(value.own)]())
+            for kept in ("own", "_lock"):  # of a lock that forked children find free, of the one between loads
+                if type(getattr(value, kept, None)) in real:
+                    patch.setattr(value, kept, real[type(getattr(value, kept))]())

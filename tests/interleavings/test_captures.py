@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import weightlift as wl
-from weightlift.capture import actions, compiled, forwards, hooks, locks, select, session
+from weightlift import locks
+from weightlift.capture import actions, compiled, forwards, hooks, select, session
 
 recorder = sys.modules[wl.recorder.__module__]
 MODULES = (locks, forwards, hooks, select, session, recorder, compiled)

@@ -10,13 +10,13 @@ import pytest
 from tests.interleavings.explorer import explore
 from tests.interleavings.stand_ins import stand_in
 
+from weightlift import locks
 from weightlift.deferred import reserve
-from weightlift.integrations import exclusive
 from weightlift.transfer import budget, memory, pool, share, sources
 from weightlift.transfer.progress import Reporter
 
 HERE = sys.modules[__name__]
-MODULES = (exclusive, budget, sources, memory, reserve, pool, share)
+MODULES = (locks, budget, sources, memory, reserve, pool, share)
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +70,16 @@ class _Room:
 )  # fmt: skip
 def test_the_lock_of_native_and_other_loads(visitors):
     def scene():
-        room = _Room(exclusive.FairLock())
+        room = _Room(locks.FairLock())
         return [getattr(room, visitor) for visitor in visitors], room.left
 
-    assert explore(scene, inside=[exclusive, HERE], preemptions=1).complete
+    assert explore(scene, inside=[locks, HERE], preemptions=1).complete
 
 
 def test_a_helper_never_waits_for_a_writer_who_waits_for_whom_it_helps():
     def scene():
-        lock = exclusive.FairLock()
-        helped = exclusive.threading.Event()
+        lock = locks.FairLock()
+        helped = locks.threading.Event()
         told = []
 
         def reader():
@@ -88,12 +88,12 @@ def test_a_helper_never_waits_for_a_writer_who_waits_for_whom_it_helps():
                     try:
                         with lock.alone():
                             told.append("alone")
-                    except exclusive.HelperThread:
+                    except locks.HelperThread:
                         told.append("refused")
                 helped.set()
 
             with lock.shared():
-                exclusive.threading.Thread(help_it).start()
+                locks.threading.Thread(help_it).start()
                 helped.wait()
 
         def writer():
@@ -105,13 +105,13 @@ def test_a_helper_never_waits_for_a_writer_who_waits_for_whom_it_helps():
 
         return [reader, writer], check
 
-    assert explore(scene, inside=[exclusive], preemptions=1).complete
+    assert explore(scene, inside=[locks], preemptions=1).complete
 
 
 def test_a_reader_that_another_one_waits_for_does_not_wait_behind_a_writer():
     def scene():
-        lock = exclusive.FairLock()
-        read = exclusive.threading.Event()
+        lock = locks.FairLock()
+        read = locks.threading.Event()
         order = []
 
         def waiting():
@@ -121,7 +121,7 @@ def test_a_reader_that_another_one_waits_for_does_not_wait_behind_a_writer():
                 read.set()
 
             with lock.shared():
-                exclusive.threading.Thread(awaited).start()
+                locks.threading.Thread(awaited).start()
                 read.wait()
                 order.append("waiting")
 
@@ -135,7 +135,7 @@ def test_a_reader_that_another_one_waits_for_does_not_wait_behind_a_writer():
 
         return [waiting, writer], check
 
-    assert explore(scene, inside=[exclusive], preemptions=1).complete
+    assert explore(scene, inside=[locks], preemptions=1).complete
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (6, 20, 6), (10, 10, 1)])

@@ -16,11 +16,11 @@ from torch import nn
 
 from weightlift.capture.declared import Site
 from weightlift.capture.gathering import gather_site
-from weightlift.capture.locks import Lock
 from weightlift.capture.regions import compiled_in_place
 from weightlift.capture.select import compiled_wrapper, original
 from weightlift.capture.twin import Sites, Take, Twin, arrived, build_twin, with_own_code
 from weightlift.errors import CaptureError, Problem
+from weightlift.locks import Lock
 
 
 class Regions:

@@ -12,12 +12,12 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.api import Capture
-from weightlift.capture.locks import Lock
 from weightlift.capture.recorder import Eager, Recording, refusals, run
 from weightlift.capture.result import Entry
 from weightlift.capture.taps import OWN_TAPS, Tap, collect_taps
 from weightlift.capture.twin import with_own_code
 from weightlift.errors import CaptureError
+from weightlift.locks import Lock
 
 _PLACE = "_weightlift_records"
 Function = TypeVar("Function", bound=Callable[..., Any])

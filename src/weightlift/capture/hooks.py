@@ -16,9 +16,9 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
 from weightlift.capture.forwards import NONE_DUE, Forward, nearest, running
-from weightlift.capture.locks import Lock
 from weightlift.capture.session import Session, Work, backward_id, open_sessions
 from weightlift.capture.values import is_wrapped, version_of
+from weightlift.locks import Lock
 
 HOOK_ID = -770_310
 FAILURE_ID = HOOK_ID - 1

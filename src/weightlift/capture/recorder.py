@@ -18,7 +18,6 @@ from weightlift.capture.checks import settle_recorded
 from weightlift.capture.choice import Choice
 from weightlift.capture.compiled import Regions
 from weightlift.capture.gathering import Gather
-from weightlift.capture.locks import Lock
 from weightlift.capture.regions import InCompiledCode, region_of
 from weightlift.capture.result import Entry, Recorded, Records
 from weightlift.capture.select import Watch, compiled_wrapper, original, own_taps
@@ -27,6 +26,7 @@ from weightlift.capture.template import Template, choose, steady
 from weightlift.capture.twin import Left, Sites, Take, Twin, build_twin, with_own_code
 from weightlift.capture.values import recipe_of
 from weightlift.errors import CaptureError, Problem
+from weightlift.locks import Lock
 
 
 class Refused(CaptureError, AssertionError):

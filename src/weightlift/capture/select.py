@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from weightlift.capture.locks import Lock
 from weightlift.capture.taps import OWN_TAPS, Tap
 from weightlift.errors import CaptureError, Problem
+from weightlift.locks import Lock
 from weightlift.patterns import is_wild
 
 _KEPT = 32  # resolved selectors per model

@@ -16,9 +16,9 @@ from torch import is_grad_enabled, nn
 
 from weightlift.capture.checkpointing import checkpointed_region
 from weightlift.capture.forwards import NOWHERE, Edit, Forward, edits, is_on_stack, nearest, running, running_root
-from weightlift.capture.locks import Lock
 from weightlift.capture.result import Entry
 from weightlift.errors import Problem
+from weightlift.locks import Lock
 
 # Re-entrant: what the collector runs meanwhile may capture, too.
 _lock = Lock(reentrant=True)

@@ -30,6 +30,7 @@ from weightlift.deferred.recorder import Recorder
 from weightlift.deferred.replay import needed
 from weightlift.deferred.tape import Record
 from weightlift.forked import settle
+from weightlift.locks import LOADING
 
 _GARBAGE_BYTES = 16 << 20
 _storage_users = torch._C._storage_Use_Count
@@ -96,7 +97,7 @@ def construct(
     settle()
     grad = torch.is_grad_enabled()  # before inference mode is left, which enables it
     # A module that is built under inference mode could not be used outside of it; a load's result can.
-    with Undisturbed(), _announced(load), torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with Undisturbed(), LOADING.shared(), _announced(load), torch.inference_mode(False), torch.set_grad_enabled(grad):
         if not load.deferred:
             return Inventory.of(_checked(build())), None
         recorder = Recorder(seed=load.seed, default_dtype=default_dtype)

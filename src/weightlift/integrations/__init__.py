@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from weightlift.integrations.drop_in import install, uninstall
-from weightlift.integrations.exclusive import LOADING
+from weightlift.locks import LOADING
 
 __all__ = ["from_pretrained", "from_single_file", "install", "uninstall"]
 

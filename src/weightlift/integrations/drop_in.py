@@ -9,17 +9,17 @@ Diffusers that `weightlift.integrations.diffusers.install` names; nothing else.
 from __future__ import annotations
 
 import sys
-import threading
 from types import ModuleType
 from typing import Any
 
 from weightlift.integrations.diffusers import install as diffusers_install
 from weightlift.integrations.transformers import install as transformers_install
 from weightlift.integrations.upon_import import Finder, imported
+from weightlift.locks import Lock
 
 _REPLACED = {**transformers_install.REPLACED, **diffusers_install.REPLACED}
 
-_lock = threading.Lock()
+_lock = Lock()
 _undo: list[tuple[Any, str, Any]] = []
 _finders: list[Finder] = []
 _attended: set[str] = set()
@@ -33,7 +33,7 @@ def install() -> None:
     """
     # What gives a replacement may import: the lock, for which an import may be waiting, is not held meanwhile.
     ready = [(module.__name__, _REPLACED[module.__name__](module)) for module in imported(_REPLACED)]
-    with _lock:
+    with _lock.own:
         if _finders:
             return
         finder = Finder(_REPLACED, _attend)
@@ -47,7 +47,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put the very objects back that `install` replaced. Without `install` it does nothing."""
-    with _lock:
+    with _lock.own:
         while _finders:
             sys.meta_path.remove(_finders.pop())
         while _undo:
@@ -60,7 +60,7 @@ def _attend(finder: Finder, module: ModuleType) -> None:
     """Replace what is in a module, unless the drop-in has been taken out meanwhile."""
     if finder in _finders:
         replacement = _REPLACED[module.__name__](module)
-        with _lock:
+        with _lock.own:
             if finder in _finders:
                 _replace(module.__name__, replacement)
 

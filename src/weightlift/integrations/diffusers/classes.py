@@ -24,8 +24,9 @@ from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from weightlift.integrations.diffusers import dduf, pipeline, single_file, single_pipeline
 from weightlift.integrations.diffusers.model import ORIGINAL, load_pretrained
 from weightlift.integrations.diffusers.originals import original
-from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Facade, in_room, unwrapped
+from weightlift.locks import LOADING
 
 AUTO_ORIGINAL: Any = original(AutoModel, "from_pretrained")
 _AUTO_PIPELINES = tuple(

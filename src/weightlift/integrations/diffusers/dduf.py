@@ -16,7 +16,8 @@ from huggingface_hub import hf_hub_download
 
 from weightlift.checkpoint.dduf import DdufArchive, read_dduf, standing_for
 from weightlift.integrations.diffusers.pipeline import Loader, load_native, load_pipeline
-from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative
+from weightlift.integrations.exclusive import NotNative
+from weightlift.locks import LOADING, HelperThread
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 

@@ -23,8 +23,9 @@ from diffusers.utils import logging as diffusers_logging
 
 from weightlift.integrations.diffusers.options import refuse
 from weightlift.integrations.diffusers.originals import original, validated
-from weightlift.integrations.exclusive import LOADING, HelperThread, NotNative, native_or_alone
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, in_room
+from weightlift.locks import LOADING, HelperThread
 from weightlift.transfer.progress import bar
 from weightlift.transfer.share import Share, shares, within
 

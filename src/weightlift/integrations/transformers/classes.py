@@ -9,7 +9,6 @@ models by itself, so it runs as it is, alone in the process. With `weightlift.in
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,13 +22,14 @@ from transformers.models.auto.auto_factory import (
     add_generation_mixin_to_remote_model,
 )
 
-from weightlift.integrations.exclusive import LOADING, NotNative, native_or_alone
+from weightlift.integrations.exclusive import NotNative, native_or_alone
 from weightlift.integrations.room import Delegate, Facade, in_room, unwrapped
 from weightlift.integrations.transformers.model import ORIGINAL, load_pretrained
+from weightlift.locks import LOADING, Lock
 
 # Transformers looks through a repository's code with `ast`, which in CPython 3.11 fails now and then (SystemError, a
 # count of the recursion depth that belongs to all threads) when two threads parse at once.
-_PARSING = threading.RLock()
+_PARSING = Lock(reentrant=True)
 
 
 def handles(cls: Any) -> bool:
@@ -104,7 +104,7 @@ def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that may run a repository's code, if the caller trusts it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _PARSING if kwargs.get("trust_remote_code") else contextlib.nullcontext():
+        with _PARSING.own if kwargs.get("trust_remote_code") else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return run

@@ -14,7 +14,6 @@ import copy
 import functools
 import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -25,13 +24,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from weightlift.integrations.exclusive import NotNative
+from weightlift.locks import Lock
 
 _MAKES_SUB_MODEL = inspect.unwrap(PreTrainedModel._from_config.__func__).__code__
 _CLASS: Any = object.__dict__["__class__"]
 
 _NEW = 2  # references to what nobody else has: the name, and the argument of the call that counts
 
-_lock = threading.Lock()
+_lock = Lock()
 _owners: dict[int, Dtypes] = {}  # the loads that watch configurations, by the ids of these
 
 
@@ -101,7 +101,7 @@ class Dtypes:
                 _CLASS.__set__(config, _kind(type(config)))  # type: ignore[arg-type]
             except TypeError:  # memory of another layout: what it sets is refused
                 return config
-        with _lock:
+        with _lock.own:
             _owners[id(config)] = self  # within a constructor's own load: for that time it is of that
         self._watched.append((id(config), weakref.ref(config)))
         return config
@@ -113,7 +113,7 @@ class Dtypes:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Give all configurations their own class back. Raises what was refused, also where the constructor made
         something else of that."""
-        with _lock:
+        with _lock.own:
             mine = {key for key, _ in self._watched if _owners.get(key) is self}
             for key, found in self._watched:
                 config: Any = found()
