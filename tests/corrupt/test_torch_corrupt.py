@@ -310,7 +310,6 @@ def test_a_pickle_that_is_no_checkpoint(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n", "a Git LFS pointer to 12345 bytes"),
         (b"\n <!doctype HTML><html>", "an HTML page"),
         (b'{"error": "not found"}', "a JSON document"),
-        (b"\x10\0\0\0\0\0\0\0{}              ", "a safetensors file — name it .safetensors"),
     ],
 )
 def test_something_else(tmp_path: Path, content: bytes, fragment: str) -> None:

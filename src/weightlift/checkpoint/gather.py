@@ -75,14 +75,9 @@ def _note(gathered: Gathered, error: CheckpointError) -> None:
 def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
     """The header of one file, by its suffix if that is ``.safetensors``, else by its content."""
     member = member_at(path)
-    if part.is_amid_others and (member is not None or path.suffix == ".safetensors"):
-        expected = f"a file of torch.save, by {part.call}"
-        problem = Problem("holds tensors and no mappings", file=path, expected=expected)
-        raise CheckpointError("no such part", [problem])
     if member is not None:
+        _require_whole(path, part)
         return read_member(member)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     if path.suffix == ".dduf":
         hint = "wl.from_pretrained(DiffusionPipeline, folder, dduf_file=name) loads it"
         problem = Problem("is an archive of a whole pipeline", file=path, expected="one model", hint=hint)
@@ -91,8 +86,11 @@ def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
         hint = "pass the folder, in which .metadata says what lies where"
         problem = Problem("is a part of a distributed checkpoint", file=path, expected="the whole of it", hint=hint)
         raise CheckpointError("not a whole checkpoint", [problem])
-    sniffed, size = sniff_file(path)
+    sniffed, size = (None, 0) if path.suffix == ".safetensors" else sniff_file(path)
     kind = sniffed.kind if sniffed is not None else None
+    if path.suffix == ".safetensors" or kind == "safetensors":  # a blob of the hub's cache has no suffix
+        _require_whole(path, part)
+        return read_safetensors(path)
     if kind == "zip":
         return read_torch_zip(path, part)
     if kind == "pickle":
@@ -101,6 +99,14 @@ def read_file(path: Path, part: Part = WHOLE) -> ShardContents:
     hint = sniffed.hint if sniffed is not None else "is the download complete?"
     problem = Problem("is not a file of torch.save", file=path, expected="a zip or a pickle", found=found, hint=hint)
     raise CheckpointError("not a valid torch checkpoint", [problem])
+
+
+def _require_whole(path: Path, part: Part) -> None:
+    """Raise `CheckpointError` where something within a file of tensors alone is asked for."""
+    if part.is_amid_others:
+        expected = f"a file of torch.save, by {part.call}"
+        problem = Problem("holds tensors and no mappings", file=path, expected=expected)
+        raise CheckpointError("no such part", [problem])
 
 
 def _merge(gathered: Gathered, index: Index | None) -> None:

@@ -30,7 +30,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read the headers of a checkpoint; no tensor byte (unless ``verify``), and nothing stays open.
 
-    ``source`` is a file (``.safetensors``, or what torch.save wrote), an ``*.index.json``, a folder (one that
+    ``source`` is a file (safetensors, or what torch.save wrote), an ``*.index.json``, a folder (one that
     torch.distributed.checkpoint wrote, too), a mapping of tensors, a `Checkpoint` (returned as it is), or a hub id
     ``organisation/name`` when no such path exists; only for that do ``revision``, ``token`` and ``local_files_only``
     matter. ``verify`` reads every byte, here and now, and

@@ -70,6 +70,22 @@ def test_safetensors_every_dtype(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["7e9547a88383407bfd4ec7d0425532db", "flux.sft", "x.SAFETENSORS", "pytorch_model.bin"])
+def test_safetensors_of_another_name(tmp_path: Path, name: str) -> None:
+    """The blob that a link of the hub's cache resolves to has no suffix; some publishers have another."""
+    path = tmp_path / name
+    net = nn.Linear(2, 3)
+    save_file(net.state_dict(), path, {"format": "pt"})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.files[0].format == "safetensors" and checkpoint.metadata == {"format": "pt"}
+    assert torch.equal(wl.load(lambda: nn.Linear(2, 3), path).weight, net.weight)
+    with pytest.raises(CheckpointError, match="holds tensors and no mappings"):
+        open_checkpoint(path, within="state_dict")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="lies beyond the end of the file"):
+        open_checkpoint(path)
+
+
 def state() -> dict[str, object]:
     base = torch.arange(24.0).reshape(4, 6)
     parameter = torch.nn.Parameter(torch.ones(2))
