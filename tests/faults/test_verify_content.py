@@ -79,7 +79,17 @@ def local_dir(folder: Path) -> Path:
     return folder
 
 
-MAKERS = [manifest, sha256sum, hub_cache, local_dir]
+def local_dir_of_a_pipeline(folder: Path) -> Path:
+    """The same of a repository with folders: the notes on all of them lie in the uppermost one."""
+    wl.save(Net(), folder / "unet")
+    notes = folder / ".cache" / "huggingface" / "download" / "unet"
+    notes.mkdir(parents=True)
+    digest = hashlib.sha256((folder / "unet" / "model.safetensors").read_bytes()).hexdigest()
+    (notes / "model.safetensors.metadata").write_text(f"{'c' * 40}\n{digest}\n1700000000.0\n")
+    return folder / "unet"
+
+
+MAKERS = [manifest, sha256sum, hub_cache, local_dir, local_dir_of_a_pipeline]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -172,13 +172,17 @@ def _of_blob(path: Path) -> Digest | None:
 
 
 def _of_download(path: Path) -> Digest | None:
-    """From what ``hf download --local-dir`` notes: commit, etag and time, a line each."""
-    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    try:
-        lines = note.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return _digest(lines[1].strip(), str(note)) if len(lines) >= 2 else None
+    """From what ``hf download --local-dir`` notes: commit, etag and time, a line each. The notes on all files lie in
+    the folder of the download, which is one further up for a component of a pipeline."""
+    for folder in path.parents:
+        name = f"{path.relative_to(folder)}.metadata"
+        note = folder / ".cache" / "huggingface" / "download" / name
+        try:
+            lines = note.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        return _digest(lines[1].strip(), str(note)) if len(lines) >= 2 else None
+    return None
 
 
 def _digest(text: str, told_by: str) -> Digest | None:
