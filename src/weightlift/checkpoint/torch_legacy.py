@@ -34,6 +34,8 @@ class _Bounded(io.RawIOBase):
         self._size = size
 
     def read(self, count: int = -1) -> bytes:
+        if 0 <= count <= _MAX_LINE:  # nearly all of them, and little to allocate
+            return self._stream.read(count)
         left = self._size - self._stream.tell()
         return self._stream.read(left if count < 0 else min(count, left))
 
