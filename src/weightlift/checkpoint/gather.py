@@ -118,12 +118,12 @@ def _merge(gathered: Gathered, index: Index | None) -> None:
         for entry in contents.entries:
             first = entries.setdefault(entry.key, whole.entries.get(entry.key, entry))
             if first is not entry and id(entry) not in whole.boxes:
-                gathered.problems.append(_twice(entry.key, first.file, path))
+                gathered.problems.append(_twice(entry.key, first.file, path, index))
         for key, value in contents.extras.items():
             gathered.extras.setdefault(key, value)
         for key in contents.extras:
             if key in entries and entries[key].file != path:
-                gathered.problems.append(_twice(key, entries[key].file, path))
+                gathered.problems.append(_twice(key, entries[key].file, path, index))
     if owner is None:
         return
     read = {contents.file.path: contents for contents in gathered.contents}
@@ -142,13 +142,15 @@ def _merge(gathered: Gathered, index: Index | None) -> None:
         del gathered.extras[key]
 
 
-def _twice(key: str, first: Path | None, second: Path) -> Problem:
+def _twice(key: str, first: Path | None, second: Path, index: Index | None) -> Problem:
+    hint = "pass the path of the file that you mean, or put those that belong together into a folder of their own"
     return Problem(
         "two shard files hold the key",
         key=key,
         file=second,
         expected="one file for each key",
         found=f"it is in {first} as well",
+        hint=hint if index is None else None,
     )
 
 

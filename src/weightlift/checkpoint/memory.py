@@ -12,7 +12,7 @@ from weightlift.checkpoint.entry import TensorEntry
 from weightlift.checkpoint.part import WHOLE, Part
 from weightlift.checkpoint.torch_state import flat_problem, versions
 from weightlift.errors import CheckpointError, Problem
-from weightlift.unstrided import MKLDNN, unstrided
+from weightlift.unstrided import MKLDNN, SPARSE, unstrided
 
 SOURCE = "<mapping>"
 _SUMMARY = "not a valid mapping of tensors"
@@ -44,7 +44,9 @@ def read_mapping(
             continue
         kind = _unreadable(value)
         if kind is not None:
-            problems.append(Problem(f"is {kind}", key=key, file=SOURCE, expected="a dense tensor with values"))
+            what, hint = kind
+            expected = "a dense tensor with values"
+            problems.append(Problem(f"is {what}", key=key, file=SOURCE, expected=expected, hint=hint))
             continue
         tensors[key] = value
         entries[key] = entry_of(key, value)
@@ -60,15 +62,18 @@ def entry_of(key: str, tensor: torch.Tensor) -> TensorEntry:
     return TensorEntry(key, tuple(tensor.shape), tensor.dtype, None, 0, nbytes, stride)
 
 
-def _unreadable(tensor: torch.Tensor) -> str | None:
+def _unreadable(tensor: torch.Tensor) -> tuple[str, str | None] | None:
+    """What a tensor without plain values is, and what makes a plain one of it, if anything does."""
     if other := unstrided(tensor):
-        return f"{'an' if other == MKLDNN else 'a'} {other} tensor"
+        hint = "tensor.to_dense() makes a plain one" if other in (SPARSE, MKLDNN) else None
+        return f"{'an' if other == MKLDNN else 'a'} {other} tensor", hint
     if tensor.is_quantized:
-        return "a quantised tensor"
+        return "a quantised tensor", "tensor.dequantize() makes a plain one"
     if tensor.is_meta:
-        return "a tensor on meta, without values"
+        return "a tensor on meta, without values", None
     if not _has_memory(tensor):
-        return f"a {type(tensor).__name__}, a tensor made of others (full_tensor() or dequantize() make plain ones)"
+        what = f"a {type(tensor).__name__}, a tensor made of others"
+        return what, "tensor.full_tensor() or tensor.dequantize() makes a plain one"
     return None
 
 

@@ -115,5 +115,7 @@ def resolve(
     hint = "a hub id has the form organisation/name"
     if text.startswith("~"):
         hint = "~ is the shell's word for a home: os.path.expanduser makes a path of it"
+    elif "://" in text:
+        hint = "addresses are not read: fetch the file, and pass its path; of what is on the hub, organisation/name"
     problem = Problem("no such file or folder", file=text or repr(text), hint=hint)
     raise CheckpointNotFound("no checkpoint", [problem])

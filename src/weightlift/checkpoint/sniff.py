@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 HEAD_BYTES = 512
 NO_GGUF = "weightlift does not read GGUF; use the safetensors weights of this model"
-FROM_NUMPY = "read it with numpy.load, and pass a mapping of tensors"
+FROM_NUMPY = "read it with numpy.load, and pass a mapping of tensors, which torch.from_numpy makes"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _DOWNLOAD = "a server answered with this instead of the file: check the address and the credentials, download it again"

@@ -76,6 +76,7 @@ _GATHER = (
     "one rank's part of tensors that several hold: save them with torch.distributed.checkpoint, or torch.save what "
     "get_model_state_dict gathers with StateDictOptions(full_state_dict=True)"
 )
+_BY_TORCH = "pass the mapping that torch.load makes of the file"  # of which an error may then say more
 _STORAGES: Mapping[str, StorageType] = MappingProxyType(
     {
         name: StorageType(dtype)
@@ -141,7 +142,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metad
     if not isinstance(storage, StorageRef) or not is_integer(offset) or not isinstance(dtype, torch.dtype):
         raise BrokenPickleError("a tensor without a storage, an offset or a dtype")
     if dtype in _QUANTISED:
-        return Opaque("a quantised tensor")
+        return Opaque("a quantised tensor", _BY_TORCH)
     if metadata and not isinstance(metadata, dict):
         raise BrokenPickleError("a tensor's metadata that are not a mapping")
     if metadata and any(metadata.values()):
@@ -278,7 +279,7 @@ def reduce(function: Any, args: Any) -> Any:
     if not isinstance(function, Global) or type(args) is not tuple:
         raise BrokenPickleError("a call of something that is not a function")
     if function.name in _OPAQUE:
-        return Opaque(_OPAQUE[function.name])
+        return Opaque(_OPAQUE[function.name], _BY_TORCH)
     if function.name not in _REDUCERS:
         raise BrokenPickleError(f"a call of {function.name}")
     return _REDUCERS[function.name](*args)

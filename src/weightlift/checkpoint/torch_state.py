@@ -191,7 +191,8 @@ class StateDict:
             names = {Opaque: "what", Global: "name", StorageType: "dtype", StorageRef: "key"}
             found = getattr(value, names.get(type(value), "__doc__"), None)
             found = found if isinstance(value, Opaque) else f"{type(value).__name__} {found}"
-            self._problem(key, "holds a value that weightlift cannot read", found=found)
+            hint = value.hint if isinstance(value, Opaque) else None
+            self._problem(key, "holds a value that weightlift cannot read", found=found, hint=hint)
             return None
         return made
 
@@ -233,7 +234,9 @@ def flat_problem(
         return Problem(what, file=file, expected=expected, found=found, hint=hint if names else elsewhere)
     if not any(is_tensor(value) or key.endswith("_extra_state") for key, value in root.items()):
         found = f"{len(root)} values, none of them a tensor" if root else "an empty mapping"
-        return Problem("holds no tensor", file=file, expected=expected, found=found)
+        arrays = any(hasattr(value, "__array__") for value in root.values())
+        made = "torch.from_numpy makes tensors of arrays" if arrays else None
+        return Problem("holds no tensor", file=file, expected=expected, found=found, hint=made)
     return None
 
 
