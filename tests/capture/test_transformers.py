@@ -566,6 +566,24 @@ def test_10_a_choice_of_layers_is_a_choice() -> None:
     assert len(got["weights"]) == 4
 
 
+@pytest.mark.parametrize("kind", ["capture", "recorder", "compiled"])
+@pytest.mark.parametrize("layer", range(4))
+@torch.no_grad()
+def test_what_is_declared_of_an_edited_layer_is_what_the_model_goes_on_with(layer: int, kind: str) -> None:
+    model, tokens = llama(), ids()
+    taps = {"steered": wl.Output(f"layers.{layer}", replace=lambda hidden: hidden + 1)}
+    with wl.capture(model, **taps, inputs=wl.Input("layers.*"), end="norm") as want:
+        model(tokens)
+    if kind == "capture":
+        with wl.capture(model, "hidden_states", **taps) as got:
+            model(tokens)
+    else:
+        record = wl.recorder(model, "hidden_states", **taps)
+        _, got = (torch.compile(record, backend="eager") if kind == "compiled" else record)(tokens)
+    assert same(got["hidden_states"], [*want["inputs"], *want["end"]])
+    assert same(got["steered"], want["steered"])
+
+
 def test_options_on_an_output_with_a_cache() -> None:
     """What an option would change within the cache can't be done; nothing is said where there is nothing to change."""
     model, tokens = llama(lm=True), ids()

@@ -10,7 +10,7 @@ from torch import nn
 
 from weightlift.capture.actions import Action, Root, TakeInput, TakeOutput, TakeWhole, Tapping
 from weightlift.capture.choice import Choice
-from weightlift.capture.declared import enclosing, resolve
+from weightlift.capture.declared import Resolved, enclosing, resolve
 from weightlift.capture.gathering import Gather, GiveDeclared
 from weightlift.capture.regions import InCompiledCode, inside_compiled, inside_scripts
 from weightlift.capture.select import Selected, Watch, merged, path_to, select
@@ -89,6 +89,8 @@ class Template:
                         self._enters(item.module, TakeInput(shared, item.fqn, site))
                     else:
                         self._leaves(item.module, take(shared, item.fqn, site))
+        if choice.declared is not None:  # what a layer gives is what it gives once it is edited
+            self._give(choice.declared, [gather for gather, _ in gathers])
         for gather, module in gathers:
             self._leaves(module, gather)
         self._leaves(model, root)
@@ -108,8 +110,11 @@ class Template:
         for scope, pairs in wanted.scopes:
             sites = [self.sites.setdefault((number, scope.fqn), len(self.sites)) for _, number in pairs]
             gathers.append((Gather(scope, pairs, declared, sites), wanted.modules[scope.fqn]))
+        return gathers
+
+    def _give(self, wanted: Resolved, gathers: Sequence[Gather]) -> None:
         # Only the first of a (sub-)model's sites may have to give its first argument.
-        scopes = {gather.scope.fqn: gather for gather, _ in gathers}
+        scopes = {gather.scope.fqn: gather for gather in gathers}
         begun: set[str] = set()
         for site in wanted.sites:
             around = enclosing(site.fqn, scopes)
@@ -119,9 +124,8 @@ class Template:
             if site.initial:
                 begun.add(around)
         order = {id(module): place for place, module in enumerate(wanted.modules.values())}
-        for gather, _ in gathers:
+        for gather in gathers:
             gather.own = dict(sorted(gather.own.items(), key=lambda item: order[item[0]]))
-        return gathers
 
     def _enters(self, module: nn.Module, action: Action) -> None:
         self.before.setdefault(id(module), []).append(action)
