@@ -20,7 +20,15 @@ from tests.capture.nets import hooks_on, same
 from tests.capture.test_capture_threads import run_threads
 from tests.capture.test_compiled import compiling_elsewhere
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils import output_capturing
 
@@ -101,6 +109,14 @@ def test_names_layers_and_options() -> None:
         text = f'a name of yours: hidden="{re.escape(name)}"'
         with pytest.raises(wl.CaptureError, match=text), wl.capture(model, name):
             pass
+
+
+def test_a_class_that_declares_nothing() -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    model = MambaForCausalLM(MambaConfig(**sizes))
+    told = "MambaForCausalLM declares nothing that it can record — select modules"
+    with pytest.raises(wl.CaptureError, match=told), wl.capture(model, "hidden_states"):
+        pass
 
 
 class Around(nn.Module):

@@ -180,6 +180,8 @@ def _unknown(model: nn.Module, declared: Declaration, name: str) -> Problem:
     if "*" in name or at(model, name) is not None:
         return Problem(f"{name!r} is not declared", hint=f'modules are given by a name of yours: hidden="{name}"')
     names = sorted({f"{scope.fqn}.{key}" if scope.fqn else key for scope in declared.scopes for key in scope.keys})
+    if not names:
+        return _undeclared(model, name)
     names += sorted({key for scope in declared.scopes for key in scope.keys})
     near = nearest(name, names)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"it declares {', '.join(names[:12])}"
