@@ -101,6 +101,14 @@ def a_stopped_forward_of_sharded_modules():
                 net(value)
             assert _close(got["hidden"], states(plain, value)[:2])
             assert _close([net(value)], [plain(value)])
+    net(value).sum().backward()
+    sharded = {name: parameter.grad for name, parameter in net.named_parameters()}
+    assert all(grad is not None for grad in sharded.values())
+    with wl.capture(net, hidden=wl.Output("layers.[01]", stop=True)):
+        net(value)
+    assert any(parameter.grad is None for parameter in net.parameters()), "those that were gathered have none"
+    net.reset_iter_state()
+    assert all(parameter.grad is sharded[name] for name, parameter in net.named_parameters())
 
 
 def tensor_parallel_modules():
