@@ -116,3 +116,16 @@ def test_the_model_by_its_forward_alone() -> None:
     with wl.capture(net, layers="layers.*") as got:
         net.forward(x())
     assert len(got["layers"]) == 3
+
+
+def test_a_module_that_was_called_more_than_once_has_no_single_value() -> None:
+    shared = Net()
+    shared.layers[2] = shared.layers[0]
+    with wl.capture(shared, hidden="layers.*") as got:
+        shared(x())
+    told = r"layers.0: was called 2 times — .*; wl.Output\(…, calls=\[-1\]\) records the last"
+    with pytest.raises(wl.CaptureError, match=told):
+        got.named("hidden")
+    with wl.capture(shared, hidden=wl.Output("layers.*", calls=[-1])) as got:
+        shared(x())
+    assert list(got.named("hidden")) == ["layers.1", "layers.0"]

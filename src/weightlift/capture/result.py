@@ -82,7 +82,7 @@ class Records(Mapping[str, tuple[Any, ...]]):
         calls = self.calls(name)
         twice = [fqn for fqn, values in calls.items() if len(values) > 1]
         if twice:
-            hint = f"got.calls({name!r}) gives every call; calls=[-1] records the last one only"
+            hint = f"got.calls({name!r}) gives every call; wl.Output(…, calls=[-1]) records the last one only"
             problems = [Problem(f"was called {len(calls[fqn])} times", fqn=fqn, hint=hint) for fqn in twice]
             raise CaptureError("there is no single value for each module", problems)
         return {fqn: values[0] for fqn, values in calls.items()}
