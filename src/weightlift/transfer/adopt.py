@@ -62,6 +62,9 @@ def adopt(slot: Slot, value: torch.Tensor, *, fresh: bool) -> torch.Tensor:
     lazy = is_lazy(tensor)
     wraps = not lazy and wraps_others(tensor)
     if not (fresh or lazy or wraps or tensor.is_meta or unstrided(tensor)):
+        grad = tensor.grad if tensor.is_leaf else None
+        if grad is not None and (tensor.dtype != value.dtype or tensor.device != value.device):
+            grad.data = grad.detach().to(device=value.device, dtype=value.dtype)  # as `Module.to`
         tensor.data = value
         return tensor
     if lazy:

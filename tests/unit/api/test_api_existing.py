@@ -102,6 +102,20 @@ def test_a_dtype_keeps_the_parameters(ckpt, dtype):
         assert torch.equal(tensor, want.to(dtype) if want.is_floating_point() else want)
 
 
+def test_gradients_are_cast_with_their_parameters(ckpt):
+    module, ordinary = build(), build()
+    for one in (module, ordinary):
+        one[0](torch.ones(2, 6)).square().sum().backward()
+    grad = module[0].weight.grad
+    wl.load(module, ckpt, dtype=torch.bfloat16)
+    ordinary.load_state_dict(load_file(ckpt))
+    ordinary.to(torch.bfloat16)
+    assert module[0].weight.grad is grad
+    for one in (module, ordinary):
+        one[0](torch.ones(2, 6, dtype=torch.bfloat16)).square().sum().backward()
+    assert grad.dtype == torch.bfloat16 and torch.equal(grad, ordinary[0].weight.grad)
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched", "collision"])
 def test_a_refused_plan_changes_nothing(change):
     state, options = fresh_state(), {}
