@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -164,13 +165,17 @@ def test_gone_with_the_last_reference(way: str, files: Path, no_collector: None)
 
 
 def of_ours() -> Counter[str]:
-    """How many objects of which of weightlift's types there are, as far as a collector would look at them."""
-    return Counter(type(item).__qualname__ for item in gc.get_objects() if is_ours(type(item)))
+    """How many objects of which of weightlift's types, and which of its functions, there are, as far as a collector
+    would look at them."""
+    objects = gc.get_objects()
+    functions = [item for item in objects if isinstance(item, FunctionType) and is_ours(item)]
+    return Counter(item.__qualname__ for item in (*functions, *filter(is_ours, map(type, objects))))
 
 
-def is_ours(kind: type) -> bool:
+def is_ours(kind: type | FunctionType) -> bool:
     """But for the memory of tensors: a parametrised layer of torch stands in a cycle of its own, and keeps it."""
-    return str(kind.__module__).startswith("weightlift.") and not issubclass(kind, ctypes.Array)
+    array = isinstance(kind, type) and issubclass(kind, ctypes.Array)
+    return str(kind.__module__).startswith("weightlift.") and not array
 
 
 def test_nothing_is_left_of_a_pipeline_that_failed(files: Path, no_collector: None) -> None:

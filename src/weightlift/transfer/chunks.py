@@ -167,19 +167,28 @@ def boxes(shape: tuple[int, ...], stride: tuple[int, ...], limit: int, gap: int 
     """
     order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
     apart = 0 if gap is None else _depth_of_holes(shape, stride, order, gap)
+    return _cut(_Cuts(stride, order, limit, apart), 0, (0,) * len(shape), shape)
 
-    def cut(depth: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[_Box]:
-        if depth == len(order) or (depth >= apart and span_elements(sizes, stride) <= limit):
-            yield starts, sizes
-            return
-        dim = order[depth]
-        inner = span_elements(_replace(sizes, dim, 1), stride)
-        step = 1 + (limit - inner) // max(stride[dim], 1) if inner <= limit and depth >= apart else 1
-        for low in range(0, sizes[dim], step):
-            part = _replace(sizes, dim, min(step, sizes[dim] - low))
-            yield from cut(depth + 1, _replace(starts, dim, low), part)
 
-    yield from cut(0, (0,) * len(shape), shape)
+class _Cuts(NamedTuple):
+    stride: tuple[int, ...]
+    order: Sequence[int]  # of the dimensions
+    limit: int
+    apart: int  # so many of them are cut into single steps
+
+
+def _cut(cuts: _Cuts, depth: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[_Box]:
+    # No function within `boxes`: one that calls itself is a cycle, left to the collector by every load.
+    stride, order, limit, apart = cuts
+    if depth == len(order) or (depth >= apart and span_elements(sizes, stride) <= limit):
+        yield starts, sizes
+        return
+    dim = order[depth]
+    inner = span_elements(_replace(sizes, dim, 1), stride)
+    step = 1 + (limit - inner) // max(stride[dim], 1) if inner <= limit and depth >= apart else 1
+    for low in range(0, sizes[dim], step):
+        part = _replace(sizes, dim, min(step, sizes[dim] - low))
+        yield from _cut(cuts, depth + 1, _replace(starts, dim, low), part)
 
 
 def _depth_of_holes(shape: tuple[int, ...], stride: tuple[int, ...], order: Sequence[int], gap: int) -> int:
