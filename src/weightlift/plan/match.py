@@ -42,6 +42,12 @@ class Supply:
     unexpected: tuple[Unexpected, ...] | None = None
     hook_missing: tuple[str, ...] = ()
 
+    def saved_as(self) -> dict[str, str]:
+        """By the names that a file leaves to another one, which they were tied to when it was saved, those others."""
+        present = {offer.key: name for name, offer in self.offers.items()}
+        told = (pair for file in self.files for pair in file.metadata.items())
+        return {name: present[key] for name, key in told if key in present and name not in self.offers}
+
     def present(self) -> dict[str, str]:
         """Key → name of all that is offered."""
         others = {key: name for name, key in self.others.items()}
@@ -66,7 +72,7 @@ def match(spec: ModuleSpec, supply: Supply, options: LoadOptions, *, existing: b
         tied = {row.fqn for row in rows if row.action is Action.TIED}
         supply = replace(supply, hook_missing=tuple(name for name in supply.hook_missing if name not in tied))
     if options.strict:
-        lacks = lacking(missing, unexpected)
+        lacks = lacking(missing, unexpected, supply.saved_as() if missing else {})
         lacks += [Problem("a state-dict hook reports it as missing", fqn=name) for name in supply.hook_missing]
         lacks += [Problem("extra state is missing in the checkpoint", fqn=name) for name in missing_extra]
         computed = {item.fqn for item in spec.tensors if not item.persistent} if unexpected else set()

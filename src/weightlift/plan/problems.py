@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weightlift.deferred.inventory import ModuleSpec, TensorSpec
 from weightlift.errors import Problem
@@ -64,8 +64,9 @@ def mismatched(item: TensorSpec, offer: Offer) -> Problem:
     )
 
 
-def lacking(rows: Sequence[Row], unexpected: Sequence[Unexpected]) -> list[Problem]:
-    """For each row that nothing provides, with the most similar of the ``unexpected`` names."""
+def lacking(rows: Sequence[Row], unexpected: Sequence[Unexpected], saved_as: Mapping[str, str]) -> list[Problem]:
+    """For each row that nothing provides, with the most similar of the ``unexpected`` names. ``saved_as``: under which
+    others the values of names were saved that were tied."""
     problems: list[Problem] = []
     keys = {item.name: item.key for item in unexpected}
     names = list(keys)
@@ -73,16 +74,22 @@ def lacking(rows: Sequence[Row], unexpected: Sequence[Unexpected]) -> list[Probl
         if row.unstrided:
             problems.append(_not_to_be_had(row))
             continue
+        hint = "map names with key_mapping, or pass strict=False to initialise what is missing"
+        if row.fqn in saved_as:
+            hint = (
+                f"it was tied to {saved_as[row.fqn]} when this was saved, as the file says: tie them in the module, or"
+                " in the callable that builds it"
+            )
         # With a prefix missing everywhere a few hints tell it, and each costs a look at all keys.
-        near = nearest_names(row.fqn, names) if len(problems) < _HINTS else []
-        near = [name if name == keys[name] else f"{name} (key {keys[name]})" for name in near]
+        elif len(problems) < _HINTS and (near := nearest_names(row.fqn, names)):
+            near = [name if name == keys[name] else f"{name} (key {keys[name]})" for name in near]
+            hint = f"similar keys: {', '.join(near)}; {hint}"
         problems.append(
             Problem(
                 f"the {row.kind} is missing in the checkpoint",
                 fqn=row.fqn,
                 expected=f"a tensor of shape {list(row.shape)}",
-                hint=(f"similar keys: {', '.join(near)}; " if near else "")
-                + "map names with key_mapping, or pass strict=False to initialise what is missing",
+                hint=hint,
             )
         )
     return problems

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 import weightlift as wl
@@ -502,3 +502,49 @@ def test_a_part_of_a_transposed_weight_is_checked_against_it():
     assert same_storage(loaded.whole, loaded.rows)
     with pytest.raises(wl.PlanError, match="two different values"):
         wl.load(Part, {"whole": whole, "rows": whole[:2]})
+
+
+class Untied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+
+
+@pytest.mark.parametrize("shards", [None, 1])
+@pytest.mark.parametrize("by", ["wl.save", "safetensors"])
+def test_ties_that_were_made_after_the_construction(by, shards, tmp_path):
+    """Their value is saved once. What the files say of it is told, as nothing else would help."""
+    module = Untied()
+    module.head.weight = module.emb.weight
+    if by == "wl.save":
+        wl.save(module, tmp_path, **({} if shards is None else {"max_shard_bytes": shards}))
+    elif shards is None:
+        save_model(module, str(tmp_path / "model.safetensors"))
+    else:
+        pytest.skip("writes one file")
+    with pytest.raises(wl.PlanError) as error:
+        wl.load(Untied, tmp_path)
+    (problem,) = error.value.problems
+    dropped, kept = ("head", "emb") if problem.fqn == "head.weight" else ("emb", "head")
+    assert problem.fqn == f"{dropped}.weight"
+    assert problem.hint.startswith(f"it was tied to {kept}.weight when this was saved")
+
+    def tied():
+        made = Untied()
+        made.head.weight = made.emb.weight
+        return made
+
+    loaded = wl.load(tied, tmp_path)
+    assert loaded.head.weight is loaded.emb.weight
+    assert torch.equal(loaded.emb.weight, module.emb.weight)
+    wl.load(module, tmp_path)
+
+
+def test_what_a_file_says_of_names_that_it_lacks_is_told_by_the_names_of_the_module(tmp_path):
+    module = Untied()
+    module.head.weight = module.emb.weight
+    wl.save(module, tmp_path)
+    with pytest.raises(wl.PlanError) as error:
+        wl.load(Untied, tmp_path, key_mapping={"^emb": "other"})
+    (lacks, *_) = [problem for problem in error.value.problems if problem.fqn == "head.weight"]
+    assert lacks.hint.startswith("it was tied to other.weight when this was saved")
