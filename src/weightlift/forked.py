@@ -13,8 +13,10 @@ import threading
 
 import torch
 
+from weightlift.locks import Lock
+
 _settled = False
-_lock = threading.RLock()  # a signal's handler may come in between
+_lock = Lock(reentrant=True)  # a signal's handler may come in between
 
 
 def settle() -> None:
@@ -22,7 +24,7 @@ def settle() -> None:
     global _settled
     if _settled:
         return
-    with _lock:
+    with _lock.own:
         if not _settled:
             thread = threading.Thread(target=torch.get_num_threads, name="weightlift-settle", daemon=True)
             try:
@@ -34,9 +36,9 @@ def settle() -> None:
 
 
 def _forked() -> None:
-    """In the child: nothing is settled, and the lock may have been held by a thread that is not there any more."""
-    global _settled, _lock
-    _settled, _lock = False, threading.RLock()
+    """In the child nothing is settled."""
+    global _settled
+    _settled = False
 
 
 if hasattr(os, "register_at_fork"):

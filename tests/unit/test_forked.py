@@ -35,7 +35,7 @@ def test_a_load_in_a_signals_handler_does_not_wait_for_the_one_that_it_came_into
         from weightlift import forked
 
         faulthandler.dump_traceback_later(60, exit=True)
-        with forked._lock:  # as while the thread is waited for
+        with forked._lock.own:  # as while the thread is waited for
             wl.defer(lambda: torch.nn.Linear(3, 3)).materialize()
         print("loaded")
     """)
